@@ -1,0 +1,54 @@
+"""Progress of anything that takes more than a few seconds: a bar in a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
+LINE_EVERY_S = 15.0
+
+
+class Bar:
+    """A counter towards a total; `update` says how far it is and adds a note (loss, speed)."""
+
+    def __init__(self, description: str, total: int) -> None:
+        self.description, self.total = description, total
+        self.start = self.shown = time.monotonic()
+        self.bar: Progress | None = None
+        if sys.stderr.isatty():
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+            )  # fmt: skip
+            self.bar = Progress(*columns, console=Console(stderr=True))
+            self.task = self.bar.add_task(description, total=total, note="")
+            self.bar.start()
+
+    def update(self, done: int, note: str = "") -> None:
+        now = time.monotonic()
+        if self.bar:
+            self.bar.update(self.task, completed=done, note=note)
+        elif done and (now - self.shown > LINE_EVERY_S or (done == self.total and now - self.start > LINE_EVERY_S)):
+            self.shown = now
+            left = (now - self.start) / done * (self.total - done)
+            line = f"{self.description} {done}/{self.total}, {now - self.start:.0f} s, {left:.0f} s left  {note}"
+            print(line.rstrip(), file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.bar:
+            self.bar.stop()
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """The items, with a bar that follows them; `total` where they have no length."""
+    bar = Bar(description, total if total is not None else len(items) if isinstance(items, Sized) else 0)
+    try:
+        for done, item in enumerate(items, start=1):
+            yield item
+            bar.update(done)
+    finally:
+        bar.close()

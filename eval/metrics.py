@@ -1,0 +1,52 @@
+"""Scores of one answer. SQuAD's are those of the official evaluate-v2.0.py, literal for literal."""
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+
+from data.squad import UNANSWERABLE
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
+_PUNCTUATION = set(string.punctuation)
+
+
+def normalize_answer(text: str) -> str:
+    """Lower case, without punctuation, articles and extra white space."""
+    text = "".join(c for c in text.lower() if c not in _PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", text).split())
+
+
+def exact_match(gold: str, predicted: str) -> float:
+    return float(normalize_answer(gold) == normalize_answer(predicted))
+
+
+def token_f1(gold: str, predicted: str) -> float:
+    """F1 of the bags of normalised tokens; where either is empty, 1 if both are."""
+    gold_tokens, predicted_tokens = normalize_answer(gold).split(), normalize_answer(predicted).split()
+    common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
+    if not gold_tokens or not predicted_tokens:
+        return float(gold_tokens == predicted_tokens)
+    if common == 0:
+        return 0.0
+    precision, recall = common / len(predicted_tokens), common / len(gold_tokens)
+    return 2 * precision * recall / (precision + recall)
+
+
+def squad_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
+    """Best EM and F1 over the gold answers. No gold answer is left after normalisation: the right one is empty.
+
+    The word `unanswerable` is this project's spelling of the empty answer.
+    """
+    if normalize_answer(predicted) == UNANSWERABLE:
+        predicted = ""
+    gold = [a for a in answers if normalize_answer(a)] or [""]
+    return {"exact": max(exact_match(a, predicted) for a in gold), "f1": max(token_f1(a, predicted) for a in gold)}
+
+
+def reference_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
+    """EM and F1 against the reference answers of instruction data."""
+    return {
+        "exact": max(exact_match(a, predicted) for a in answers),
+        "f1": max(token_f1(a, predicted) for a in answers),
+    }

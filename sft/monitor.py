@@ -1,0 +1,79 @@
+"""What a user sees of a running training, and what stays of it: progress, metrics.jsonl, TensorBoard."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerState
+
+from data.progress import Bar
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss or gradient that is not finite; going on would publish a broken adapter."""
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Monitor(TrainerCallback):
+    """Main process only. A metrics.jsonl row for every logged step, flushed at once."""
+
+    def __init__(self, run: Path, steps_per_epoch: int) -> None:
+        self.run, self.steps_per_epoch = run, steps_per_epoch
+        self.note = ""
+        self.counted = (0.0, 0)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        psutil.cpu_percent()  # so that importing it counts as start-up
+        self.bar = Bar("train", state.max_steps)
+        self.board = SummaryWriter(str(self.run / "tensorboard"))
+        self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
+        self.start = time.monotonic()
+        self.counted = (self.start, 0)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step, self.note)
+
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if "loss" not in logs and "eval_loss" not in logs:
+            return
+        row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.global_step / self.steps_per_epoch, 4)}
+        row |= {k: logs[k] for k in ("loss", "eval_loss", "grad_norm", "learning_rate") if k in logs}
+        now = time.monotonic()
+        row["seconds"] = round(now - self.start, 3)
+        if "loss" in logs:
+            then, tokens = self.counted
+            row["executed_tokens"], row["examples"] = logs["executed_tokens"], logs["examples"]
+            row["tokens_per_s"] = round((logs["executed_tokens"] - tokens) / (now - then), 1)
+            self.counted = (now, logs["executed_tokens"])
+            self.note = f"loss {logs['loss']:.4f}  {row['tokens_per_s']:.0f} tokens/s"
+        row["peak_memory_gib"] = round(peak_memory_gib(), 2)
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        for key, value in row.items():
+            if isinstance(value, float):
+                self.board.add_scalar(key, value, state.global_step)
+        bad = [k for k in ("loss", "eval_loss", "grad_norm") if k in logs and not math.isfinite(logs[k])]
+        if bad:
+            raise TrainingDiverged(
+                f"{bad[0]} is {logs[bad[0]]} at step {state.global_step}; lower train.learning_rate, and go on from "
+                f"the last checkpoint with `graft train --resume {self.run}`"
+            )
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.bar.close()
+        self.board.close()
+        self.file.close()

@@ -1,0 +1,162 @@
+"""Recipe file -> Recipe: strict YAML, `--set` overrides, and one line of explanation for every mistake."""
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+
+from sft.recipe import (
+    OTHER_METHODS,
+    WHEEL,
+    Data,
+    Eval,
+    Export,
+    Model,
+    Quantization,
+    Recipe,
+    RecipeError,
+    Source,
+    Train,
+    Tune,
+    is_hub_id,
+)
+from sft.strict_yaml import YamlError, parse
+
+# names that users bring from elsewhere, and what stands for them here
+ELSEWHERE = {
+    "train.per_device_train_batch_size": "use train.examples_per_step, the batch over all processes",
+    "train.gradient_accumulation_steps": "use train.examples_per_step; micro-batches follow from data.pack_tokens",
+    "train.warmup_ratio": "use train.warmup_steps; a value below 1 is a share of all steps",
+    "train.evaluation_strategy": "use train.eval_strategy",
+    "train.overwrite_output_dir": "a run folder is never overwritten; name another or resume it",
+    "train.max_seq_length": "use data.max_length",
+    "train.packing": "use data.pack_tokens",
+}
+
+
+def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe of a YAML file with `a.b=value` overrides. Raises RecipeError; loads neither model nor data."""
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    try:
+        tree = parse(path.read_text(encoding="utf-8"), str(path))
+        if not isinstance(tree, dict):
+            raise RecipeError(f"{path}: a recipe is a mapping of sections (task, model, tune, data, train, eval)")
+        for override in overrides or []:
+            _set(tree, override)
+    except YamlError as error:
+        raise RecipeError(str(error)) from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
+    return check_recipe(tree)
+
+
+def check_recipe(tree: dict[str, Any]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(tree)
+        _check_tune(recipe.tune)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
+    _check_files(recipe)
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """YAML that load_recipe reads back as the same recipe."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def peft_types() -> dict[str, type]:
+    """tune.method -> PEFT config class."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+
+
+def _check_tune(tune: Tune) -> None:
+    if tune.method in OTHER_METHODS:
+        allowed: dict[str, Any] = {}
+    else:
+        methods = peft_types()
+        if tune.method not in methods:
+            near = _nearest(tune.method, [*methods, *OTHER_METHODS])
+            raise RecipeError(
+                f"tune.method: {tune.method!r} is none of {', '.join(sorted([*methods, *OTHER_METHODS]))}{near}"
+            )
+        config = methods[tune.method]
+        hints = get_type_hints(config)
+        ours = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+        allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}
+    for key in tune.peft:
+        if key not in allowed:
+            near = _nearest(key, [*allowed, "method", "trainable"])
+            raise RecipeError(f"tune.{key}: unknown key of method {tune.method}{near}")
+    settings = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
+    model = create_model("tune", __config__=settings, **{k: allowed[k] for k in tune.peft})
+    try:
+        model.model_validate(tune.peft)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(e, ("tune",)) for e in error.errors())) from error
+
+
+def _check_files(recipe: Recipe) -> None:
+    sources = [(f"data.train[{i}].path", source) for i, source in enumerate(recipe.data.train)]
+    if recipe.eval.data:
+        sources.append(("eval.data.path", recipe.eval.data))
+    for key, source in sources:
+        if not is_hub_id(source.path) and not Path(source.path).is_file():
+            raise RecipeError(f"{key}: no such file: {source.path}")
+    base, template = recipe.model.base, recipe.model.chat_template
+    if not is_hub_id(base) and not WHEEL.fullmatch(base) and not Path(base).exists():
+        raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
+    if template and not template.is_file():
+        raise RecipeError(f"model.chat_template: no such file: {template}")
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    path, sign, text = override.partition("=")
+    if not sign or not path:
+        raise RecipeError(f"--set {override}: write KEY=VALUE, for example train.learning_rate=1e-4")
+    node: Any = tree
+    *parents, last = path.split(".")
+    for key in parents:
+        node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
+        if not isinstance(node, dict | list):
+            raise RecipeError(f"--set {path}: {key} is a value, not a section")
+    if isinstance(node, list):
+        raise RecipeError(f"--set {path}: set the whole list, {'.'.join(parents)}=[...]")
+    node[last] = parse(text, f"--set {path}")
+
+
+def _explain(error: Any, root: tuple[str, ...] = ()) -> str:
+    """One line: key, what was found, what is allowed, the nearest valid key."""
+    location = (*root, *error["loc"])
+    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
+    if error["type"] == "extra_forbidden":
+        if path in ELSEWHERE:
+            return f"{path}: unknown key; {ELSEWHERE[path]}"
+        return f"{path}: unknown key{_nearest(str(location[-1]), _keys_at(location[:-1]))}"
+    if error["type"] == "missing":
+        return f"{path}: this key is required"
+    message = error["msg"].removeprefix("Value error, ")
+    if not path:
+        return message
+    found = error["input"]
+    return f"{path}: {message[0].lower()}{message[1:]}" + ("" if isinstance(found, dict) else f", found {found!r}")
+
+
+def _keys_at(location: tuple[Any, ...]) -> list[str]:
+    """Valid keys of the section at a location of the recipe."""
+    sections: dict[tuple[str, ...], type[BaseModel]] = {
+        (): Recipe, ("model",): Model, ("model", "quantization"): Quantization, ("tune",): Tune, ("data",): Data,
+        ("data", "train"): Source, ("train",): Train, ("eval",): Eval, ("eval", "data"): Source, ("export",): Export,
+    }  # fmt: skip
+    return list(sections[tuple(part for part in location if isinstance(part, str))].model_fields)
+
+
+def _nearest(key: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(key, valid, n=1)
+    return f", did you mean {near[0]}?" if near else f"; valid keys: {', '.join(valid)}"

@@ -1,0 +1,198 @@
+"""The run folder: everything that later steps need travels with the run.
+
+recipe.yaml (resolved), manifest.json, data_report.json, adapter/ (or model/) with its card, checkpoint-N/,
+metrics.jsonl, loss.png, tensorboard/.
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedTokenizerBase
+
+from sft.model import file_sha256, resolve_base
+from sft.recipe import Recipe, RecipeError
+from sft.recipe_file import dump_recipe
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "graft")
+
+
+class RunError(RuntimeError):
+    """A folder that is not the run, adapter or export that a command needs."""
+
+
+def agree_on_folder(recipe: Recipe, recipe_path: Path, probe: bool = False) -> Path:
+    """The run folder, made by the main process and told to the others: train.output_dir, or the first free one of
+    runs/NAME, runs/NAME-2, ... `probe` makes nothing and only raises RecipeError where it could not be made."""
+    wanted = recipe.train.output_dir
+    if wanted is None:
+        stem = Path("runs") / recipe_path.stem
+        names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
+        wanted = next(name for name in names if not name.exists())
+    elif wanted.is_dir() and any(wanted.iterdir()):
+        raise RecipeError(
+            f"train.output_dir: {wanted} is not empty; go on with `graft train --resume {wanted}` or name another"
+        )
+    check_writable(wanted, "train.output_dir")
+    if probe:
+        return wanted
+    agreed = broadcast_object_list([str(wanted)])[0]
+    PartialState().wait_for_everyone()
+    Path(agreed).mkdir(parents=True, exist_ok=True)
+    return Path(agreed)
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Raise RecipeError where a folder of this name could not be made; makes nothing."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise RecipeError(f"{key}: can't write to {folder}: {existing} is not a folder this user may write to")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for manifests and bug reports; no paths, no variables."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def manifest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, trainable: int, parameters: int) -> dict[str, Any]:
+    """What the run was made from."""
+    import hashlib
+
+    sources = [*recipe.data.train, *([recipe.eval.data] if recipe.eval.data else [])]
+    base = Path(resolve_base(recipe.model.base))
+    weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    return {
+        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+        "commit": _commit(),
+        **environment(),
+        "base": {
+            "name": recipe.model.base,
+            "revision": recipe.model.revision,
+            "sha256": {file.name: file_sha256(file) for file in weights},
+        },
+        "data_sha256": {s.path: file_sha256(Path(s.path)) for s in sources if Path(s.path).is_file()},
+        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "seed": recipe.train.seed,
+        "trainable_parameters": trainable,
+        "parameters": parameters,
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Written aside and renamed, so that a file that exists is whole."""
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def start_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
+    (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_json(run / "manifest.json", facts)
+    write_json(run / "data_report.json", report)
+
+
+def finish_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
+    """Model card beside the weights, and the loss plot."""
+    weights = run / "adapter" if (run / "adapter").is_dir() else run / "model"
+    (weights / "README.md").write_text(model_card(recipe, facts, report, read_metrics(run)), encoding="utf-8")
+    plot_loss(run)
+
+
+def rewind_metrics(run: Path, step: int) -> None:
+    """Drop the rows after a checkpoint that training goes on from."""
+    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def plot_loss(run: Path) -> None:
+    """loss.png: training loss of each step, its running mean, and held-out loss where there is any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(run)
+    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    if not train:
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    window = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=run.name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=130)
+    pyplot.close(figure)
+
+
+def model_card(recipe: Recipe, facts: dict[str, Any], report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
+    """Markdown with the Hub's front matter: base, method, data by hash, and how to load the adapter."""
+    losses = [m["loss"] for m in metrics if "loss" in m]
+    data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
+    last = losses[-max(1, len(losses) // 20) :]
+    return f"""---
+base_model: {recipe.model.base}
+library_name: peft
+pipeline_tag: text-generation
+tags: [graft, {recipe.tune.method}, sft]
+---
+# {recipe.tune.method} adapter for {recipe.model.base}
+
+Trained by Graft on the task `{recipe.task}`: {report["examples"]} examples from {report["contexts"]} contexts,
+{report["trained_tokens"]} trained tokens. {facts["trainable_parameters"]:,} of {facts["parameters"]:,} parameters
+were trained. Loss per trained token at the end: {sum(last) / max(1, len(last)):.4f}.
+
+Data:
+{data or "- from a Hub dataset, see recipe.yaml"}
+
+Chat template sha256 `{facts["chat_template_sha256"]}`; seed {facts["seed"]}; torch {facts["packages"]["torch"]},
+transformers {facts["packages"]["transformers"]}, peft {facts["packages"]["peft"]}.
+
+The recipe:
+```yaml
+{dump_recipe(recipe)}```
+"""
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """Commit of this checkout; None where it is none."""
+    root = Path(__file__).parents[1]
+    asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None

@@ -1,0 +1,61 @@
+"""YAML without YAML 1.1's surprises: `2e-4` is a number, `no` and `on` stay text, nothing is declared twice."""
+
+import re
+from typing import Any
+
+import yaml
+
+
+class YamlError(ValueError):
+    """A document that is not what it seems; the text names the line."""
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader with the scalars of YAML 1.2's core schema, unique keys, and neither anchors nor tags."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012  (PyYAML's own class attribute)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            raise _error("anchors and aliases are not allowed, write the value out", event.start_mark)
+        if getattr(event, "tag", None) is not None:
+            raise _error(f"the tag {event.tag} is not allowed, write a plain value", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise _error("a key must be plain text", key.start_mark)
+            if key.value in seen:
+                raise _error(f"the key {key.value} occurs twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern in {
+    "null": r"^(?:~|null|Null|NULL|)$",
+    "bool": r"^(?:true|True|TRUE|false|False|FALSE)$",
+    "int": r"^[-+]?[0-9]+$",
+    "float": r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$",
+}.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), None)
+# PyYAML's int constructor reads a leading zero as octal; YAML 1.2 does not
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def parse(text: str, name: str) -> Any:
+    """The document's value. Raises YamlError that begins with `name` and the line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506  (a SafeLoader with fewer types)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f":{mark.line + 1}" if mark else ""
+        raise YamlError(f"{name}{line}: {error.problem or error.context}") from error
+    except yaml.YAMLError as error:
+        raise YamlError(f"{name}: {error}") from error
+
+
+def _error(problem: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, mark)

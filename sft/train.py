@@ -1,0 +1,109 @@
+"""Fine-tune a base model as a recipe says.
+
+accelerate launch sft/train.py recipes/smollm_squad.yaml --set train.learning_rate=1e-4
+torchrun --nproc_per_node 2 sft/train.py RECIPE          two processes
+graft train RECIPE                                       the same in one process
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+if not __package__:  # started as a file: put the repository root, not sft/, first
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+
+from sft.recipe import Recipe
+from sft.recipe_file import load_recipe
+from sft.session import quiet_libraries, user_errors
+
+RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
+Resume = Annotated[Path | None, typer.Option(help="Go on with this run folder from its last checkpoint.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what the run would do.")]
+
+
+@user_errors
+def main(
+    recipe: RecipePath = None, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False
+) -> None:
+    """Train; the run folder holds the adapter and everything that later steps need."""
+    if (recipe is None) == (resume is None):
+        raise typer.BadParameter("name a RECIPE, or a run to go on with: --resume RUN")
+    path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
+    loaded = load_recipe(path, overrides)
+    if dry_run:
+        from sft.dry_run import print_plan
+
+        print_plan(loaded)
+        return
+    run = train(loaded, path, resume)
+    if run:
+        print(f"\nrun folder: {run}\nnext: graft eval {run}   |   graft export {run}")
+
+
+def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path | None:
+    """Load, train, save. The run folder on the main process, None on others. Raises SystemExit(130) on Ctrl-C."""
+    quiet_libraries()
+    import torch
+    from accelerate import PartialState
+
+    from data.pack import make_packs
+    from sft.checkpoint import SaveOnInterrupt, last_checkpoint
+    from sft.examples import load_examples, load_held_out
+    from sft.model import check_fits, count_parameters, load_base, load_tokenizer, resolve_base, tune_model
+    from sft.monitor import Monitor
+    from sft.run import agree_on_folder, finish_run, manifest, rewind_metrics, start_run
+    from sft.trainer import PackTrainer, plan_steps, training_arguments
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    checkpoint = last_checkpoint(resume) if resume else None
+    if recipe.train.output_dir and not resume:
+        agree_on_folder(recipe, recipe_path, probe=True)
+    with state.main_process_first():  # a base that is not in the cache yet is written there once
+        resolve_base(recipe.model.base)
+    tokenizer = load_tokenizer(recipe.model)
+    examples, report = load_examples(recipe, tokenizer)
+    held_out = make_packs(load_held_out(recipe, tokenizer), recipe.data.share_prefixes, recipe.data.pack_tokens)
+    model = load_base(recipe.model, state.device)
+    check_fits(model, recipe)
+    model = tune_model(model, recipe.tune, recipe.train.seed)
+    trainable, parameters = count_parameters(model)
+    plan = plan_steps(examples, recipe.train, recipe.data.share_prefixes, recipe.data.pack_tokens)
+
+    run = resume or agree_on_folder(recipe, recipe_path)
+    interrupt = SaveOnInterrupt()
+    facts = manifest(recipe, tokenizer, trainable, parameters)
+    if state.is_main_process:
+        if checkpoint:
+            rewind_metrics(run, int(checkpoint.name.split("-")[1]))
+        else:
+            start_run(run, recipe, facts, report)
+        print(
+            f"{report['examples']} examples of {report['contexts']} contexts, {len(plan.steps)} steps; "
+            f"{trainable:,} of {parameters:,} parameters trained; "
+            f"{report['flat_tokens_per_executed_token']} flat tokens per executed token; run folder {run}",
+            flush=True,
+        )
+    trainer = PackTrainer(
+        model,
+        tokenizer,
+        training_arguments(recipe.train, plan, run, state.device.type == "cuda"),
+        plan,
+        held_out if recipe.train.eval_strategy != "no" else (),
+        [interrupt, *([Monitor(run, plan.steps_per_epoch)] if state.is_main_process else [])],
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if interrupt.stopped:
+        if state.is_main_process:
+            print(f"stopped and saved; go on with: graft train --resume {run}")
+        raise SystemExit(130)
+    trainer.save_model(str(run / ("adapter" if hasattr(model, "peft_config") else "model")))
+    if state.is_main_process:
+        finish_run(run, recipe, facts, report)
+    return run if state.is_main_process else None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,213 @@
+"""What one training step computes. The only file that knows TRL's and transformers' Trainer.
+
+A row of the trainer's dataset is one process's share of one optimizer step: a list of packs. The loss of a step is the
+sum over its trained tokens, in all packs on all processes, divided by their number.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from datasets import Dataset
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from data.chat import Example
+from data.pack import Pack, attention_mask, is_chain, make_packs, step_order
+from sft.recipe import Train
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which examples each optimizer step of the whole run trains on; the same on every process."""
+
+    examples: Sequence[Example]
+    steps: Sequence[Sequence[int]]  # of all epochs
+    steps_per_epoch: int
+    share_prefixes: bool
+    pack_tokens: int | None
+
+    def packs(self, step: int) -> list[Pack]:
+        return make_packs([self.examples[i] for i in self.steps[step]], self.share_prefixes, self.pack_tokens)
+
+
+def plan_steps(
+    examples: Sequence[Example], train: Train, share_prefixes: bool = True, pack_tokens: int | None = None
+) -> StepPlan:
+    contexts = [e.context for e in examples]
+    per_epoch = -(-len(examples) // train.examples_per_step)
+    total = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
+    steps: list[list[int]] = []
+    while len(steps) < total:
+        steps += step_order(contexts, train.examples_per_step, train.seed, epoch=len(steps) // per_epoch)
+    return StepPlan(examples, steps[:total], per_epoch, share_prefixes, pack_tokens)
+
+
+def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[Pack, float]]:
+    """This process's packs with weight 1; every process gets the same number, filled up with a pack of weight 0,
+    because sharded training gathers parameters in every forward."""
+    order = sorted(packs, key=lambda p: -len(p.input_ids))
+    mine = [(pack, 1.0) for pack in order[rank::processes]]
+    most = -(-len(order) // processes)
+    return mine + [(order[-1], 0.0)] * (most - len(mine))
+
+
+def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
+    """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
+    logits = model(**pack_inputs(model, pack, device), use_cache=False).logits[0]
+    return functional.cross_entropy(logits.float(), torch.tensor(pack.target, device=device), reduction="sum")
+
+
+def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, torch.Tensor]:
+    """Arguments of the model's forward that give the logits [1, M, vocab] at the pack's sources."""
+    ids = torch.tensor([pack.input_ids], device=device)
+    source = torch.tensor(pack.source, device=device)
+    virtual = virtual_tokens(model)
+    if virtual is not None:  # PEFT puts the virtual tokens, their mask and positions in front
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": source + virtual}
+    inputs = {
+        "input_ids": ids,
+        "position_ids": torch.tensor([pack.position_ids], device=device),
+        "logits_to_keep": source,  # the head on answers only: a few percent of the tokens
+    }
+    if not is_chain(pack):
+        inputs["attention_mask"] = attention_mask(pack, device)
+    return inputs
+
+
+def virtual_tokens(model: nn.Module) -> int | None:
+    """How far prompt learning shifts the hidden states; None for every other method."""
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    if config is None or not config.is_prompt_learning:
+        return None
+    return 0 if config.peft_type == "PREFIX_TUNING" else config.num_virtual_tokens
+
+
+class PackTrainer(SFTTrainer):
+    """SFTTrainer whose step is a list of packs, see the file's docstring."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase,
+        args: SFTConfig,
+        plan: StepPlan,
+        held_out: Sequence[Pack] = (),
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.plan, self.held_out = plan, held_out
+        self.executed_tokens = self.trained_examples = 0  # over all processes
+        processes = args.world_size
+        # accelerate deals rows out in turn: row step * processes + rank
+        rows = Dataset.from_dict({"row": list(range(len(plan.steps) * processes))})
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,
+            eval_dataset=rows.select([0]) if held_out else None,
+            data_collator=lambda batch: self._collate(batch[0]["row"], processes),
+            processing_class=tokenizer,
+            callbacks=list(callbacks),
+        )
+        if not self.is_fsdp_enabled:  # which wants one dtype
+            for parameter in model.parameters():
+                if parameter.requires_grad and parameter.is_floating_point():
+                    # TRL casts a 4-bit model's adapter to bf16, where AdamW's second moment stalls
+                    parameter.data = parameter.data.float()
+
+    def _collate(self, row: int, processes: int) -> dict[str, Any]:
+        packs = self.plan.packs(row // processes)
+        return {
+            "packs": shard_packs(packs, row % processes, processes),
+            "trained_tokens": sum(len(p.target) for p in packs),
+            "executed_tokens": sum(len(p.input_ids) for p in packs),
+            "examples": len(self.plan.steps[row // processes]),
+        }
+
+    def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
+        return torch.utils.data.SequentialSampler(self.train_dataset)  # the plan has shuffled already
+
+    def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:
+        return None  # the rows carry trained_tokens of the whole step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        model.train()
+        accelerator = self.accelerator
+        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+        total = torch.zeros((), device=accelerator.device)
+        for i, (pack, weight) in enumerate(inputs["packs"]):
+            last = i == len(inputs["packs"]) - 1
+            accelerator.gradient_state._set_sync_gradients(last)
+            sync = contextlib.nullcontext() if last or deepspeed else accelerator.no_sync(model)
+            with sync:
+                with self.compute_loss_context_manager():
+                    # sum, not mean: packs hold different counts of trained tokens. Times the number of processes,
+                    # because gradients are averaged over them
+                    loss = pack_loss(model, pack, accelerator.device) * weight
+                    loss = loss * accelerator.num_processes / inputs["trained_tokens"]
+                accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+            total += loss.detach()
+        self.executed_tokens += inputs["executed_tokens"]
+        self.trained_examples += inputs["examples"]
+        return total
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        return 0
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """Held-out loss: mean over the trained tokens of the held-out packs."""
+        model, accelerator = self.model_wrapped, self.accelerator
+        model.eval()
+        packs = shard_packs(self.held_out, accelerator.process_index, accelerator.num_processes)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            sums = torch.stack([pack_loss(model, pack, accelerator.device) * weight for pack, weight in packs])
+        loss = accelerator.reduce(sums.sum(), reduction="sum") / sum(len(p.target) for p in self.held_out)
+        metrics = {f"{metric_key_prefix}_loss": float(loss)}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        model.train()
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
+        super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # without Trainer's training_args.bin, which is a pickle
+        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+        self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run folder has a card of its own."""
+
+
+def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> SFTConfig:
+    """TrainingArguments of a run whose rows are optimizer steps."""
+    own = {"examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16"}
+    every = {"save": train.save_strategy, "eval": train.eval_strategy}
+    return SFTConfig(
+        **{
+            **train.model_dump(exclude=own),
+            **{f"{k}_strategy": "no" if v == "no" else "steps" for k, v in every.items()},
+            **{f"{k}_steps": plan.steps_per_epoch for k, v in every.items() if v == "epoch"},
+        },
+        output_dir=str(run),
+        max_steps=len(plan.steps),
+        bf16=cuda if train.bf16 is None else train.bf16,
+        use_cpu=not cuda,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1,
+        max_length=None,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        logging_nan_inf_filter=False,  # it would hide NaN in the log
+    )
