@@ -91,10 +91,14 @@ def _checked_turns(turns: Any, where: str) -> list[Message]:
             raise DataError(f"{where}: messages[{i}]: role must be one of {', '.join(ROLES)}")
         messages.append(_turn(turn["role"], _text(turn, "content", f"{where}: messages[{i}]")))
     if messages[-1]["role"] != "assistant":
-        raise DataError(f"{where}: the last turn is {messages[-1]['role']}'s; a row must end with the assistant's answer")
+        raise DataError(
+            f"{where}: the last turn is {messages[-1]['role']}'s; a row must end with the assistant's answer"
+        )
     spoken = [m["role"] for m in messages if m["role"] != "system"]
     if spoken != ["user", "assistant"] * (len(spoken) // 2):
-        raise DataError(f"{where}: after the system turn, user and assistant must take turns; found {', '.join(spoken)}")
+        raise DataError(
+            f"{where}: after the system turn, user and assistant must take turns; found {', '.join(spoken)}"
+        )
     return messages
 
 

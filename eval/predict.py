@@ -3,10 +3,10 @@
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import Conversation, Example, encode_prompt
 from data.pack import attention_mask, build_pack
@@ -25,7 +25,7 @@ class ServerError(RuntimeError):
 
 
 def generate(
-    model: nn.Module,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     conversations: Sequence[Conversation],
     max_new_tokens: int,
@@ -64,7 +64,7 @@ def generate(
     ]
 
 
-def end_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """Ids that end the assistant's turn."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
@@ -87,7 +87,7 @@ def _batches(prompts: Sequence[list[int]], batch_tokens: int) -> list[list[int]]
     return batches
 
 
-def _generate_pack(model: nn.Module, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
+def _generate_pack(model: PreTrainedModel, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
     """One forward over the forest of prompts, then one row of new tokens a step, each seeing its own branch only."""
     device = next(model.parameters()).device
     pack = build_pack([[Example(ids, [0] * len(ids)) for ids in prompts]])
@@ -127,9 +127,9 @@ def _generate_pack(model: nn.Module, prompts: list[list[int]], stop: set[int], m
         position = position[keep] + 1
 
 
-def _generate_one(model: nn.Module, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
+def _generate_one(model: PreTrainedModel, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
     ids = torch.tensor(prompts, device=next(model.parameters()).device)
-    out = model.generate(
+    out = cast(Any, model).generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False,
         eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True,
     )  # fmt: skip

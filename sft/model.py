@@ -11,11 +11,18 @@ import re
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from sft.recipe import WHEEL, Model, Quantization, Recipe, RecipeError, Tune, is_hub_id
 from sft.recipe_file import peft_types
@@ -98,7 +105,7 @@ def keep_linear4bit_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def tune_model(base: PreTrainedModel, tune: Tune, seed: int) -> nn.Module:
+def tune_model(base: PreTrainedModel, tune: Tune, seed: int) -> PreTrainedModel:
     """The model whose trainable parameters are the method's, in fp32; all others frozen.
 
     Seeded here, because PEFT draws the adapter's initial weights.
@@ -110,10 +117,9 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int) -> nn.Module:
 
     config = peft_types()[tune.method](task_type="CAUSAL_LM", **tune.peft)
     try:
-        model = get_peft_model(base, config)
+        return cast(PreTrainedModel, get_peft_model(base, config))  # it answers to the same calls
     except ValueError as error:  # PEFT names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
-    return model
 
 
 def check_fits(model: PreTrainedModel, recipe: Recipe) -> None:
@@ -121,7 +127,8 @@ def check_fits(model: PreTrainedModel, recipe: Recipe) -> None:
     positions = model.config.get_text_config().max_position_embeddings
     if recipe.data.max_length > positions:
         raise RecipeError(
-            f"data.max_length {recipe.data.max_length} exceeds the {positions} positions of {recipe.model.base}; lower it"
+            f"data.max_length {recipe.data.max_length} exceeds the {positions} positions of "
+            f"{recipe.model.base}; lower it"
         )
     if recipe.data.share_prefixes and not takes_packs(model.config):
         raise RecipeError(
@@ -162,7 +169,7 @@ def _bitsandbytes(quantization: Quantization | None, device: torch.device) -> An
     return BitsAndBytesConfig(**{**quantization.model_dump(), "bnb_4bit_compute_dtype": compute})
 
 
-def _train_part(base: PreTrainedModel, tune: Tune) -> nn.Module:
+def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
     base.requires_grad_(tune.method == "full")
     if tune.method == "linear_probe":
         head = base.get_output_embeddings()

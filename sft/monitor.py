@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import TrainerCallback, TrainerState
 
@@ -37,7 +36,6 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        psutil.cpu_percent()  # so that importing it counts as start-up
         self.bar = Bar("train", state.max_steps)
         self.board = SummaryWriter(str(self.run / "tensorboard"))
         self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
@@ -47,7 +45,8 @@ class Monitor(TrainerCallback):
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step, self.note)
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+    def on_log(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, Any] = kwargs["logs"]
         if "loss" not in logs and "eval_loss" not in logs:
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.global_step / self.steps_per_epoch, 4)}

@@ -37,8 +37,10 @@ ELSEWHERE = {
 }
 
 
-def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe of a YAML file with `a.b=value` overrides. Raises RecipeError; loads neither model nor data."""
+def load_recipe(path: Path, overrides: list[str] | None = None, check_files: bool = True) -> Recipe:
+    """The recipe of a YAML file with `a.b=value` overrides. Raises RecipeError; loads neither model nor data.
+
+    check_files=False: for a finished run, whose training data may be gone."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
@@ -51,16 +53,17 @@ def load_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(str(error)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    return check_recipe(tree)
+    return check_recipe(tree, check_files)
 
 
-def check_recipe(tree: dict[str, Any]) -> Recipe:
+def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
         _check_tune(recipe.tune)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
-    _check_files(recipe)
+    if check_files:
+        _check_files(recipe)
     return recipe
 
 
@@ -82,7 +85,7 @@ def _check_tune(tune: Tune) -> None:
     else:
         methods = peft_types()
         if tune.method not in methods:
-            near = _nearest(tune.method, [*methods, *OTHER_METHODS])
+            near = nearest(tune.method, [*methods, *OTHER_METHODS])
             raise RecipeError(
                 f"tune.method: {tune.method!r} is none of {', '.join(sorted([*methods, *OTHER_METHODS]))}{near}"
             )
@@ -92,7 +95,7 @@ def _check_tune(tune: Tune) -> None:
         allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}
     for key in tune.peft:
         if key not in allowed:
-            near = _nearest(key, [*allowed, "method", "trainable"])
+            near = nearest(key, [*allowed, "method", "trainable"])
             raise RecipeError(f"tune.{key}: unknown key of method {tune.method}{near}")
     settings = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
     model = create_model("tune", __config__=settings, **{k: allowed[k] for k in tune.peft})
@@ -138,7 +141,7 @@ def _explain(error: Any, root: tuple[str, ...] = ()) -> str:
     if error["type"] == "extra_forbidden":
         if path in ELSEWHERE:
             return f"{path}: unknown key; {ELSEWHERE[path]}"
-        return f"{path}: unknown key{_nearest(str(location[-1]), _keys_at(location[:-1]))}"
+        return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(location[:-1]))}"
     if error["type"] == "missing":
         return f"{path}: this key is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -157,6 +160,6 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
     return list(sections[tuple(part for part in location if isinstance(part, str))].model_fields)
 
 
-def _nearest(key: str, valid: list[str]) -> str:
+def nearest(key: str, valid: list[str]) -> str:
     near = difflib.get_close_matches(key, valid, n=1)
     return f", did you mean {near[0]}?" if near else f"; valid keys: {', '.join(valid)}"

@@ -47,6 +47,14 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
+def use_all_cores() -> None:
+    """This process's share of the cores; launchers leave it one thread (of two: 115 instead of 204 tokens/s)."""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def _stop(error: Exception) -> SystemExit:
     print(f"error: {error}", file=sys.stderr, flush=True)
     return SystemExit(2)

@@ -42,7 +42,7 @@ for _tag, _pattern in {
 }.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), None)
 # PyYAML's int constructor reads a leading zero as octal; YAML 1.2 does not
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
 
 
 def parse(text: str, name: str) -> Any:

@@ -16,7 +16,7 @@ import typer
 
 from sft.recipe import Recipe
 from sft.recipe_file import load_recipe
-from sft.session import quiet_libraries, user_errors
+from sft.session import quiet_libraries, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
@@ -58,6 +58,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     from sft.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    use_all_cores()
     checkpoint = last_checkpoint(resume) if resume else None
     if recipe.train.output_dir and not resume:
         agree_on_folder(recipe, recipe_path, probe=True)

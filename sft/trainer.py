@@ -8,14 +8,14 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from data.chat import Example
@@ -94,7 +94,7 @@ class PackTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         args: SFTConfig,
         plan: StepPlan,
@@ -115,6 +115,7 @@ class PackTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        self.remove_callback(PrinterCallback)  # Monitor says it better
         if not self.is_fsdp_enabled:  # which wants one dtype
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
@@ -131,7 +132,7 @@ class PackTrainer(SFTTrainer):
         }
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
-        return torch.utils.data.SequentialSampler(self.train_dataset)  # the plan has shuffled already
+        return torch.utils.data.SequentialSampler(cast(Dataset, self.train_dataset))  # the plan has shuffled already
 
     def _get_num_items_in_batch(self, *args: Any, **kwargs: Any) -> None:
         return None  # the rows carry trained_tokens of the whole step
@@ -180,8 +181,8 @@ class PackTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # without Trainer's training_args.bin, which is a pickle
-        self.model.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
-        self.processing_class.save_pretrained(output_dir or self.args.output_dir)
+        cast(Any, self.model).save_pretrained(output_dir, state_dict=state_dict)
+        cast(Any, self.processing_class).save_pretrained(output_dir)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """The run folder has a card of its own."""

@@ -1,0 +1,82 @@
+"""Talk to a run, an export, a base or a server in the terminal: `graft chat TARGET`."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from rich.console import Console
+
+from data.chat import Message, encode_prompt
+from sft.load import is_url, load_target
+
+Reply = Callable[[list[Message]], str]
+
+
+def chat(target: str, served_model: str | None, system: str | None, max_new_tokens: int) -> None:
+    """Read a line, stream an answer; /reset forgets the conversation, an empty line or Ctrl-D ends it."""
+    console = Console()
+    reply = _server(target, served_model, max_new_tokens) if is_url(target) else _local(target, max_new_tokens)
+    start: list[Message] = [{"role": "system", "content": system}] if system else []
+    messages = list(start)
+    console.print("[dim]/reset starts anew, an empty line or Ctrl-D ends[/dim]")
+    while True:
+        try:
+            line = console.input("[bold]you[/bold] ").strip()
+        except EOFError:
+            return
+        if not line:
+            return
+        if line == "/reset":
+            messages = list(start)
+            continue
+        messages.append({"role": "user", "content": line})
+        messages.append({"role": "assistant", "content": reply(messages)})
+
+
+def _local(target: str, max_new_tokens: int) -> Reply:
+    import torch
+    from transformers import TextStreamer
+
+    from eval.predict import end_tokens
+
+    loaded = load_target(target)
+    stop = end_tokens(loaded.model, loaded.tokenizer)
+    streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    def reply(messages: list[Message]) -> str:
+        device = next(loaded.model.parameters()).device
+        ids = torch.tensor([encode_prompt(messages, loaded.tokenizer)], device=device)
+        with torch.inference_mode():
+            out = cast(Any, loaded.model).generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
+                eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True, streamer=streamer,
+            )  # fmt: skip
+        return str(loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
+
+    return reply
+
+
+def _server(url: str, served_model: str | None, max_new_tokens: int) -> Reply:
+    import os
+
+    import openai
+
+    from eval.predict import ServerError
+
+    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+
+    def reply(messages: list[Message]) -> str:
+        try:
+            name = served_model or client.models.list().data[-1].id
+            stream = cast(Any, client.chat.completions).create(
+                model=name, messages=messages, max_tokens=max_new_tokens, temperature=0, stream=True
+            )
+            parts = []
+            for event in stream:
+                parts.append(event.choices[0].delta.content or "" if event.choices else "")
+                print(parts[-1], end="", flush=True)
+            print()
+            return "".join(parts)
+        except openai.OpenAIError as error:
+            raise ServerError(f"{url}: {error}; is the server up, and is the address its /v1?") from error
+
+    return reply

@@ -1,0 +1,141 @@
+"""The `graft` command. Each verb is a function elsewhere; this file only names its options."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sft import train
+from sft.session import quiet_libraries, user_errors
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.command("train")(train.main)
+
+Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
+ServedModel = Annotated[
+    str | None, typer.Option("--model", help="The served model's name; default: the server's first.")
+]
+
+
+@app.command("export")
+@user_errors
+def export_command(
+    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out data for the parity check; default: eval.data.")] = None,
+    allow_mismatch: Annotated[
+        bool, typer.Option("--allow-mismatch", help="Write it even below the threshold.")
+    ] = False,
+) -> None:
+    """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
+    quiet_libraries()
+    from sft.export import export
+
+    folder = out or run / "export"
+    parity = export(run, folder, data, allow_mismatch)
+    print(json.dumps(parity, indent=2))
+    print(f"exported to {folder}\nnext: graft serve {folder}")
+
+
+@app.command()
+@user_errors
+def serve(
+    target: Annotated[Path, typer.Argument(help="An exported model, or a run (its adapter is served on the base).")],
+    host: Annotated[str, typer.Option(help="Others than loopback need VLLM_API_KEY.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
+) -> None:
+    """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
+    import signal
+
+    from sft.serve import check_completion, curl_line, server
+
+    if not target.is_dir():
+        raise typer.BadParameter(f"{target}: no such folder")
+    log = target / "serve.log"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
+    with server(target, host, port, log, vllm or []) as url:
+        answer = check_completion(url, target.name)
+        print(f"ready: {url}   (log: {log})\nit answers: {answer!r}\n\n{curl_line(url, target.name)}\n", flush=True)
+        print("Ctrl-C stops it", flush=True)
+        try:
+            signal.pause()
+        except KeyboardInterrupt:
+            print("stopping", flush=True)
+
+
+@app.command("eval")
+@user_errors
+def eval_command(
+    target: Target,
+    task: Annotated[str | None, typer.Option(help="squad_v2, squad_v1 or instruct; default: the run's.")] = None,
+    data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many questions, whole contexts at random.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="For results.json and samples.jsonl; default: eval-results.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
+    model: ServedModel = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at a server.")] = 16,
+    split: Annotated[str, typer.Option(help="Of a Hub dataset.")] = "validation",
+) -> None:
+    """Score greedy answers, with 95 % intervals."""
+    quiet_libraries()
+    from sft.evaluate import evaluate, print_scores
+
+    folder = out or Path("eval-results")
+    print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split))
+    print(f"written to {folder}/results.json and samples.jsonl")
+
+
+@app.command()
+@user_errors
+def chat(
+    target: Target,
+    model: ServedModel = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
+) -> None:
+    """Talk to it in the terminal."""
+    quiet_libraries()
+    from sft.chat import chat as talk
+
+    talk(target, model, system, max_new_tokens)
+
+
+@app.command()
+@user_errors
+def quickstart(
+    recipe: Annotated[Path, typer.Argument()] = Path("recipes/smollm_qlora.yaml"),
+) -> None:
+    """Score the base, train, score the adapter, merge: the main job in one command."""
+    from sft.quickstart import quickstart as start
+
+    start(recipe)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON schema, for editors."""
+    from sft.recipe import Recipe
+
+    print(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@app.command()
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    quiet_libraries()
+    from sft.run import environment
+
+    print(json.dumps(environment(), indent=2))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

