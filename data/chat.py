@@ -9,10 +9,12 @@ from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
+from data.errors import UserError
+
 Message = dict[str, str]
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """A defect in the user's data; the text names the file, the place and the remedy."""
 
 

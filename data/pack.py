@@ -12,6 +12,8 @@ import torch
 
 from data.chat import Example
 
+LOOK_AHEAD = 64  # contexts that compete for the room left in a step
+
 
 @dataclass
 class Pack:
@@ -101,16 +103,28 @@ def is_chain(pack: Pack) -> bool:
 def step_order(contexts: Sequence[str], examples_per_step: int, seed: int, epoch: int) -> list[list[int]]:
     """Indices of the examples of each optimizer step of an epoch; each index occurs once, the last step may be short.
 
-    Contexts are shuffled and kept together, so that a step can share their prefixes; a step has the same examples
-    whether it shares them or not.
+    Contexts are shuffled and, where one fits, taken whole, so that a step can share their prefixes; a context that
+    two steps divide is computed twice. A step has the same examples whether it shares prefixes or not.
     """
     groups: dict[str, list[int]] = {}
     for i, context in enumerate(contexts):
         groups.setdefault(context, []).append(i)
-    shuffled = list(groups.values())
-    random.Random(f"{seed}/{epoch}").shuffle(shuffled)
-    order = [i for group in shuffled for i in group]
-    return [order[i : i + examples_per_step] for i in range(0, len(order), examples_per_step)]
+    waiting = list(groups.values())
+    random.Random(f"{seed}/{epoch}").shuffle(waiting)
+    steps: list[list[int]] = []
+    while waiting:
+        step: list[int] = []
+        while waiting and len(step) < examples_per_step:
+            room = examples_per_step - len(step)
+            # looking ahead for one that fits keeps the order nearly as shuffled
+            fits = (n for n, group in enumerate(waiting[:LOOK_AHEAD]) if len(group) <= room)
+            n = next(fits, 0)
+            step += waiting[n][:room]
+            waiting[n] = waiting[n][room:]
+            if not waiting[n]:
+                del waiting[n]
+        steps.append(step)
+    return steps
 
 
 def _fill(trees: list[list[Example]], pack_tokens: int) -> list[list[list[Example]]]:

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import Conversation, Example, encode_prompt
+from data.errors import UserError
 from data.pack import attention_mask, build_pack
 from data.progress import Bar
 
@@ -20,7 +21,7 @@ class Prediction:
     finished: bool  # the model ended its turn; False: cut at max_new_tokens
 
 
-class ServerError(RuntimeError):
+class ServerError(UserError):
     """The server can't be reached or refuses; the text says what to do."""
 
 

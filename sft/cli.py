@@ -72,9 +72,7 @@ def eval_command(
     target: Target,
     task: Annotated[str | None, typer.Option(help="squad_v2, squad_v1 or instruct; default: the run's.")] = None,
     data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many questions, whole contexts at random.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions, drawn at random.")] = None,
     out: Annotated[Path | None, typer.Option(help="For results.json and samples.jsonl; default: eval-results.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
     model: ServedModel = None,

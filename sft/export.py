@@ -15,6 +15,7 @@ from torch import nn
 
 from data.chat import Example
 from data.check import encode_all
+from data.errors import UserError
 from data.pack import build_pack
 from data.progress import track
 from eval.run import limit_questions
@@ -27,7 +28,7 @@ from sft.run import RunError, check_writable, write_json
 from sft.trainer import pack_inputs
 
 
-class ParityError(RuntimeError):
+class ParityError(UserError):
     """The merged model does not answer like the adapter, or like the base as if nothing had been learnt."""
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from data.errors import UserError
 from data.progress import Bar
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError):
     """A loss or gradient that is not finite; going on would publish a broken adapter."""
 
 

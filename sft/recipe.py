@@ -11,12 +11,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from data.errors import UserError
+
 OTHER_METHODS = ("full", "freeze", "linear_probe")
 WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-class RecipeError(ValueError):
+class RecipeError(UserError):
     """A recipe that can't run; the text names key, value, what is allowed and the nearest valid key."""
 
 
@@ -151,10 +153,10 @@ class Eval(Section):
     data: Annotated[Source, BeforeValidator(_source)] | None = None
     """Held-out data: of held-out loss, `graft eval RUN` and the export's parity check."""
     limit: Count | None = None
-    """At most this many questions; whole contexts are drawn by a fixed seed."""
+    """At most this many questions, drawn by a fixed seed."""
     max_new_tokens: Count = 48
-    batch_tokens: Count = 2048
-    """Prompt tokens that are generated from at once, in-process."""
+    batch_tokens: Count = 1024
+    """Prompt tokens that are computed at once, in-process; small suits a CPU, where attention over T^2 costs most."""
 
 
 class Export(Section):

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
+from data.errors import UserError
 from sft.model import file_sha256, resolve_base
 from sft.recipe import Recipe, RecipeError
 from sft.recipe_file import dump_recipe
@@ -27,7 +28,7 @@ from sft.recipe_file import dump_recipe
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "graft")
 
 
-class RunError(RuntimeError):
+class RunError(UserError):
     """A folder that is not the run, adapter or export that a command needs."""
 
 

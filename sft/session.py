@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
+from data.errors import UserError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -17,20 +19,13 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
-        from sft.recipe import RecipeError
-
         try:
             return command(*args, **kwargs)
-        except RecipeError as error:
-            raise _stop(error) from None
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
-        except Exception as error:
-            # imported by now if one of theirs was raised
-            mistakes = {"DataError", "TooLong", "RunError", "ServerError", "ParityError", "TrainingDiverged"}
-            if type(error).__name__ in mistakes:
-                raise _stop(error) from None
-            raise
 
     return wrapped
 
@@ -53,8 +48,3 @@ def use_all_cores() -> None:
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
-
-
-def _stop(error: Exception) -> SystemExit:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return SystemExit(2)

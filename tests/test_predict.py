@@ -1,0 +1,79 @@
+"""Generation in packs says what one-by-one generation says; a server is asked for the same."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+
+from eval.predict import ServerError, ask_server, generate
+from sft.model import load_base
+from sft.recipe import Model
+
+
+def test_packed_answers_equal_transformers_own_generate(smollm, tokenizer, questions):
+    model = load_base(Model(base=str(smollm)), torch.device("cpu"))
+    chosen = questions[:10]
+    packed = generate(model, tokenizer, chosen, max_new_tokens=12, batch_tokens=900)
+    alone = generate(model, tokenizer, chosen, max_new_tokens=12, batch_tokens=900, packed=False)
+    assert packed == alone
+    assert len({p.text for p in packed}) > 3
+
+
+def test_answers_come_in_order_and_say_whether_they_ended(tiny, tokenizer, questions):
+    model = load_base(Model(base=str(tiny)), torch.device("cpu"))
+    forward = generate(model, tokenizer, questions[:20], 5, 600)
+    backward = generate(model, tokenizer, questions[:20][::-1], 5, 4000)
+    assert [p.text for p in forward] == [p.text for p in backward[::-1]]
+    assert all(p.new_tokens == 5 or p.finished for p in forward)
+
+
+class FakeOpenAI(BaseHTTPRequestHandler):
+    seen: list[dict] = []  # noqa: RUF012
+
+    def do_GET(self) -> None:
+        self.reply({"object": "list", "data": [{"id": "served", "object": "model", "created": 0, "owned_by": "me"}]})
+
+    def do_POST(self) -> None:
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.seen.append(request)
+        text = request["messages"][-1]["content"].split("Question: ")[1]
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": f" {text} "}}
+        usage = {"prompt_tokens": 1, "completion_tokens": 7, "total_tokens": 8}
+        self.reply({"id": "1", "object": "chat.completion", "created": 0, "model": "served", "choices": [choice], "usage": usage})  # fmt: skip
+
+    def reply(self, body: dict) -> None:
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def url():
+    server = HTTPServer(("127.0.0.1", 0), FakeOpenAI)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1"
+    server.shutdown()
+
+
+def test_server_is_asked_greedily_and_answers_come_in_order(url, questions):
+    answers = ask_server(url, None, questions[:20], max_new_tokens=9)
+    assert [a.text for a in answers] == [q.prompt[-1]["content"].split("Question: ")[1] for q in questions[:20]]
+    assert all(a.finished and a.new_tokens == 7 for a in answers)
+    request = FakeOpenAI.seen[-1]
+    assert (request["temperature"], request["max_tokens"], request["model"]) == (0, 9, "served")
+
+
+def test_server_that_is_not_there_is_a_clear_error(questions, monkeypatch):
+    import openai
+
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*is the server up"):
+        ask_server("http://127.0.0.1:9/v1", "m", questions[:2], 5)

@@ -1,0 +1,182 @@
+"""Recipes are strict: every mistake is one line with key, value, what is allowed and the nearest valid key."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sft.recipe import Recipe, RecipeError
+from sft.recipe_file import check_recipe, dump_recipe, load_recipe
+from sft.strict_yaml import YamlError, parse
+from tests.conftest import ROOT, write_recipe
+
+MINIMAL = {
+    "task": "squad_v2",
+    "model": {"base": "owner/model"},
+    "data": {"train": "data/samples/squad_train.json"},
+}
+
+
+def with_key(path: str, value: object) -> dict:
+    tree = json.loads(json.dumps(MINIMAL))
+    node = tree
+    *parents, last = path.split(".")
+    for key in parents:
+        node = node.setdefault(key, {})
+    node[last] = value
+    return tree
+
+
+def test_minimal_recipe_is_complete():
+    recipe = check_recipe(MINIMAL)
+    assert recipe.tune.method == "lora"
+    assert recipe.data.train[0].path == "data/samples/squad_train.json"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.learning_rat", 1e-4, "train.learning_rat: unknown key, did you mean learning_rate?"),
+        ("trian", {}, "trian: unknown key, did you mean train?"),
+        ("model.quantization.load_in_4bits", True, "model.quantization.load_in_4bits: unknown key, did you mean load_in_4bit?"),
+        ("tune.lora_alfa", 3, "tune.lora_alfa: unknown key of method lora, did you mean lora_alpha?"),
+        ("tune.method", "lorra", "tune.method: 'lorra' is none of"),
+        ("tune.r", "many", "tune.r: input should be a valid integer"),
+        ("train.learning_rate", "abc", "train.learning_rate: input should be a valid number.*found 'abc'"),
+        ("train.learning_rate", True, "train.learning_rate: a number is needed"),
+        ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0, found -1"),
+        ("train.examples_per_step", 2.5, "train.examples_per_step: .*integer"),
+        ("train.lr_scheduler_type", "cosin", "train.lr_scheduler_type: input should be 'linear', 'cosine'"),
+        ("train.per_device_train_batch_size", 4, "use train.examples_per_step"),
+        ("train.warmup_ratio", 0.1, "use train.warmup_steps"),
+        ("data.train", "missing.json", r"data.train\[0\].path: no such file: missing.json"),
+        ("data.train", [], "data.train: "),
+        ("eval.data", "missing.json", "eval.data.path: no such file"),
+        ("model.base", "nowhere", "model.base: nowhere is no folder"),
+        ("model.chat_template", "none.jinja", "model.chat_template: no such file"),
+        ("task", "squad", "task: input should be 'squad_v2'"),
+        ("train.eval_strategy", "epoch", "eval_strategy epoch needs eval.data"),
+        ("tune.method", "freeze", "needs tune.trainable"),
+        ("tune.trainable", ["x"], "tune.trainable is read by tune.method freeze only"),
+        ("model.quantization", {"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
+    ],
+)  # fmt: skip
+def test_mistake_is_one_line_that_names_key_and_remedy(key, value, message):
+    with pytest.raises(RecipeError, match=message) as caught:
+        check_recipe(with_key(key, value))
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_base_refuses_methods_that_train_it():
+    tree = with_key("model.quantization", {"load_in_4bit": True}) | {"tune": {"method": "full"}}
+    with pytest.raises(RecipeError, match="tune.method full trains weights of the base"):
+        check_recipe(tree)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("2e-4", 2e-4), ("1E5", 1e5), ("-.5", -0.5), ("7", 7), ("012", 12), ("no", "no"), ("on", "on"), ("yes", "yes"),
+        ("true", True), ("null", None), ("~", None), ("1:30", "1:30"), ("2026-01-01", "2026-01-01"), ("0x10", "0x10"),
+        ("1_000", "1_000"),
+    ],
+)  # fmt: skip
+def test_scalars_are_those_of_yaml_1_2(text, value):
+    assert parse(f"key: {text}", "r.yaml") == {"key": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: 1\na: 2", r"r\.yaml:2: the key a occurs twice"),
+        ("a: {b: 1, b: 2}", r"r\.yaml:1: the key b occurs twice"),
+        ("a: &x 1\nb: *x", r"r\.yaml:1: anchors and aliases are not allowed"),
+        ("a: !!python/object/apply:os.system ['x']", r"r\.yaml:1: the tag .* is not allowed"),
+        ("a: [1,", r"r\.yaml:1"),
+        ("a:\n\t- b", r"r\.yaml:2"),
+        ("? [1]\n: 2", r"r\.yaml:1: a key must be plain text"),
+    ],
+)
+def test_surprising_yaml_is_refused_with_its_line(text, message):
+    with pytest.raises(YamlError, match=message):
+        parse(text, "r.yaml")
+
+
+def test_types_come_from_the_field(tmp_path):
+    path = write_recipe(
+        tmp_path / "r.yaml", "owner/model", train="{learning_rate: '2e-4', save_strategy: no, bf16: no}"
+    )
+    train = load_recipe(path).train
+    assert (train.learning_rate, train.save_strategy, train.bf16) == (2e-4, "no", False)
+
+
+def test_overrides_set_keys_at_any_depth(tmp_path):
+    path = write_recipe(tmp_path / "r.yaml", "owner/model")
+    recipe = load_recipe(path, ["train.learning_rate=3e-4", "model.quantization.load_in_4bit=true", "tune.r=2"])
+    assert recipe.train.learning_rate == 3e-4
+    assert recipe.model.quantization is not None
+    assert recipe.tune.peft["r"] == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [("train", "write KEY=VALUE"), ("task.x=1", "task is a value, not a section"), ("train.lr=1", "unknown key")],
+)
+def test_override_that_fits_nowhere_is_an_error(tmp_path, override, message):
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write_recipe(tmp_path / "r.yaml", "owner/model"), [override])
+
+
+def test_dumped_recipe_reads_back_as_the_same():
+    recipe = check_recipe(with_key("tune", {"method": "ia3", "target_modules": ["k_proj"]}))
+    assert check_recipe(yaml.safe_load(dump_recipe(recipe))) == recipe
+
+
+def test_schema_describes_every_section():
+    schema = Recipe.model_json_schema()
+    assert set(schema["properties"]) == {"task", "model", "tune", "data", "train", "eval", "export"}
+    assert schema["$defs"]["Train"]["additionalProperties"] is False
+
+
+def test_every_declared_key_is_read_somewhere():
+    """A key that nothing reads is a promise that is not kept."""
+    code = "".join(p.read_text() for p in ROOT.glob("sft/*.py") if p.name not in ("recipe.py", "recipe_file.py"))
+    passed_on = {"Train", "Quantization"}  # as a whole, to TrainingArguments and BitsAndBytesConfig
+    import sft.recipe as schema
+
+    for section in (schema.Model, schema.Tune, schema.Data, schema.Eval, schema.Export, schema.Source, schema.Recipe):
+        for key in section.model_fields:
+            assert f".{key}" in code, f"{section.__name__}.{key}"
+    assert passed_on
+    import inspect
+
+    from transformers import BitsAndBytesConfig
+    from trl import SFTConfig
+
+    own = {"examples_per_step"}
+    assert set(schema.Train.model_fields) - own <= set(SFTConfig.__dataclass_fields__)
+    assert set(schema.Quantization.model_fields) <= set(inspect.signature(BitsAndBytesConfig).parameters)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_recipe_loads_and_dry_runs(path: Path, tiny_qwen, capsys):
+    from sft.dry_run import print_plan
+
+    overrides = ["data.train=data/samples/squad_train.json", "eval.data=data/samples/squad_dev.json"]
+    if path.stem.startswith("qwen"):
+        overrides.append(f"model.base={tiny_qwen}")
+    print_plan(load_recipe(path, overrides))
+    printed = capsys.readouterr().out
+    assert "trainable parameters" in printed
+    assert "estimated time" in printed
+    head = path.read_text().splitlines()[0]
+    assert path.name in head
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").glob("*.yaml")), ids=lambda p: p.stem)
+def test_accelerate_config_is_one_that_accelerate_reads(path: Path):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    config = ClusterConfig.from_yaml_file(str(path))
+    assert config.num_processes == 2

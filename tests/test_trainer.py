@@ -1,0 +1,68 @@
+"""One optimizer step: the same examples and the same loss, however many packs and processes share the work."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from data.chat import encode
+from data.pack import make_packs
+from sft.recipe import Train, Tune
+from sft.trainer import PackTrainer, plan_steps, shard_packs, training_arguments
+
+
+@pytest.fixture
+def examples(questions, tokenizer):
+    return [encode(q, tokenizer, 1024) for q in questions[:24]]
+
+
+def test_plan_has_the_same_examples_in_a_step_with_and_without_sharing(examples):
+    train = Train(examples_per_step=7, num_train_epochs=2)
+    shared, flat = plan_steps(examples, train, True), plan_steps(examples, train, False)
+    assert shared.steps == flat.steps
+    assert (len(shared.steps), shared.steps_per_epoch) == (8, 4)
+
+
+@pytest.mark.parametrize(("train", "steps"), [({"num_train_epochs": 0.5}, 2), ({"max_steps": 9}, 9), ({}, 4)])
+def test_plan_has_the_steps_that_the_recipe_asks_for(examples, train, steps):
+    assert len(plan_steps(examples, Train(examples_per_step=7, **train)).steps) == steps
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_every_pack_counts_once_over_all_processes(examples, processes):
+    packs = make_packs(examples, True)
+    shares = [shard_packs(packs, rank, processes) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    counted = [id(pack) for share in shares for pack, weight in share if weight]
+    assert sorted(counted) == sorted(id(pack) for pack in packs)
+
+
+def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **more) -> list[dict]:
+    train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", **more)
+    from sft.model import tune_model
+
+    tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"})
+    model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
+    plan = plan_steps(examples, train, share)
+    trainer = PackTrainer(model, tokenizer, training_arguments(train, plan, tmp_path, False), plan, held_out)
+    trainer.train()
+    return trainer.state.log_history
+
+
+def test_loss_curve_is_the_same_with_and_without_sharing(tiny, tokenizer, examples, tmp_path):
+    curves = [
+        [row["loss"] for row in run_losses(tiny, tokenizer, examples, tmp_path, share) if "loss" in row]
+        for share in (True, False)
+    ]
+    assert len(curves[0]) == 3
+    assert curves[0] == pytest.approx(curves[1], abs=1e-5)
+    assert curves[0][-1] < curves[0][0]
+
+
+def test_evaluation_reports_the_mean_over_trained_tokens_and_changes_nothing(tiny, tokenizer, examples, tmp_path):
+    held_out = make_packs(examples[:6], True)
+    plain = run_losses(tiny, tokenizer, examples, tmp_path, True)
+    evaluated = run_losses(tiny, tokenizer, examples, tmp_path, True, held_out, eval_strategy="steps", eval_steps=1)
+    assert [r["loss"] for r in plain if "loss" in r] == [r["loss"] for r in evaluated if "loss" in r]
+    held = [r["eval_loss"] for r in evaluated if "eval_loss" in r]
+    assert len(held) == 3
+    assert held[-1] < held[0] < 12
