@@ -40,4 +40,4 @@ $(VENV)/.serve-cpu: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs exports .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info

@@ -73,7 +73,7 @@ def eval_command(
     task: Annotated[str | None, typer.Option(help="squad_v2, squad_v1 or instruct; default: the run's.")] = None,
     data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions, drawn at random.")] = None,
-    out: Annotated[Path | None, typer.Option(help="For results.json and samples.jsonl; default: eval-results.")] = None,
+    out: Annotated[Path | None, typer.Option(help="For results.json and samples.jsonl; default: RUN/eval or eval-results.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
     model: ServedModel = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at a server.")] = 16,
@@ -82,8 +82,9 @@ def eval_command(
     """Score greedy answers, with 95 % intervals."""
     quiet_libraries()
     from sft.evaluate import evaluate, print_scores
+    from sft.load import is_run
 
-    folder = out or Path("eval-results")
+    folder = out or (Path(target) / "eval" if is_run(target) else Path("eval-results"))
     print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split))
     print(f"written to {folder}/results.json and samples.jsonl")
 

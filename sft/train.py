@@ -60,7 +60,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     state = PartialState(cpu=not torch.cuda.is_available())
     use_all_cores()
     checkpoint = last_checkpoint(resume) if resume else None
-    if recipe.train.output_dir and not resume:
+    if not resume:  # before minutes of loading
         agree_on_folder(recipe, recipe_path, probe=True)
     with state.main_process_first():  # a base that is not in the cache yet is written there once
         resolve_base(recipe.model.base)
