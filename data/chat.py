@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
@@ -102,6 +103,12 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
     return Example(ids[:last], mask[:last], conversation.context, where)
 
 
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends the assistant's turn in training, and must stop generation."""
+    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    return encode(Conversation(turns, "", "chat template"), tokenizer, 1_000_000).ids[-1]
+
+
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     if not tokenizer.chat_template:
         raise DataError(f"{name}: its tokenizer has no chat template; use an instruct model or set model.chat_template")
@@ -111,8 +118,11 @@ def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, gen
     """Text of the messages; a separator splits every control marker that the contents hold, see _tokenize."""
     markers = _added_tokens(tokenizer)
     safe = [{**m, "content": _split_markers(m["content"], markers)} for m in messages]
-    text = tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=generation)
-    return str(text)
+    try:
+        return str(tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=generation))
+    except TemplateError as error:
+        roles = ", ".join(m["role"] for m in messages)
+        raise DataError(f"the chat template refuses the turns {roles}: {error}; set model.chat_template") from error
 
 
 SPLIT = "\ufdd0"  # a Unicode noncharacter: never part of a text that is meant to be exchanged

@@ -10,7 +10,7 @@ from data.chat import Conversation, DataError, Example, TooLong, encode
 from data.pack import make_packs, step_order
 from data.progress import track
 
-NAMED = 5  # defects that are spelled out; all are counted
+NAMED = 5  # rows with defects that are named; all are counted
 
 
 def encode_all(
@@ -34,8 +34,9 @@ def encode_all(
         except DataError as error:
             defects.append(str(error))
     if defects:
-        more = f"\n... and {len(defects) - NAMED} more rows" if len(defects) > NAMED else ""
-        raise DataError("\n".join(defects[:NAMED]) + more)
+        others = ", ".join(defect.split(": ")[0] for defect in defects[1:NAMED])
+        more = f"; {len(defects) - 1} more rows have defects: {others}" if others else ""
+        raise DataError(defects[0] + more + (" ..." if len(defects) > NAMED else ""))
     if not examples:
         raise DataError(f"no row of {len(conversations)} can be trained on; the first: {left_out[0]}")
     return examples, left_out

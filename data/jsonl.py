@@ -7,6 +7,7 @@ prompt-completion: {"prompt": ..., "completion": ...}
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,19 +40,26 @@ def read_jsonl(path: Path) -> list[Conversation]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Line numbers from 1 and objects; blank lines are allowed and counted as lines."""
+    for number, raw in _lines(path):
+        try:
+            line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
+            row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant) if line else None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
+        except ValueError as error:
+            raise DataError(f"{path}:{number}: not a JSON object: {error}") from error
+        if line and not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: {type(row).__name__} where one JSON object a line is expected")
+        if row is not None:
+            yield number, row
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                row = json.loads(line, object_pairs_hook=_unique_keys, parse_constant=_no_constant) if line else None
-            except UnicodeDecodeError as error:
-                raise DataError(f"{path}:{number}: not UTF-8: {error.reason} at byte {error.start}") from error
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not a JSON object: {error}") from error
-            if line and not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: {type(row).__name__} where one JSON object a line is expected")
-            if row is not None:
-                yield number, row
+        try:
+            yield from enumerate(file, start=1)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: broken gzip file: {error}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ def read_squad(path: Path, version: int = 2) -> list[Conversation]:
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             articles = json.load(file)["data"]
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a SQuAD JSON file: {error}") from error
     except (KeyError, TypeError) as error:
         raise DataError(f'{path}: not a SQuAD JSON file: no top-level "data" list') from error

@@ -1,6 +1,7 @@
 """Prompts -> answers: greedy, in-process or through an OpenAI-compatible server."""
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -8,7 +9,7 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import Conversation, Example, encode_prompt
+from data.chat import Conversation, Example, encode_prompt, end_of_turn
 from data.errors import UserError
 from data.pack import attention_mask, build_pack
 from data.progress import Bar
@@ -69,7 +70,7 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     """Ids that end the assistant's turn."""
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*listed, tokenizer.eos_token_id) if i is not None}
+    return {i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}
 
 
 def _batches(prompts: Sequence[list[int]], batch_tokens: int) -> list[list[int]]:
@@ -137,36 +138,50 @@ def _generate_one(model: PreTrainedModel, prompts: list[list[int]], stop: set[in
     return [out[0, ids.shape[1] :].tolist()]
 
 
-def ask_server(
-    url: str, model: str | None, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int = 16
-) -> list[Prediction]:
-    """The same through POST {url}/chat/completions, `concurrency` requests in flight. Raises ServerError.
+def served_model(url: str, wanted: str | None) -> str:
+    """The model to ask: the wanted one, or the only one. Raises ServerError where there are several."""
+    import openai
 
-    The key, where the server wants one, comes from OPENAI_API_KEY.
-    """
+    client = openai.OpenAI(base_url=url, api_key=api_key(), timeout=60)
+    try:
+        names = [model.id for model in client.models.list().data]
+    except openai.OpenAIError as error:
+        raise ServerError(f"{url}: {error}; is the server up, and is the address its /v1?") from error
+    if wanted is None and len(names) == 1:
+        return names[0]
+    if wanted not in names:
+        raise ServerError(f"{url} serves {', '.join(names)}; name one of them with --model")
+    return wanted
+
+
+def api_key() -> str:
+    """What the server wants, where it wants one: OPENAI_API_KEY, or the VLLM_API_KEY that it was started with."""
+    return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
+
+
+def ask_server(
+    url: str, model: str, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int = 16
+) -> list[Prediction]:
+    """The same through POST {url}/chat/completions, `concurrency` requests in flight. Raises ServerError."""
     return asyncio.run(_ask_all(url, model, conversations, max_new_tokens, concurrency))
 
 
 async def _ask_all(
-    url: str, model: str | None, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int
+    url: str, model: str, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int
 ) -> list[Prediction]:
-    import os
-
     import openai
 
-    client = openai.AsyncOpenAI(
-        base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"), timeout=600, max_retries=3
-    )
+    client = openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=600, max_retries=3)
     slots = asyncio.Semaphore(concurrency)
     bar = Bar("ask", len(conversations))
     done = 0
 
-    async def ask(name: str, conversation: Conversation) -> Prediction:
+    async def ask(conversation: Conversation) -> Prediction:
         nonlocal done
         async with slots:
             reply = await client.chat.completions.create(
-                model=name,
-                messages=list(conversation.prompt),  # type: ignore[arg-type]
+                model=model,
+                messages=cast(Any, list(conversation.prompt)),
                 temperature=0,
                 max_tokens=max_new_tokens,
             )
@@ -177,12 +192,10 @@ async def _ask_all(
         return Prediction((choice.message.content or "").strip(), used, choice.finish_reason == "stop")
 
     try:
-        name = model or (await client.models.list()).data[0].id
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(name, c)) for c in conversations]
+            tasks = [group.create_task(ask(c)) for c in conversations]
     except* openai.OpenAIError as errors:
-        first = errors.exceptions[0]
-        raise ServerError(f"{url}: {first}; is the server up, and is the address its /v1?") from first
+        raise ServerError(f"{url}: {errors.exceptions[0]}; is the server up, and is the address its /v1?") from errors
     finally:
         bar.close()
         await client.close()

@@ -1,5 +1,6 @@
 """Tasks: how rows become conversations, and how an answer is scored."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,6 +10,8 @@ from data.chat import Conversation, DataError
 from data.jsonl import read_jsonl
 from data.squad import read_squad, read_squad_hub
 from eval.metrics import reference_scores, squad_scores
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ def read_conversations(task: str, path: str, split: str = "train", revision: str
     if Path(path).is_file():
         return TASKS[task].read(Path(path))
     read_hub = TASKS[task].read_hub
-    if read_hub is None:
-        raise DataError(f"{path}: no such file, and task {task} reads files only")
-    return read_hub(path, split, revision)
+    if read_hub is None or not HUB_ID.fullmatch(path) or Path(path).suffix:
+        raise DataError(f"{path}: no such file" + ("; it is a folder" if Path(path).is_dir() else ""))
+    try:
+        return read_hub(path, split, revision)
+    except (OSError, ValueError) as error:  # datasets' own: not found, no such split, no connection
+        reason = str(error).splitlines()[0]
+        raise DataError(f"{path}: no such file here, and not to be had from the Hub: {reason}") from error

@@ -56,17 +56,16 @@ def _local(target: str, max_new_tokens: int) -> Reply:
 
 
 def _server(url: str, served_model: str | None, max_new_tokens: int) -> Reply:
-    import os
-
     import openai
 
-    from eval.predict import ServerError
+    from eval.predict import ServerError, api_key
+    from eval.predict import served_model as find_model
 
-    client = openai.OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"))
+    name = find_model(url, served_model)
+    client = openai.OpenAI(base_url=url, api_key=api_key())
 
     def reply(messages: list[Message]) -> str:
         try:
-            name = served_model or client.models.list().data[-1].id
             stream = cast(Any, client.chat.completions).create(
                 model=name, messages=messages, max_tokens=max_new_tokens, temperature=0, stream=True
             )

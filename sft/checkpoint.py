@@ -18,7 +18,10 @@ def last_checkpoint(run: Path) -> Path:
     for path in sorted(found, key=lambda p: int(p.name.split("-")[1]), reverse=True):
         if (path / "trainer_state.json").is_file():
             return path
-    raise RunError(f"{run}: no checkpoint to resume from; start it anew with `graft train {run}/recipe.yaml`")
+    raise RunError(
+        f"{run}: no checkpoint to resume from; start anew with "
+        f"`graft train {run}/recipe.yaml --set train.output_dir=NEW-FOLDER`"
+    )
 
 
 class SaveOnInterrupt(TrainerCallback):

@@ -57,8 +57,9 @@ def serve(
     log = target / "serve.log"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
     with server(target, host, port, log, vllm or []) as url:
-        answer = check_completion(url, target.name)
-        print(f"ready: {url}   (log: {log})\nit answers: {answer!r}\n\n{curl_line(url, target.name)}\n", flush=True)
+        name = target.resolve().name
+        answer = check_completion(url, name)
+        print(f"ready: {url}   (log: {log})\nit answers: {answer!r}\n\n{curl_line(url, name)}\n", flush=True)
         print("Ctrl-C stops it", flush=True)
         try:
             signal.pause()
@@ -73,19 +74,21 @@ def eval_command(
     task: Annotated[str | None, typer.Option(help="squad_v2, squad_v1 or instruct; default: the run's.")] = None,
     data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions, drawn at random.")] = None,
-    out: Annotated[Path | None, typer.Option(help="For results.json and samples.jsonl; default: RUN/eval or eval-results.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/eval, or eval-results.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
     model: ServedModel = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at a server.")] = 16,
     split: Annotated[str, typer.Option(help="Of a Hub dataset.")] = "validation",
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
 ) -> None:
     """Score greedy answers, with 95 % intervals."""
     quiet_libraries()
     from sft.evaluate import evaluate, print_scores
     from sft.load import is_run
 
-    folder = out or (Path(target) / "eval" if is_run(target) else Path("eval-results"))
-    print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split))
+    name = "eval-base" if base else "eval"
+    folder = out or (Path(target) / name if is_run(target) else Path("eval-results"))
+    print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split, max_new_tokens))
     print(f"written to {folder}/results.json and samples.jsonl")
 
 

@@ -5,17 +5,17 @@ import time
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from sft.examples import load_examples
 from sft.model import (
-    check_fits,
+    check_length,
     compute_dtype,
     count_parameters,
     default_device,
     is_quantized,
+    load_config,
     load_tokenizer,
-    resolve_base,
     tune_model,
 )
 from sft.recipe import Recipe
@@ -32,12 +32,12 @@ def print_plan(recipe: Recipe) -> None:
     quiet_libraries()
     use_all_cores()
     print(dump_recipe(recipe))
+    check_length(recipe)
     tokenizer = load_tokenizer(recipe.model)
     examples, report = load_examples(recipe, tokenizer)
-    config = AutoConfig.from_pretrained(resolve_base(recipe.model.base), revision=recipe.model.revision)
+    config = load_config(recipe.model)
     with torch.device("meta"):  # shapes without weights
         base = AutoModelForCausalLM.from_config(config)
-        check_fits(base, recipe)
         model = tune_model(base, recipe.tune, recipe.train.seed)
     trainable, parameters = count_parameters(model)
     plan = plan_steps(examples, recipe.train, recipe.data.share_prefixes, recipe.data.pack_tokens)

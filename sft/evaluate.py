@@ -7,13 +7,14 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eval.predict import ask_server, generate
+from eval.predict import ask_server, generate, served_model
 from eval.run import limit_questions, score, write_results
 from eval.tasks import TASKS, read_conversations
 from sft.load import is_run, is_url, load_target, run_recipe
 from sft.monitor import peak_memory_gib
 from sft.recipe import Eval, RecipeError
 from sft.recipe_file import nearest
+from sft.run import check_writable
 from sft.session import use_all_cores
 
 
@@ -24,9 +25,10 @@ def evaluate(
     data: str | None = None,
     limit: int | None = None,
     base: bool = False,
-    served_model: str | None = None,
+    served: str | None = None,
     concurrency: int = 16,
     split: str = "validation",
+    max_new_tokens: int | None = None,
 ) -> dict[str, Any]:
     """Results, also written to `out`. What is left out comes from the run's recipe. `base`: score a run's base instead.
 
@@ -41,27 +43,31 @@ def evaluate(
     source = settings.data
     if data is None and source is None:
         raise RecipeError("--data: name the file to score on; the target brings none")
+    revision = None
     if data is None and source is not None:
-        data, split = source.path, source.split
-    conversations = limit_questions(read_conversations(task, str(data), split), limit or settings.limit)
+        data, split, revision = source.path, source.split, source.revision
+    check_writable(out, "--out")
+    conversations = limit_questions(read_conversations(task, str(data), split, revision), limit or settings.limit)
+    length = max_new_tokens or settings.max_new_tokens
 
     use_all_cores()
     start = time.monotonic()
     if is_url(target):
-        predictions = ask_server(target, served_model, conversations, settings.max_new_tokens, concurrency)
+        served = served_model(target, served)
+        predictions = ask_server(target, served, conversations, length, concurrency)
     else:
         if base and recipe is None:
             raise RecipeError(f"--base: {target} is no run folder")
         loaded = load_target(target, base)
         predictions = generate(
-            loaded.model, loaded.tokenizer, conversations, settings.max_new_tokens, settings.batch_tokens, loaded.packed
+            loaded.model, loaded.tokenizer, conversations, length, settings.batch_tokens, loaded.packed
         )
     seconds = time.monotonic() - start
     results = {
-        "target": target + (" (base)" if base else ""),
+        "target": target + (" (base)" if base else f" {served}" if is_url(target) else ""),
         "data": Path(str(data)).name,
         **score(task, conversations, predictions),
-        "max_new_tokens": settings.max_new_tokens,
+        "max_new_tokens": length,
         "seconds": round(seconds, 1),
         "questions_per_s": round(len(predictions) / seconds, 2),
     }

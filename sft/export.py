@@ -8,21 +8,22 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import Example
+from data.chat import Conversation, Example
 from data.check import encode_all
 from data.errors import UserError
 from data.pack import build_pack
 from data.progress import track
+from eval.predict import end_tokens
 from eval.run import limit_questions
 from eval.tasks import read_conversations
 from sft.examples import held_out_conversations
 from sft.load import adapter_folder, load_plain, load_run, run_recipe
-from sft.model import default_device, load_base, load_tokenizer
+from sft.model import compute_dtype, default_device, load_base
 from sft.recipe import Recipe
 from sft.run import RunError, check_writable, write_json
 from sft.trainer import pack_inputs
@@ -44,23 +45,23 @@ class Trace:
 def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool = False) -> dict[str, Any]:
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written."""
     recipe = run_recipe(run)
+    check_writable(out, "--out")
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; name another folder with --out")
-    check_writable(out, "--out")
-    conversations = read_conversations(recipe.task, data) if data else held_out_conversations(recipe)
+    conversations = read_conversations(recipe.task, data, "validation") if data else held_out_conversations(recipe)
     if not conversations:
         raise RunError("the recipe has no eval.data to check the merge on; name held-out data with --data FILE")
-    tokenizer = load_tokenizer(recipe.model)
     chosen = limit_questions(conversations, recipe.export.prompts)
-    examples, _ = encode_all(chosen, tokenizer, recipe.data.max_length, "skip")
-    before = trace(load_run(run).model, examples, "adapter on base")
+    examples, tokenizer, before = trace_run(run, chosen, recipe.data.max_length)
 
     aside = out.with_name(f".{out.name}.new")
     shutil.rmtree(aside, ignore_errors=True)
     try:
         base = write_merged(run, recipe, aside)
         tokenizer.save_pretrained(aside)
-        after = trace(load_plain(aside, "float32"), examples, "merged model")
+        # in the run's own compute dtype: only the weights' rounding differs
+        merged = load_plain(aside, compute_dtype(recipe.model, default_device()))
+        after = trace(merged, examples, "merged model")
         parity = {
             "run": run.name,
             "base": base,
@@ -84,21 +85,30 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
     return parity
 
 
+def trace_run(
+    run: Path, conversations: Sequence[Conversation], max_length: int
+) -> tuple[list[Example], PreTrainedTokenizerBase, list[Trace]]:
+    """Held-out examples and what the run says of them; its model is freed before the merged one is built."""
+    loaded = load_run(run)
+    examples, _ = encode_all(conversations, loaded.tokenizer, max_length, "skip")
+    return examples, loaded.tokenizer, trace(loaded.model, examples, "adapter on base")
+
+
 def write_merged(run: Path, recipe: Recipe, folder: Path) -> str:
     """Save the merged model and say what it was merged into. Raises ParityError where it equals its base."""
     dtype = getattr(torch, recipe.export.dtype)
     if (run / "model").is_dir():
-        load_plain(run / "model", recipe.export.dtype).save_pretrained(folder)
+        _save(load_plain(run / "model", dtype), folder, run)
         return "trained as a whole: no merge"
     from peft import PeftModel
 
     adapter = adapter_folder(run)
     quantization = recipe.model.quantization
     dequantize = quantization is not None and recipe.export.base == "dequantized"
-    model = recipe.model.model_copy(update={"dtype": "float32"} | ({} if dequantize else {"quantization": None}))
-    base = load_base(model, default_device())
+    device = default_device()
+    base = load_base(recipe.model if dequantize else recipe.model.model_copy(update={"quantization": None}), device)
     if dequantize:
-        base = base.dequantize(dtype=torch.float32)
+        base = base.dequantize(dtype=compute_dtype(recipe.model, device))
     untouched = _fingerprints(base, dtype)
     tuned = PeftModel.from_pretrained(base, str(adapter))
     if not hasattr(tuned.base_model, "merge_and_unload"):
@@ -107,11 +117,19 @@ def write_merged(run: Path, recipe: Recipe, folder: Path) -> str:
     merged = tuned.merge_and_unload(safe_merge=True).to(dtype)
     if _fingerprints(merged, dtype) == untouched:
         raise ParityError(f"{adapter}: the merged model equals its base in {recipe.export.dtype}; nothing was learnt")
-    merged.save_pretrained(folder)
+    _save(merged, folder, run)
     return "dequantized, as trained" if dequantize else "original"
 
 
-def trace(model: nn.Module, examples: Sequence[Example], name: str) -> list[Trace]:
+def _save(model: PreTrainedModel, folder: Path, run: Path) -> None:
+    """Weights, and a generation config that stops where training taught to stop: servers read it."""
+    weights = "model" if (run / "model").is_dir() else "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(run / weights, trust_remote_code=False)
+    cast(Any, model.generation_config).eos_token_id = sorted(end_tokens(model, tokenizer))
+    model.save_pretrained(folder)
+
+
+def trace(model: PreTrainedModel, examples: Sequence[Example], name: str) -> list[Trace]:
     """Teacher-forced over prompt and gold answer."""
     device = next(model.parameters()).device
     traces = []
@@ -141,7 +159,7 @@ def compare(before: Sequence[Trace], after: Sequence[Trace]) -> dict[str, Any]:
     }
 
 
-def _fingerprints(model: nn.Module, dtype: torch.dtype) -> dict[str, str]:
+def _fingerprints(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
     """sha256 of each weight as it would be saved."""
     return {
         name: hashlib.sha256(tensor.to(dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()

@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import check_template
 from sft.model import default_device, load_base, load_tokenizer, takes_packs
@@ -44,23 +45,25 @@ def load_target(target: str, base: bool = False) -> Loaded:
     tokenizer = load_tokenizer(model)
     check_template(tokenizer, target)
     loaded = load_base(model, default_device())
-    return Loaded(loaded, tokenizer, takes_packs(loaded.config), None)
+    return Loaded(loaded, tokenizer, takes_packs(loaded), None)
 
 
 def load_run(run: Path) -> Loaded:
     """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights."""
     recipe = run_recipe(run)
-    tokenizer = load_tokenizer(recipe.model)
     device = default_device()
     if (run / "model").is_dir():
+        tokenizer = load_tokenizer(Model(base=str(run / "model")))
         trained = load_base(recipe.model.model_copy(update={"base": str(run / "model")}), device)
-        return Loaded(trained, tokenizer, takes_packs(trained.config), recipe)
+        return Loaded(trained, tokenizer, takes_packs(trained), recipe)
     adapter = adapter_folder(run)
     from peft import PeftModel
 
+    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)  # with the template it was trained by
     base = load_base(recipe.model, device)
+    whole = takes_packs(base)
     model = PeftModel.from_pretrained(base, str(adapter))
-    packed = takes_packs(base.config) and not next(iter(model.peft_config.values())).is_prompt_learning
+    packed = whole and not next(iter(model.peft_config.values())).is_prompt_learning
     return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed, recipe)
 
 
@@ -73,11 +76,14 @@ def adapter_folder(run: Path) -> Path:
     return adapter
 
 
-def load_plain(folder: Path, dtype: str) -> PreTrainedModel:
+def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     """An exported folder as anyone loads it: plain AutoModelForCausalLM."""
-    import torch
-
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=getattr(torch, dtype), attn_implementation="sdpa", device_map={"": default_device()}
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        device_map={"": default_device()},
+        use_safetensors=True,
+        trust_remote_code=False,
     )
     return model.eval()

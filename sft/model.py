@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PretrainedConfig,
@@ -24,6 +25,8 @@ from transformers import (
     set_seed,
 )
 
+from data.chat import Example
+from data.pack import attention_mask, build_pack
 from sft.recipe import WHEEL, Model, Quantization, Recipe, RecipeError, Tune, is_hub_id
 from sft.recipe_file import peft_types
 
@@ -45,6 +48,8 @@ def resolve_base(base: str) -> str:
     if is_hub_id(base):
         return base
     path = Path(base)
+    if not path.exists():
+        raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
     if path.suffix == ".gguf":
         return str(_materialise(path))
     if not (path / "config.json").is_file():
@@ -58,8 +63,14 @@ def resolve_base(base: str) -> str:
     return base
 
 
+def load_config(model: Model) -> PretrainedConfig:
+    return AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
+
+
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base(model.base), revision=model.revision)
+    tokenizer = AutoTokenizer.from_pretrained(
+        resolve_base(model.base), revision=model.revision, trust_remote_code=False
+    )
     if model.chat_template:
         tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
     return tokenizer
@@ -75,6 +86,7 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
         attn_implementation="sdpa",  # takes the boolean masks of packs
         device_map={"": device},
         use_safetensors=True,
+        trust_remote_code=False,
     )
     keep_linear4bit_differentiable(loaded)
     loaded.config.use_cache = False
@@ -105,10 +117,10 @@ def keep_linear4bit_differentiable(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def tune_model(base: PreTrainedModel, tune: Tune, seed: int) -> PreTrainedModel:
-    """The model whose trainable parameters are the method's, in fp32; all others frozen.
+def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = False) -> PreTrainedModel:
+    """The model whose trainable parameters are the method's; all others frozen.
 
-    Seeded here, because PEFT draws the adapter's initial weights.
+    Seeded here, because PEFT draws the adapter's initial weights. They are fp32, or with one_dtype the base's.
     """
     set_seed(seed)
     if tune.method in ("full", "freeze", "linear_probe"):
@@ -117,31 +129,52 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int) -> PreTrainedModel:
 
     config = peft_types()[tune.method](task_type="CAUSAL_LM", **tune.peft)
     try:
-        return cast(PreTrainedModel, get_peft_model(base, config))  # it answers to the same calls
+        model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
     except ValueError as error:  # PEFT names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
+    return cast(PreTrainedModel, model)  # it answers to the same calls
 
 
-def check_fits(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise RecipeError where the base can't take the recipe's sequences or packs."""
-    positions = model.config.get_text_config().max_position_embeddings
+def check_length(recipe: Recipe) -> None:
+    """Raise RecipeError where data.max_length is more than the base has positions."""
+    config = load_config(recipe.model)
+    positions = config.get_text_config().max_position_embeddings
     if recipe.data.max_length > positions:
         raise RecipeError(
             f"data.max_length {recipe.data.max_length} exceeds the {positions} positions of "
             f"{recipe.model.base}; lower it"
         )
-    if recipe.data.share_prefixes and not takes_packs(model.config):
+
+
+def check_packs(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Raise RecipeError where the recipe makes packs and the base does not obey their mask."""
+    if (recipe.data.share_prefixes or recipe.data.pack_tokens) and not takes_packs(model):
         raise RecipeError(
             f"data.share_prefixes: {recipe.model.base} has layers without full attention, which a pack's mask can't "
             "describe; set data.share_prefixes: false and leave data.pack_tokens out"
         )
 
 
-def takes_packs(config: PretrainedConfig) -> bool:
-    """Whether every layer is plain full attention, so that one mask says who sees whom."""
-    text = config.get_text_config()
-    kinds = set(text.to_dict().get("layer_types") or ["full_attention"])
-    return kinds == {"full_attention"}
+def takes_packs(model: PreTrainedModel) -> bool:
+    """Whether one mask says who sees whom: no sliding windows by its config, and the logits of two branches of a small
+    tree equal those of the two sequences alone (state-space layers, ALiBi and the like fail that)."""
+    text = model.config.get_text_config().to_dict()
+    kinds = set(text.get("layer_types") or ["full_attention"])
+    if kinds != {"full_attention"} or (text.get("sliding_window") and text.get("use_sliding_window", True)):
+        return False
+    rows = [Example([5, 6, 7, 8, 9, 10], [0] * 6), Example([5, 6, 7, 11, 12], [0] * 5)]
+    pack = build_pack([rows])
+    device = next(model.parameters()).device
+    with torch.inference_mode():
+        together = model(
+            input_ids=torch.tensor([pack.input_ids], device=device),
+            position_ids=torch.tensor([pack.position_ids], device=device),
+            attention_mask=attention_mask(pack, device),
+            use_cache=False,
+        ).logits[0, pack.leaf]
+        alone = [model(input_ids=torch.tensor([r.ids], device=device), use_cache=False).logits[0, -1] for r in rows]
+    difference = (together - torch.stack(alone)).float().abs().max()
+    return bool(difference < 0.1 * torch.stack(alone).float().std())
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

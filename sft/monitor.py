@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
-from data.errors import UserError
 from data.progress import Bar
-
-
-class TrainingDiverged(UserError):
-    """A loss or gradient that is not finite; going on would publish a broken adapter."""
+from sft.trainer import TrainingDiverged
 
 
 def peak_memory_gib() -> float:
@@ -23,25 +20,28 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
 class Monitor(TrainerCallback):
     """Main process only. A metrics.jsonl row for every logged step, flushed at once."""
 
-    def __init__(self, run: Path, steps_per_epoch: int) -> None:
-        self.run, self.steps_per_epoch = run, steps_per_epoch
+    def __init__(self, run: Path, steps_per_epoch: int, last: dict[str, Any] | None = None) -> None:
+        """`last`: the metrics row that a resumed run goes on from."""
+        self.run, self.steps_per_epoch, self.last = run, steps_per_epoch, last or {}
         self.note = ""
-        self.counted = (0.0, 0)
+        self.counted: tuple[float, int] = (0.0, 0)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.bar = Bar("train", state.max_steps)
-        self.board = SummaryWriter(str(self.run / "tensorboard"))
+        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=state.global_step + 1)
         self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
-        self.start = time.monotonic()
-        self.counted = (self.start, 0)
+        now = time.monotonic()
+        self.start = now - self.last.get("seconds", 0.0)
+        self.counted = (now, self.last.get("executed_tokens", 0))
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step, self.note)
@@ -66,12 +66,8 @@ class Monitor(TrainerCallback):
         for key, value in row.items():
             if isinstance(value, float):
                 self.board.add_scalar(key, value, state.global_step)
-        bad = [k for k in ("loss", "eval_loss", "grad_norm") if k in logs and not math.isfinite(logs[k])]
-        if bad:
-            raise TrainingDiverged(
-                f"{bad[0]} is {logs[bad[0]]} at step {state.global_step}; lower train.learning_rate, and go on from "
-                f"the last checkpoint with `graft train --resume {self.run}`"
-            )
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            raise TrainingDiverged(f"the gradient of step {state.global_step} is not finite; lower train.learning_rate")
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.close()

@@ -45,7 +45,17 @@ def quickstart(recipe_path: Path) -> None:
 
         console.rule("and serve")
         with server(run / "export", "127.0.0.1", PORT, run / "serve.log") as url:
-            rows.append(("served", evaluate(url, run / "eval-served", recipe.task, recipe.eval.data.path)))
+            source = recipe.eval.data
+            served = evaluate(
+                url,
+                run / "eval-served",
+                recipe.task,
+                source.path,
+                recipe.eval.limit,
+                split=source.split,
+                max_new_tokens=recipe.eval.max_new_tokens,
+            )
+        rows.append(("served", served))
 
     parts = list(before["scores"])
     table = Table(title=f"{run}: {before['questions']} held-out questions", title_justify="left")

@@ -59,7 +59,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, check_files: boo
 def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
     try:
         recipe = Recipe.model_validate(tree)
-        _check_tune(recipe.tune)
+        recipe = recipe.model_copy(update={"tune": _check_tune(recipe.tune, recipe.data)})
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
     if check_files:
@@ -79,9 +79,11 @@ def peft_types() -> dict[str, type]:
     return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def _check_tune(tune: Tune) -> None:
+def _check_tune(tune: Tune, data: Data) -> Tune:
+    """The section with each value as its PEFT config declares it. Raises RecipeError."""
+    allowed: dict[str, Any] = {}
     if tune.method in OTHER_METHODS:
-        allowed: dict[str, Any] = {}
+        config = None
     else:
         methods = peft_types()
         if tune.method not in methods:
@@ -97,12 +99,23 @@ def _check_tune(tune: Tune) -> None:
         if key not in allowed:
             near = nearest(key, [*allowed, "method", "trainable"])
             raise RecipeError(f"tune.{key}: unknown key of method {tune.method}{near}")
+    fields: dict[str, Any] = {key: allowed[key] for key in tune.peft}
     settings = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
-    model = create_model("tune", __config__=settings, **{k: allowed[k] for k in tune.peft})
+    model = create_model("tune", __config__=settings, **fields)
     try:
-        model.model_validate(tune.peft)
+        checked = model.model_validate(tune.peft)
+        values = {key: getattr(checked, key) for key in tune.peft}  # `no` is text in YAML and False here
+        built = config(task_type="CAUSAL_LM", **values) if config else None
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, ("tune",)) for e in error.errors())) from error
+    except (ValueError, TypeError) as error:  # what a PEFT config refuses as a whole
+        raise RecipeError(f"tune: method {tune.method}: {error}") from error
+    if built is not None and built.is_prompt_learning and (data.share_prefixes or data.pack_tokens):
+        raise RecipeError(
+            f"tune.method {tune.method} puts virtual tokens before each example, which a pack of several has no place "
+            "for; set data.share_prefixes: false and leave data.pack_tokens out"
+        )
+    return Tune(method=tune.method, trainable=tune.trainable, **values)
 
 
 def _check_files(recipe: Recipe) -> None:
@@ -126,11 +139,11 @@ def _set(tree: dict[str, Any], override: str) -> None:
     node: Any = tree
     *parents, last = path.split(".")
     for key in parents:
-        node = node[int(key)] if isinstance(node, list) and key.isdigit() else node.setdefault(key, {})
-        if not isinstance(node, dict | list):
+        node = node.setdefault(key, {})
+        if isinstance(node, list):
+            raise RecipeError(f"--set {path}: {key} is a list; set the whole of it, {key}=[...]")
+        if not isinstance(node, dict):
             raise RecipeError(f"--set {path}: {key} is a value, not a section")
-    if isinstance(node, list):
-        raise RecipeError(f"--set {path}: set the whole list, {'.'.join(parents)}=[...]")
     node[last] = parse(text, f"--set {path}")
 
 

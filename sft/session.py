@@ -24,6 +24,9 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except OSError as error:  # a file that can't be read, a full disk, a model that is on no hub
+            print(f"error: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
@@ -40,6 +43,12 @@ def quiet_libraries() -> None:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+
+
+def shards_parameters() -> bool:
+    """Whether accelerate was told to shard them, which wants one dtype for all."""
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def use_all_cores() -> None:

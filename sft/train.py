@@ -16,7 +16,7 @@ import typer
 
 from sft.recipe import Recipe
 from sft.recipe_file import load_recipe
-from sft.session import quiet_libraries, use_all_cores, user_errors
+from sft.session import quiet_libraries, shards_parameters, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
@@ -31,6 +31,8 @@ def main(
     """Train; the run folder holds the adapter and everything that later steps need."""
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("name a RECIPE, or a run to go on with: --resume RUN")
+    if resume and overrides:
+        raise typer.BadParameter("--set changes the recipe, and --resume goes on with the run's own; start a new run")
     path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
     loaded = load_recipe(path, overrides)
     if dry_run:
@@ -52,9 +54,17 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     from data.pack import make_packs
     from sft.checkpoint import SaveOnInterrupt, last_checkpoint
     from sft.examples import load_examples, load_held_out
-    from sft.model import check_fits, count_parameters, load_base, load_tokenizer, resolve_base, tune_model
+    from sft.model import (
+        check_length,
+        check_packs,
+        count_parameters,
+        load_base,
+        load_tokenizer,
+        resolve_base,
+        tune_model,
+    )
     from sft.monitor import Monitor
-    from sft.run import agree_on_folder, finish_run, manifest, rewind_metrics, start_run
+    from sft.run import agree_on_folder, check_unchanged, finish_run, manifest, read_metrics, rewind_metrics, start_run
     from sft.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -64,12 +74,14 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
         agree_on_folder(recipe, recipe_path, probe=True)
     with state.main_process_first():  # a base that is not in the cache yet is written there once
         resolve_base(recipe.model.base)
+    check_length(recipe)
     tokenizer = load_tokenizer(recipe.model)
     examples, report = load_examples(recipe, tokenizer)
     held_out = make_packs(load_held_out(recipe, tokenizer), recipe.data.share_prefixes, recipe.data.pack_tokens)
     model = load_base(recipe.model, state.device)
-    check_fits(model, recipe)
-    model = tune_model(model, recipe.tune, recipe.train.seed)
+    check_packs(model, recipe)
+    sharded = shards_parameters()
+    model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
     trainable, parameters = count_parameters(model)
     plan = plan_steps(examples, recipe.train, recipe.data.share_prefixes, recipe.data.pack_tokens)
 
@@ -78,6 +90,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     facts = manifest(recipe, tokenizer, trainable, parameters)
     if state.is_main_process:
         if checkpoint:
+            check_unchanged(run, facts)
             rewind_metrics(run, int(checkpoint.name.split("-")[1]))
         else:
             start_run(run, recipe, facts, report)
@@ -87,19 +100,24 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
             f"{report['flat_tokens_per_executed_token']} flat tokens per executed token; run folder {run}",
             flush=True,
         )
+    last = read_metrics(run)[-1] if checkpoint else None
     trainer = PackTrainer(
         model,
         tokenizer,
         training_arguments(recipe.train, plan, run, state.device.type == "cuda"),
         plan,
         held_out if recipe.train.eval_strategy != "no" else (),
-        [interrupt, *([Monitor(run, plan.steps_per_epoch)] if state.is_main_process else [])],
+        [interrupt, *([Monitor(run, plan.steps_per_epoch, last)] if state.is_main_process else [])],
+        one_dtype=sharded,
     )
+    if last:
+        trainer.executed_tokens, trainer.trained_examples = last["executed_tokens"], last["examples"]
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.stopped:
         if state.is_main_process:
             print(f"stopped and saved; go on with: graft train --resume {run}")
         raise SystemExit(130)
+    trainer.check_finite()
     trainer.save_model(str(run / ("adapter" if hasattr(model, "peft_config") else "model")))
     if state.is_main_process:
         finish_run(run, recipe, facts, report)

@@ -19,8 +19,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from data.chat import Example
+from data.errors import UserError
 from data.pack import Pack, attention_mask, is_chain, make_packs, step_order
 from sft.recipe import Train
+
+
+class TrainingDiverged(UserError):
+    """A loss or weight that is not finite; going on would publish a broken adapter."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,15 @@ def virtual_tokens(model: nn.Module) -> int | None:
     config = next(iter(getattr(model, "peft_config", {}).values()), None)
     if config is None or not config.is_prompt_learning:
         return None
-    return 0 if config.peft_type == "PREFIX_TUNING" else config.num_virtual_tokens
+    in_cache = config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
+    return 0 if in_cache else config.num_virtual_tokens
+
+
+class AllocateRanks(TrainerCallback):
+    """AdaLoRA prunes ranks by the gradients of each step, before they are cleared."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
 class PackTrainer(SFTTrainer):
@@ -100,6 +113,7 @@ class PackTrainer(SFTTrainer):
         plan: StepPlan,
         held_out: Sequence[Pack] = (),
         callbacks: Sequence[TrainerCallback] = (),
+        one_dtype: bool = False,
     ) -> None:
         self.plan, self.held_out = plan, held_out
         self.executed_tokens = self.trained_examples = 0  # over all processes
@@ -111,18 +125,22 @@ class PackTrainer(SFTTrainer):
             args=args,
             train_dataset=rows,
             eval_dataset=rows.select([0]) if held_out else None,
-            data_collator=lambda batch: self._collate(batch[0]["row"], processes),
+            data_collator=lambda batch: self._collate(batch, processes),
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
+        if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
+            self.add_callback(AllocateRanks())
         self.remove_callback(PrinterCallback)  # Monitor says it better
-        if not self.is_fsdp_enabled:  # which wants one dtype
+        if not one_dtype:
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
                     # TRL casts a 4-bit model's adapter to bf16, where AdamW's second moment stalls
                     parameter.data = parameter.data.float()
 
-    def _collate(self, row: int, processes: int) -> dict[str, Any]:
+    def _collate(self, batch: list[dict[str, int]], processes: int) -> dict[str, Any]:
+        (item,) = batch
+        row = item["row"]
         packs = self.plan.packs(row // processes)
         return {
             "packs": shard_packs(packs, row % processes, processes),
@@ -154,6 +172,10 @@ class PackTrainer(SFTTrainer):
                     loss = loss * accelerator.num_processes / inputs["trained_tokens"]
                 accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
             total += loss.detach()
+        if not torch.isfinite(total):
+            raise TrainingDiverged(
+                f"the loss of step {self.state.global_step + 1} is {total}; lower train.learning_rate"
+            )
         self.executed_tokens += inputs["executed_tokens"]
         self.trained_examples += inputs["examples"]
         return total
@@ -179,6 +201,12 @@ class PackTrainer(SFTTrainer):
         counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
         super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
 
+    def check_finite(self) -> None:
+        """Raise TrainingDiverged where a trained parameter is not finite; such an adapter is never published."""
+        for name, parameter in cast(nn.Module, self.model).named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise TrainingDiverged(f"{name} is not finite after the last step; lower train.learning_rate")
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # without Trainer's training_args.bin, which is a pickle
         cast(Any, self.model).save_pretrained(output_dir, state_dict=state_dict)
@@ -192,7 +220,7 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
     """TrainingArguments of a run whose rows are optimizer steps."""
     own = {"examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16"}
     every = {"save": train.save_strategy, "eval": train.eval_strategy}
-    return SFTConfig(
+    arguments = SFTConfig(
         **{
             **train.model_dump(exclude=own),
             **{f"{k}_strategy": "no" if v == "no" else "steps" for k, v in every.items()},
@@ -212,3 +240,5 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
         report_to="none",
         logging_nan_inf_filter=False,  # it would hide NaN in the log
     )
+    arguments._n_gpu = 1  # one process, one device: Trainer would split a step over all it sees
+    return arguments

@@ -226,6 +226,7 @@ def test_mistake_ends_with_one_line_and_code_2_and_leaves_nothing(mistake, tmp_p
     sets = [part for override in overrides for part in ("--set", override)]
     done = run("train", recipe, *sets, code=2)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, done.stderr
     assert lines[0].startswith("error: ")
     assert message in lines[0]
     assert "Traceback" not in done.stderr + done.stdout
@@ -243,13 +244,47 @@ def test_schema_and_env_print_json():
     assert json.loads(run("env").stdout)["packages"]["torch"]
 
 
-def test_works_from_another_folder_without_installation(tmp_path, tiny):
-    """`sft/` first on the path would hide the packages data and eval."""
+def test_works_from_another_folder_whatever_packages_are_installed(tmp_path, tiny):
+    """A package `data` elsewhere, or `sft/` first on the path, must not hide ours."""
+    (tmp_path / "site" / "data").mkdir(parents=True)
+    (tmp_path / "site" / "data" / "__init__.py").write_text("raise SystemExit('a foreign package named data')")
     recipe = write_recipe(tmp_path / "r.yaml", tiny, data=f"{{train: '{SAMPLES}/none.json'}}")
     done = subprocess.run(
         [sys.executable, str(ROOT / "sft" / "train.py"), str(recipe)],
         capture_output=True, text=True, cwd=tmp_path, check=False,
-        env={k: v for k, v in os.environ.items() if k != "PYTHONPATH"},
+        env=os.environ | {"PYTHONPATH": str(tmp_path / "site")},
     )  # fmt: skip
-    assert done.returncode == 2
+    assert done.returncode == 2, done.stderr
     assert "no such file" in done.stderr
+
+
+def test_changed_data_is_not_resumed(trained, tmp_path):
+    import shutil
+
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    facts = json.loads((copy / "manifest.json").read_text())
+    facts["data_sha256"] = dict.fromkeys(facts["data_sha256"], "0")
+    (copy / "manifest.json").write_text(json.dumps(facts))
+    done = run("train", "--resume", copy, code=2)
+    assert "data_sha256 has changed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("eval", "nowhere", "--task", "squad_v2", "--data", "data/samples/squad_dev.json"), "nowhere is no folder"),
+        (("eval", "x", "--task", "squad", "--data", "y"), "name one of squad_v2, squad_v1, instruct"),
+        (("eval", "x", "--task", "squad_v2"), "--data: name the file"),
+        (("eval", "x", "--task", "squad_v2", "--data", "none.json"), "none.json: no such file"),
+        (("eval", "x", "--task", "squad_v2", "--data", "data"), "data: no such file; it is a folder"),
+        (("export", "nowhere"), "nowhere: no run folder"),
+        (("train", "none.yaml"), "none.yaml: no such recipe file"),
+        (("chat", "none.gguf"), "none.gguf is no folder"),
+    ],
+)
+def test_wrong_target_is_one_line(arguments, message, tmp_path):
+    out = ("--out", tmp_path / "o") if arguments[0] in ("eval", "export") else ()
+    done = run(*arguments, *out, code=2)
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 import torch
 
-from eval.predict import ServerError, ask_server, generate
+from eval.predict import ServerError, ask_server, generate, served_model
 from sft.model import load_base
 from sft.recipe import Model
 
@@ -64,11 +64,17 @@ def url():
 
 
 def test_server_is_asked_greedily_and_answers_come_in_order(url, questions):
-    answers = ask_server(url, None, questions[:20], max_new_tokens=9)
+    answers = ask_server(url, served_model(url, None), questions[:20], max_new_tokens=9)
     assert [a.text for a in answers] == [q.prompt[-1]["content"].split("Question: ")[1] for q in questions[:20]]
     assert all(a.finished and a.new_tokens == 7 for a in answers)
     request = FakeOpenAI.seen[-1]
     assert (request["temperature"], request["max_tokens"], request["model"]) == (0, 9, "served")
+
+
+def test_model_that_is_not_served_is_named(url):
+    assert served_model(url, "served") == "served"
+    with pytest.raises(ServerError, match="serves served; name one of them with --model"):
+        served_model(url, "other")
 
 
 def test_server_that_is_not_there_is_a_clear_error(questions, monkeypatch):

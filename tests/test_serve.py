@@ -29,7 +29,7 @@ def test_export_is_served_on_loopback_by_the_module(tiny):
 def test_run_is_served_as_an_adapter_on_its_base(tmp_path, tiny):
     run = tmp_path / "myrun"
     (run / "adapter").mkdir(parents=True)
-    (run / "adapter" / "adapter_config.json").write_text('{"r": 16}')
+    (run / "adapter" / "adapter_config.json").write_text('{"r": 12, "peft_type": "LORA"}')
     (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
     (run / "recipe.yaml").write_text(f"task: squad_v2\nmodel: {{base: '{tiny}'}}\ndata: {{train: gone.json}}\n")
     command = serve_command(run, "127.0.0.1", 8000)
