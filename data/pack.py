@@ -101,28 +101,25 @@ def is_chain(pack: Pack) -> bool:
 
 
 def step_order(contexts: Sequence[str], examples_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of the examples of each optimizer step of an epoch; each index occurs once, the last step may be short.
+    """Indices of the examples of each optimizer step of an epoch; each index occurs once.
 
-    Contexts are shuffled and, where one fits, taken whole, so that a step can share their prefixes; a context that
-    two steps divide is computed twice. A step has the same examples whether it shares prefixes or not.
+    A step holds at most examples_per_step, the same ones whether prefixes are shared or not. Contexts are shuffled and
+    stay whole, because one that two steps divide is computed twice; only a context larger than a step is divided.
     """
     groups: dict[str, list[int]] = {}
     for i, context in enumerate(contexts):
         groups.setdefault(context, []).append(i)
-    waiting = list(groups.values())
+    waiting = [
+        group[i : i + examples_per_step] for group in groups.values() for i in range(0, len(group), examples_per_step)
+    ]
     random.Random(f"{seed}/{epoch}").shuffle(waiting)
     steps: list[list[int]] = []
     while waiting:
         step: list[int] = []
-        while waiting and len(step) < examples_per_step:
-            room = examples_per_step - len(step)
-            # looking ahead for one that fits keeps the order nearly as shuffled
-            fits = (n for n, group in enumerate(waiting[:LOOK_AHEAD]) if len(group) <= room)
-            n = next(fits, 0)
-            step += waiting[n][:room]
-            waiting[n] = waiting[n][room:]
-            if not waiting[n]:
-                del waiting[n]
+        for group in waiting[:LOOK_AHEAD]:  # a short look ahead keeps the order nearly as shuffled
+            if len(step) + len(group) <= examples_per_step:
+                step += group
+                waiting.remove(group)
         steps.append(step)
     return steps
 

@@ -10,8 +10,8 @@ from typing import Any
 from data.chat import Conversation, DataError
 
 UNANSWERABLE = "unanswerable"
-INSTRUCTION_V1 = "Answer the question with the shortest exact quote from the passage."
-INSTRUCTION_V2 = INSTRUCTION_V1 + f" If the passage does not answer it, reply: {UNANSWERABLE}"
+INSTRUCTION_V1 = "Answer with the shortest quote from the passage."
+INSTRUCTION_V2 = INSTRUCTION_V1[:-1] + f", or with: {UNANSWERABLE}"
 
 
 def read_squad(path: Path, version: int = 2) -> list[Conversation]:

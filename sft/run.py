@@ -154,7 +154,7 @@ def check_unchanged(run: Path, facts: dict[str, Any]) -> None:
     """Raise RunError where base, data or template are no longer those that the run was started with."""
     then = json.loads((run / "manifest.json").read_text())
     for key in ("base", "data_sha256", "chat_template_sha256"):
-        if then[key] != facts[key]:
+        if _digests(then[key]) != _digests(facts[key]):
             raise RunError(
                 f"{run}: {key} has changed since the run was started, so it can't go on as the same run: "
                 f"then {json.dumps(then[key])}, now {json.dumps(facts[key])}; start a new one"
@@ -226,6 +226,13 @@ The recipe:
 ```yaml
 {dump_recipe(recipe)}```
 """
+
+
+def _digests(value: Any) -> Any:
+    """The value without the paths that it was found at: what counts is the content."""
+    if isinstance(value, dict) and "sha256" in value:
+        value = value["sha256"]
+    return sorted(value.values()) if isinstance(value, dict) else value
 
 
 def _cpu_name() -> str:

@@ -46,11 +46,17 @@ def plan_steps(
     examples: Sequence[Example], train: Train, share_prefixes: bool = True, pack_tokens: int | None = None
 ) -> StepPlan:
     contexts = [e.context for e in examples]
-    per_epoch = -(-len(examples) // train.examples_per_step)
+
+    def epoch(number: int) -> list[list[int]]:
+        return step_order(contexts, train.examples_per_step, train.seed, number)
+
+    steps = epoch(0)
+    per_epoch = len(steps)
     total = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
-    steps: list[list[int]] = []
+    number = 1
     while len(steps) < total:
-        steps += step_order(contexts, train.examples_per_step, train.seed, epoch=len(steps) // per_epoch)
+        steps += epoch(number)
+        number += 1
     return StepPlan(examples, steps[:total], per_epoch, share_prefixes, pack_tokens)
 
 

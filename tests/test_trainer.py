@@ -20,6 +20,7 @@ def test_plan_has_the_same_examples_in_a_step_with_and_without_sharing(examples)
     shared, flat = plan_steps(examples, train, True), plan_steps(examples, train, False)
     assert shared.steps == flat.steps
     assert (len(shared.steps), shared.steps_per_epoch) == (8, 4)
+    assert {i for step in shared.steps[:4] for i in step} == set(range(24))
 
 
 @pytest.mark.parametrize(("train", "steps"), [({"num_train_epochs": 0.5}, 2), ({"max_steps": 9}, 9), ({}, 4)])
@@ -53,7 +54,7 @@ def test_loss_curve_is_the_same_with_and_without_sharing(tiny, tokenizer, exampl
         [row["loss"] for row in run_losses(tiny, tokenizer, examples, tmp_path, share) if "loss" in row]
         for share in (True, False)
     ]
-    assert len(curves[0]) == 3
+    assert len(curves[0]) == 4
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     assert curves[0][-1] < curves[0][0]
 
@@ -64,5 +65,5 @@ def test_evaluation_reports_the_mean_over_trained_tokens_and_changes_nothing(tin
     evaluated = run_losses(tiny, tokenizer, examples, tmp_path, True, held_out, eval_strategy="steps", eval_steps=1)
     assert [r["loss"] for r in plain if "loss" in r] == [r["loss"] for r in evaluated if "loss" in r]
     held = [r["eval_loss"] for r in evaluated if "eval_loss" in r]
-    assert len(held) == 3
+    assert len(held) == 4
     assert held[-1] < held[0] < 12
