@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from sft import train
-from sft.session import quiet_libraries, user_errors
+from sft.session import user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train.main)
@@ -30,7 +30,6 @@ def export_command(
     ] = False,
 ) -> None:
     """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
-    quiet_libraries()
     from sft.export import export
 
     folder = out or run / "export"
@@ -82,7 +81,6 @@ def eval_command(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
 ) -> None:
     """Score greedy answers, with 95 % intervals."""
-    quiet_libraries()
     from sft.evaluate import evaluate, print_scores
     from sft.load import is_run
 
@@ -101,7 +99,6 @@ def chat(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
 ) -> None:
     """Talk to it in the terminal."""
-    quiet_libraries()
     from sft.chat import chat as talk
 
     talk(target, model, system, max_new_tokens)
@@ -119,6 +116,7 @@ def quickstart(
 
 
 @app.command()
+@user_errors
 def schema() -> None:
     """Print the recipe's JSON schema, for editors."""
     from sft.recipe import Recipe
@@ -127,9 +125,9 @@ def schema() -> None:
 
 
 @app.command()
+@user_errors
 def env() -> None:
     """Print versions and hardware, for a bug report."""
-    quiet_libraries()
     from sft.run import environment
 
     print(json.dumps(environment(), indent=2))

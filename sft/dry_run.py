@@ -20,7 +20,7 @@ from sft.model import (
 )
 from sft.recipe import Recipe
 from sft.recipe_file import dump_recipe
-from sft.session import quiet_libraries, use_all_cores
+from sft.session import use_all_cores
 from sft.trainer import plan_steps
 
 # Share of the measured matrix-product rate that whole steps reach. SmolLM2-135M, 2 cores, eager: 0.43 to 0.57.
@@ -29,7 +29,6 @@ EFFICIENCY = 0.5
 
 def print_plan(recipe: Recipe) -> None:
     """The resolved recipe, then counts and estimates. Raises the errors that training would."""
-    quiet_libraries()
     use_all_cores()
     print(dump_recipe(recipe))
     check_length(recipe)

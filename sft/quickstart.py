@@ -13,7 +13,6 @@ from sft.monitor import peak_memory_gib
 from sft.recipe import RecipeError
 from sft.recipe_file import load_recipe
 from sft.run import read_metrics
-from sft.session import quiet_libraries
 from sft.train import train
 
 PORT = 8127
@@ -21,7 +20,6 @@ PORT = 8127
 
 def quickstart(recipe_path: Path) -> None:
     """Print one table (before, after, time, memory) and three next commands."""
-    quiet_libraries()
     console = Console()
     recipe = load_recipe(recipe_path)
     if recipe.eval.data is None:

@@ -19,6 +19,7 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
+        quiet_libraries()
         try:
             return command(*args, **kwargs)
         except UserError as error:
@@ -34,15 +35,14 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def quiet_libraries() -> None:
-    """Only what a user can act on stays on the screen."""
+    """Only what a user can act on stays on the screen. Before the libraries are imported, which read these."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|bitsandbytes|trl")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def shards_parameters() -> bool:

@@ -16,7 +16,7 @@ import typer
 
 from sft.recipe import Recipe
 from sft.recipe_file import load_recipe
-from sft.session import quiet_libraries, shards_parameters, use_all_cores, user_errors
+from sft.session import shards_parameters, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
@@ -47,7 +47,6 @@ def main(
 
 def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path | None:
     """Load, train, save. The run folder on the main process, None on others. Raises SystemExit(130) on Ctrl-C."""
-    quiet_libraries()
     import torch
     from accelerate import PartialState
 

@@ -10,20 +10,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
+from sft.cli import app
 from sft.load import load_run
 from tests.conftest import ROOT, SAMPLES, write_recipe
 
 
 def command(*args: object, script: bool = False) -> list[str]:
-    start = [str(ROOT / "sft" / "train.py")] if script else ["-m", "sft.cli"]
-    return [sys.executable, *start, *(str(a) for a in args)]
+    entry = [str(ROOT / "sft" / "train.py")] if script else ["-m", "sft.cli"]
+    return [sys.executable, *entry, *(str(a) for a in args)]
 
 
-def run(*args: object, script: bool = False, code: int = 0, **more) -> subprocess.CompletedProcess[str]:
+def start(*args: object, script: bool = False, **more) -> subprocess.CompletedProcess[str]:
+    """A new process, as a user starts it."""
     done = subprocess.run(command(*args, script=script), capture_output=True, text=True, cwd=ROOT, check=False, **more)
-    assert done.returncode == code, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run(*args: object, code: int = 0, **more) -> Result:
+    """The same command line in this process, which has imported the libraries already."""
+    done = CliRunner().invoke(app, [str(a) for a in args], **more)
+    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
     return done
 
 
@@ -41,7 +52,7 @@ def trained(tmp_path_factory, tiny) -> Path:
         train=f"{{examples_per_step: 6, num_train_epochs: 2, learning_rate: 1e-2, eval_strategy: epoch, "
         f"save_strategy: steps, save_steps: 3, output_dir: '{folder / 'run'}'}}",
     )
-    run(recipe, script=True)
+    start(recipe, script=True)
     return folder / "run"
 
 
@@ -137,7 +148,7 @@ def test_interrupt_saves_and_resume_ends_like_the_undisturbed_run(tmp_path, tiny
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     train = "{{examples_per_step: 2, num_train_epochs: 2, learning_rate: 1e-2, save_strategy: 'no', output_dir: '{}'}}"
     recipe = write_recipe(tmp_path / "r.yaml", tiny, train=train.format(whole))
-    run("train", recipe)
+    start("train", recipe)
     process = subprocess.Popen(
         command("train", recipe, "--set", f"train.output_dir={cut}"), stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
@@ -148,7 +159,7 @@ def test_interrupt_saves_and_resume_ends_like_the_undisturbed_run(tmp_path, tiny
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert f"graft train --resume {cut}" in output
-    run("train", "--resume", cut)
+    start("train", "--resume", cut)
     losses = [
         [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         for folder in (whole, cut)
@@ -240,8 +251,8 @@ def test_run_folder_is_never_overwritten(trained, tiny):
 
 
 def test_schema_and_env_print_json():
-    assert json.loads(run("schema").stdout)["title"] == "Recipe"
-    assert json.loads(run("env").stdout)["packages"]["torch"]
+    assert json.loads(run("schema").output)["title"] == "Recipe"
+    assert json.loads(start("env").stdout)["packages"]["torch"]
 
 
 def test_works_from_another_folder_whatever_packages_are_installed(tmp_path, tiny):
