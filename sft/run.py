@@ -74,7 +74,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def manifest(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, trainable: int, parameters: int) -> dict[str, Any]:
+def manifest(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    trainable: int,
+    parameters: int,
+) -> dict[str, Any]:
     """What the run was made from."""
     import hashlib
 

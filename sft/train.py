@@ -99,7 +99,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
             f"{report['flat_tokens_per_executed_token']} flat tokens per executed token; run folder {run}",
             flush=True,
         )
-    last = read_metrics(run)[-1] if checkpoint else None
+    last = next((row for row in reversed(read_metrics(run)) if "loss" in row), None) if checkpoint else None
     trainer = PackTrainer(
         model,
         tokenizer,
