@@ -42,13 +42,41 @@ def encode_all(
     return examples, left_out
 
 
-def draw_contexts(conversations: Sequence[Conversation], count: int | None, seed: int) -> list[Conversation]:
-    """The conversations of `count` contexts drawn at random, in their order; all of them where count is None."""
-    contexts = list(dict.fromkeys(c.context for c in conversations))
+def draw_contexts(
+    conversations: Sequence[Conversation], count: int | None, seed: int, unanswerable_share: float | None = None
+) -> list[Conversation]:
+    """The conversations of `count` contexts drawn at random, in their order; all of them where count is None.
+
+    unanswerable_share: how many of the drawn conversations have no answer, as nearly as the data allows, by drawing
+    more or fewer contexts that hold such ones. Raises DataError where the data has too few.
+    """
+    contexts: dict[str, list[Conversation]] = {}
+    for conversation in conversations:
+        contexts.setdefault(conversation.context, []).append(conversation)
     if count is None or count >= len(contexts):
         return list(conversations)
-    kept = set(random.Random(seed).sample(contexts, count))
+    drawn = random.Random(seed).sample(list(contexts), len(contexts))
+    chosen = drawn[:count]
+    if unanswerable_share is not None:
+        mixed = [c for c in drawn if any(not q.answers for q in contexts[c])]
+        others = [c for c in drawn if all(q.answers for q in contexts[c])]
+        mixes = (
+            (mixed[:k], others[: count - k]) for k in range(max(0, count - len(others)), min(count, len(mixed)) + 1)
+        )
+        best = min(mixes, key=lambda mix: abs(_unanswerable(contexts, [*mix[0], *mix[1]]) - unanswerable_share))
+        chosen = [*best[0], *best[1]]
+        found = _unanswerable(contexts, chosen)
+        if abs(found - unanswerable_share) > 0.02:
+            raise DataError(
+                f"data.unanswerable_share {unanswerable_share}: the nearest that {count} contexts allow is {found:.2f}"
+            )
+    kept = set(chosen)
     return [c for c in conversations if c.context in kept]
+
+
+def _unanswerable(contexts: dict[str, list[Conversation]], chosen: Sequence[str]) -> float:
+    rows = [c for name in chosen for c in contexts[name]]
+    return sum(not c.answers for c in rows) / len(rows)
 
 
 def data_report(

@@ -16,7 +16,7 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[l
     check_template(tokenizer, recipe.model.base)
     data, train = recipe.data, recipe.train
     rows = [c for s in data.train for c in read_conversations(recipe.task, s.path, s.split, s.revision)]
-    chosen = draw_contexts(rows, data.max_contexts, train.seed)
+    chosen = draw_contexts(rows, data.max_contexts, train.seed, data.unanswerable_share)
     examples, left_out = encode_all(chosen, tokenizer, data.max_length, data.too_long)
     report = data_report(len(rows), examples, left_out, train.examples_per_step, train.seed)
     return examples, report

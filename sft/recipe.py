@@ -109,6 +109,8 @@ class Data(Section):
     too_long: Literal["stop", "skip"] = "stop"
     max_contexts: Count | None = None
     """Train on this many contexts (SQuAD: passages; jsonl: rows), drawn by train.seed."""
+    unanswerable_share: Annotated[Number, Field(ge=0, le=1)] | None = None
+    """With max_contexts and squad_v2: share of unanswerable questions among those drawn; left out: as it comes."""
     share_prefixes: bool = True
     """Compute a prefix that several examples of a step share once."""
     pack_tokens: Count | None = None
@@ -189,6 +191,8 @@ class Recipe(Section):
                 f"tune.method {self.tune.method} trains weights of the base, which model.quantization freezes; "
                 "use lora, or remove model.quantization"
             )
+        if self.data.unanswerable_share is not None and (self.data.max_contexts is None or self.task != "squad_v2"):
+            raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
         if self.train.eval_strategy != "no" and self.eval.data is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data")
         if self.tune.method == "freeze" and not self.tune.trainable:
