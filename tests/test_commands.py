@@ -170,7 +170,7 @@ def test_interrupt_saves_and_resume_ends_like_the_undisturbed_run(tmp_path, tiny
 
 
 def test_full_fine_tuning_exports_too(tmp_path, tiny):
-    recipe = write_recipe(tmp_path / "r.yaml", tiny, tune="{method: full}")
+    recipe = write_recipe(tmp_path / "r.yaml", tiny, tune="{method: full}", export="{dtype: float32}")
     run("train", recipe)
     assert (tmp_path / "run" / "model" / "README.md").is_file()
     run("export", tmp_path / "run")
