@@ -15,8 +15,8 @@ LINE_EVERY_S = 15.0
 class Bar:
     """A counter towards a total; `update` says how far it is and adds a note (loss, speed)."""
 
-    def __init__(self, description: str, total: int) -> None:
-        self.description, self.total = description, total
+    def __init__(self, description: str, total: int, done: int = 0) -> None:
+        self.description, self.total, self.first = description, total, done
         self.start = self.shown = time.monotonic()
         self.bar: Progress | None = None
         if sys.stderr.isatty():
@@ -25,7 +25,7 @@ class Bar:
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
             )  # fmt: skip
             self.bar = Progress(*columns, console=Console(stderr=True))
-            self.task = self.bar.add_task(description, total=total, note="")
+            self.task = self.bar.add_task(description, total=total, completed=done, note="")
             self.bar.start()
 
     def update(self, done: int, note: str = "") -> None:
@@ -34,7 +34,7 @@ class Bar:
             self.bar.update(self.task, completed=done, note=note)
         elif done and (now - self.shown > LINE_EVERY_S or (done == self.total and now - self.start > LINE_EVERY_S)):
             self.shown = now
-            left = (now - self.start) / done * (self.total - done)
+            left = (now - self.start) / max(1, done - self.first) * (self.total - done)
             line = f"{self.description} {done}/{self.total}, {now - self.start:.0f} s, {left:.0f} s left  {note}"
             print(line.rstrip(), file=sys.stderr, flush=True)
 

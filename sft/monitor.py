@@ -36,7 +36,7 @@ class Monitor(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.bar = Bar("train", state.max_steps)
+        self.bar = Bar("train", state.max_steps, state.global_step)
         self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=state.global_step + 1)
         self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
         now = time.monotonic()
