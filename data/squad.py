@@ -1,98 +1,113 @@
 """SQuAD v1/v2 -> conversations: instruction, then passage, then question; the answer is the shortest gold span."""
 
-import gzip
-import json
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.chat import Conversation, DataError
+from data.conversation import Conversation, DataError
+from data.fields import refuse_lone_surrogates, shown, shown_names, text, type_name
+from data.files import Row, Rows, open_bytes
+from data.json_stream import JsonStream
 
 UNANSWERABLE = "unanswerable"
 INSTRUCTION_V1 = "Answer with the shortest quote from the passage."
 INSTRUCTION_V2 = INSTRUCTION_V1[:-1] + f", or with: {UNANSWERABLE}"
 
 
-def read_squad(path: Path, version: int = 2) -> list[Conversation]:
-    """Every question of a SQuAD file (.json or .json.gz), in file order; each passage is one `context`.
+def holds_articles(path: Path) -> bool:
+    """Whether the file is an object with a list under "data", as far as it can be read to there."""
+    with open_bytes(path) as file:
+        try:
+            return JsonStream(path, file).find_list("data") is not None
+        except DataError:
+            return False  # the reader of rows tells what is wrong
 
-    Version 1 has no unanswerable questions and does not mention them in the instruction.
-    Raises DataError with file and question id on a missing field or an answer that is not at its offset.
+
+def read_articles(path: Path) -> Rows:
+    """Questions of a SQuAD file as rows of the Hub's layout; one article is in memory at a time.
+
+    "version" is read where it stands before "data", as in the files of version 2.
     """
+    with open_bytes(path) as file:
+        stream = JsonStream(path, file)
+        before = stream.find_list("data")
+        if before is None:
+            raise DataError(str(path), 'not SQuAD: no list under "data"', "not SQuAD")
+        common = {"version": before["version"]} if "version" in before else {}
+        for where, article, flaws in stream.elements():
+            for place, row in _questions(path, where, article, common):
+                yield place, _flawed(flaws[0]) if flaws else row
+        stream.take(",", "}")
+
+
+def _flawed(flaw: DataError) -> DataError:
+    """The defect of each question of an article: of which one it is, the decoder doesn't say."""
+    return DataError(flaw.where, f"{flaw.problem} (no question of its article is used)", flaw.kind)
+
+
+def _questions(path: Path, where: str, article: Any, common: Row) -> Rows:
+    for i, paragraph in enumerate(_list(article, "paragraphs")):
+        place = f"paragraphs[{i}]"
+        if isinstance(paragraph, DataError):
+            yield where, DataError(where, f"article: {paragraph.problem}", paragraph.kind)
+            continue
+        for j, question in enumerate(_list(paragraph, "qas")):
+            if isinstance(question, DataError):
+                yield where, DataError(where, f"{place}: {question.problem}", question.kind)
+            elif not isinstance(question, dict) or question.get("id") in (None, ""):
+                problem = f"{place}.qas[{j}]: {shown(question)} has no id; give every question its own"
+                yield where, DataError(where, problem, "question without id")
+            elif "context" not in paragraph:
+                yield where, DataError(where, f"{place}: no context, only {shown_names(paragraph)}", "no context")
+            else:
+                name = f"{path}: {shown_names([question['id']])}"
+                yield name, _sound(common | {"context": paragraph["context"]} | question, name)
+
+
+def _sound(row: Row, where: str) -> Row | DataError:
     try:
-        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
-            articles = json.load(file)["data"]
-    except (json.JSONDecodeError, UnicodeDecodeError, gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: not a SQuAD JSON file: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise DataError(f'{path}: not a SQuAD JSON file: no top-level "data" list') from error
-    conversations = [
-        _conversation(path, row, paragraph["context"], version) for paragraph, row in _questions(path, articles)
-    ]
-    if not conversations:
-        raise DataError(f"{path}: holds no question")
-    seen: dict[str, str] = {}
-    for conversation in conversations:
-        if conversation.id in seen:
-            raise DataError(f"{conversation.where}: question id occurs twice; ids must be unique to be scored")
-        seen[conversation.id] = conversation.where
-    return conversations
+        refuse_lone_surrogates(row, where)
+    except DataError as error:
+        return error
+    return row
 
 
-def read_squad_hub(name: str, split: str, revision: str | None, version: int = 2) -> list[Conversation]:
-    """The same from a Hub dataset with the columns id, context, question, answers{text, answer_start}."""
-    from datasets import load_dataset
-
-    rows = load_dataset(name, split=split, revision=revision)
-    where = f"{name}[{split}]"
-    return [
-        _conversation(where, {**row, "answers": _hub_answers(row["answers"])}, row["context"], version) for row in rows
-    ]
+def _list(parent: Any, key: str) -> list[Any]:
+    """The list under the key; where there is none, one DataError without a place instead."""
+    if isinstance(parent, dict) and isinstance(parent.get(key), list):
+        return parent[key]
+    found = f"keys {shown_names(parent)}" if isinstance(parent, dict) else f"{type_name(parent)} {shown(parent)}"
+    layout = "SQuAD's layout is data > paragraphs > context, qas"
+    return [DataError("", f'{found}, no list under "{key}"; {layout}', f"no list of {key}")]
 
 
-def _hub_answers(answers: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    return [
-        {"text": text, "answer_start": start}
-        for text, start in zip(answers["text"], answers["answer_start"], strict=True)
-    ]
+def squad_version(row: Row, format: str | None, task: str) -> int:
+    """1 or 2. What the recipe names holds for all its data, so that training and evaluation ask alike; where it names
+    neither, the file says it."""
+    for name in (format, task):
+        if name in ("squad_v1", "squad_v2"):
+            return int(name[-1])
+    says_2 = str(row.get("version", "")).lower().startswith(("v2", "2"))
+    return 2 if says_2 or row.get("is_impossible") is not None else 1
 
 
-def _questions(path: Path, articles: Any) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    try:
-        for article in articles:
-            for paragraph in article["paragraphs"]:
-                if not isinstance(paragraph["context"], str):
-                    raise TypeError("context must be text")
-                for row in paragraph["qas"]:
-                    yield paragraph, row
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: not SQuAD's layout (data > paragraphs > context, qas): {error}") from error
+def squad_conversation(row: Row, version: int, where: str) -> Conversation:
+    """The question on its passage. Raises DataError: a blank field, an answer that is not at its offset.
 
-
-def _conversation(source: Path | str, row: dict[str, Any], context: str, version: int) -> Conversation:
-    try:
-        id, question, spans = str(row["id"]), row["question"], row["answers"]
-        where = f"{source}: {id}"
-        for span in spans:
-            text, start = span["text"], span["answer_start"]
-            if context[start : start + len(text)] != text:
-                found = context[start : start + len(text)]
-                raise DataError(
-                    f"{where}: the answer {text!r} is not at answer_start {start} (there is {found!r}); "
-                    "correct the offset or the text"
-                )
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{source}: a question without id, question, answers[text, answer_start]: {error}") from error
-    if not isinstance(question, str) or not question.strip():
-        raise DataError(f"{where}: the question is empty")
-    texts = tuple(span["text"] for span in spans)
-    if not all(text.strip() for text in texts):
-        raise DataError(f"{where}: an answer's text is empty; an unanswerable question has no answers")
-    if bool(row.get("is_impossible", not texts)) != (not texts):
-        raise DataError(f"{where}: is_impossible contradicts its {len(texts)} answers")
+    Rows may come without ids, but not with null: then some others have them, and answers are scored by them.
+    """
+    if "id" in row and row["id"] in (None, ""):
+        found = "null" if row["id"] is None else "empty text"
+        raise DataError(where, f"id: {found}; give every question its own, or leave the key out of all", "id: none")
+    context, question = text(row["context"], "context", where), text(row["question"], "question", where)
+    texts = _answers(row["answers"], context, where)
+    if row.get("is_impossible") is not None and bool(row["is_impossible"]) != (not texts):
+        problem = (
+            f"is_impossible: {shown(row['is_impossible'])} contradicts the number of answers, {len(texts)}; correct one"
+        )
+        raise DataError(where, problem, "is_impossible contradicts answers")
     if version == 1 and not texts:
-        raise DataError(f"{where}: has no answer; set task: squad_v2 for data with unanswerable questions")
+        remedy = "set task: squad_v2 (or format: squad_v2) for data with unanswerable questions"
+        raise DataError(where, f"answers: has no answer; {remedy}", "no answer in version 1")
     return Conversation(
         messages=(
             {"role": "system", "content": INSTRUCTION_V2 if version == 2 else INSTRUCTION_V1},
@@ -100,8 +115,30 @@ def _conversation(source: Path | str, row: dict[str, Any], context: str, version
             {"role": "user", "content": f"Passage: {context}\n\nQuestion: {question.strip()}"},
             {"role": "assistant", "content": min(texts, key=len, default=UNANSWERABLE)},
         ),
-        id=id,
+        id=where,
         where=where,
         answers=texts,
         context=context,
     )
+
+
+def _answers(answers: Any, context: str, where: str) -> tuple[str, ...]:
+    """Texts of the gold spans, each found at its offset: a list of spans, or the Hub's lists of texts and offsets."""
+    try:
+        if isinstance(answers, dict):
+            spans = list(zip(answers["text"], answers["answer_start"], strict=True))
+        else:
+            spans = [(span["text"], span["answer_start"]) for span in answers]
+    except (KeyError, TypeError, ValueError) as error:
+        layout = '[{"text": ..., "answer_start": ...}]'
+        raise DataError(where, f"answers: {shown(answers)} where {layout} is expected", "answers: layout") from error
+    for i, (answer, start) in enumerate(spans):
+        text(answer, f"answers[{i}].text", where)
+        if not isinstance(start, int) or isinstance(start, bool):
+            problem = f"answers[{i}].answer_start: {type_name(start)} {shown(start)}"
+            raise DataError(where, f"{problem} where a whole number is expected", "answer_start: not a number")
+        found = context[max(start, 0) : max(start, 0) + len(answer)]
+        if start < 0 or found != answer:
+            problem = f"answers[{i}]: {shown(answer)} is not at answer_start {start} (there is {shown(found)})"
+            raise DataError(where, f"{problem}; correct the offset or the text", "answer not at its offset")
+    return tuple(answer for answer, _ in spans)

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from data.chat import DataError
-from data.squad import UNANSWERABLE, read_squad
-from tests.conftest import REAL_DATA, SAMPLES, needs_real
+from data.conversation import DataError, Ledger
+from data.source import FileSource, read_rows
+from data.squad import INSTRUCTION_V1, INSTRUCTION_V2, UNANSWERABLE
+from tests.conftest import REAL_DATA, SAMPLES, needs_real, read_squad
 
 
 def squad(tmp_path: Path, qas: list[dict], context: str = "Ann met Bob in Paris in 1999.") -> Path:
@@ -47,24 +50,87 @@ def test_version_1_does_not_mention_unanswerable_and_refuses_it(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (
-            qa(answers=[{"text": "Paris", "answer_start": 14}]),
-            r"s\.json: q1: the answer 'Paris' is not at answer_start 14",
-        ),
-        (qa(question=" "), "q1: the question is empty"),
-        (qa(answers=[{"text": "", "answer_start": 0}]), "q1: an answer's text is empty"),
-        (qa(is_impossible=True), "q1: is_impossible contradicts its 2 answers"),
-        ({"id": "q1", "question": "Where?"}, "without id, question, answers"),
+        (qa(answers=[{"text": "Paris", "answer_start": 14}]), "answers[0]: 'Paris' is not at answer_start 14 (there is ' Pari')"),
+        (qa(answers=[{"text": "Paris", "answer_start": "15"}]), "answers[0].answer_start: text '15' where a whole number"),
+        (qa(answers=[{"text": "", "answer_start": 0}]), "answers[0].text: empty text"),
+        (qa(answers=["Paris"]), "answers: ['Paris'] where [{\"text\": ..., \"answer_start\": ...}] is expected"),
+        (qa(answers={"text": ["Paris"], "answer_start": []}), "answers: {'text'"),
+        (qa(question=" "), "question: only white space"),
+        (qa(is_impossible=True), "is_impossible: True contradicts the number of answers, 2"),
+        ({"id": "q1", "question": "Where?"}, "answers: missing"),
     ],
-)
+)  # fmt: skip
 def test_defect_names_file_and_question(tmp_path, row, message):
-    with pytest.raises(DataError, match=message):
-        read_squad(squad(tmp_path, [row]))
+    path = squad(tmp_path, [row])
+    with pytest.raises(DataError) as error:
+        read_squad(path)
+    assert str(error.value).startswith(f"{path}: q1: {message}")
+
+
+def test_all_defects_are_told_at_once_and_the_other_questions_are_read(tmp_path):
+    path = squad(tmp_path, [qa(), qa(id="q2", question=""), qa(id="q3", is_impossible=True), qa(id="q4")])
+    with pytest.raises(DataError, match=r"q2: question: empty text.*\n.*q3: is_impossible"):
+        read_squad(path)
+    ledger = Ledger(str(path))
+    assert [c.id for c in read_rows(FileSource(str(path)), "squad_v2", ledger)] == ["q1", "q4"]
+    assert ledger.rows == 4
 
 
 def test_repeated_id_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="q1: question id occurs twice"):
+    with pytest.raises(DataError, match="q1: id: 'q1' occurs before"):
         read_squad(squad(tmp_path, [qa(), qa()]))
+
+
+@pytest.mark.parametrize(
+    ("task", "format", "changes", "version"),
+    [
+        ("squad_v2", None, {}, 2),
+        ("squad_v1", None, {}, 1),
+        ("squad_v1", None, {"is_impossible": False}, 1),  # training and evaluation ask alike, whatever a file holds
+        ("instruct", None, {}, 1),
+        ("instruct", None, {"is_impossible": False}, 2),
+        ("instruct", "squad_v2", {}, 2),
+        ("squad_v2", "squad_v1", {"is_impossible": False}, 1),
+    ],
+)
+def test_version_is_what_the_recipe_names_else_what_the_file_says(tmp_path, task, format, changes, version):
+    path = squad(tmp_path, [qa(**changes)])
+    (row,) = read_rows(FileSource(str(path), format), task, Ledger(str(path)))
+    assert row.messages[0]["content"] == (INSTRUCTION_V2 if version == 2 else INSTRUCTION_V1)
+
+
+def test_rows_of_the_hub_layout_read_like_the_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    answers = {"text": ["in Paris", "Paris"], "answer_start": [12, 15]}
+    row = {
+        "id": "q1",
+        "title": "t",
+        "context": "Ann met Bob in Paris in 1999.",
+        "question": "Where?",
+        "answers": answers,
+    }
+    path.write_text(json.dumps(row))
+    (from_row,) = read_rows(FileSource(str(path)), "squad_v2", Ledger(str(path)))
+    (from_file,) = read_squad(squad(tmp_path, [qa()]))
+    assert replace(from_row, where="") == replace(from_file, where="")
+
+
+def test_file_is_read_one_article_at_a_time(tmp_path):
+    article = {"title": "t", "paragraphs": [{"context": "Ann met Bob in Paris in 1999. " * 300, "qas": []}]}
+    path = tmp_path / "s.json"
+    peaks = []
+    for articles in (100, 2000):
+        for i in range(articles):
+            article["paragraphs"][0]["qas"] = [qa(id=str(i))]
+            with path.open("a" if i else "w") as file:
+                file.write(("," if i else '{"data": [') + json.dumps(article))
+        with path.open("a") as file:
+            file.write("]}")
+        tracemalloc.start()
+        assert sum(1 for _ in read_rows(FileSource(str(path)), "squad_v2", Ledger(str(path)))) == articles
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0]
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b'{"data": [{}]}', b"\xff\xfe", b'{"data": []}'])

@@ -1,0 +1,88 @@
+"""Checks of a row's values: is it text that can be trained on, and how a value is shown in a message."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from data.conversation import Conversation, DataError, Ledger
+
+SHOWN = 60  # characters of a value in a message: enough to find it, too few to publish it
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# told, not refused: real posts hold form feeds and terminal escapes, and a tokenizer takes them all
+ODD_CHARACTERS = {
+    "control characters": re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"),
+    "U+2028 or U+2029, which some tools take for a line end": re.compile("[\u2028\u2029]"),
+    "U+FFFD, left by an earlier wrong decoding": re.compile("\ufffd"),
+}
+
+
+def text(value: Any, field: str, where: str) -> str:
+    """The value, if it is text that can be trained on. Raises DataError: null, blank, no text, binary data."""
+    kind = re.sub(r"\d+", "", field)  # messages[3].content and messages[5].content are one kind
+    if not isinstance(value, str):
+        if isinstance(value, list):
+            remedy = "join its parts into one text; images, audio and other parts can't be trained on"
+        elif value is None:
+            remedy = "fill it in or leave the row out"
+        else:
+            remedy = 'write it as text, in quotes: "..."'
+        found = "null" if value is None else f"{type_name(value)} {shown(value)}"
+        raise DataError(where, f"{field}: {found} where text is expected; {remedy}", f"{kind}: {type_name(value)}")
+    if not value.strip():
+        found = "empty text" if value == "" else f"only white space {shown(value)}"
+        raise DataError(where, f"{field}: {found}; fill it in or leave the row out", f"{kind}: empty")
+    if "\0" in value:
+        problem = f"{field}: NUL (U+0000) at character {value.index(chr(0)) + 1}"
+        raise DataError(where, f"{problem}; binary data is no text, remove it", f"{kind}: NUL")
+    return value
+
+
+def refuse_lone_surrogates(row: dict[str, Any], where: str) -> None:
+    """Raises DataError for half a character in any key or text of the row: one that is not trained on is still printed,
+    stored or sent.
+    """
+    values: list[tuple[str, Any]] = [("", row)]
+    for place, value in values:  # which grows as it is walked: recursion would end before the decoder's own does
+        if isinstance(value, dict):
+            values += ((f"{place}.{key}", key) for key in value)
+            values += ((f"{place}.{key}", item) for key, item in value.items())
+        elif isinstance(value, list):
+            values += ((f"{place}[{i}]", item) for i, item in enumerate(value))
+        elif isinstance(value, str) and not value.isascii() and (broken := LONE_SURROGATE.search(value)):
+            name, found = shown_names([place[1:]]), f"lone surrogate U+{ord(broken[0]):04X}"
+            remedy = "half of a character was cut off, write the whole one or remove it"
+            raise DataError(where, f"{name}: {found} at character {broken.start() + 1}; {remedy}", "lone surrogate")
+
+
+def shown(value: Any) -> str:
+    """The value as a message shows it: quoted, escaped and cut."""
+    return _cut(repr(value))
+
+
+def shown_names(names: Iterable[object], limit: int = SHOWN) -> str:
+    """Keys of a row, an id or a library's message: escaped and cut, without quotes."""
+    return _cut(", ".join(repr(str(name))[1:-1] for name in names), limit)
+
+
+def _cut(whole: str, limit: int = SHOWN) -> str:
+    return whole if len(whole) <= limit else whole[: limit - 3] + "..."
+
+
+def type_name(value: Any) -> str:
+    """JSON's word for the value's type."""
+    if isinstance(value, bool):
+        return "boolean"
+    if isinstance(value, int):
+        return "number" if -(2**63) <= value < 2**63 else "number beyond 64 bits"
+    return {str: "text", float: "number", list: "list", dict: "object", type(None): "null"}.get(
+        type(value), type(value).__name__
+    )
+
+
+def note_odd_characters(conversation: Conversation, ledger: Ledger) -> None:
+    """Tells the ledger of characters that are seldom meant."""
+    for i, message in enumerate(conversation.messages):
+        for kind, pattern in ODD_CHARACTERS.items():
+            if found := pattern.search(message["content"]):
+                place = f"turn {i + 1}, character {found.start() + 1}"
+                ledger.note(conversation.where, kind, f"U+{ord(found[0]):04X} in {place}")

@@ -1,0 +1,90 @@
+"""A data file as bytes: gzip told by its content, lines of bounded length, and what is wrong with the encoding."""
+
+import gzip
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+from data.conversation import DataError, Ledger
+
+Row = dict[str, Any]
+# What every reader of this package yields: where a row is and its keys, or the defect in its place. A DataError that is
+# yielded costs one row; one that is raised ends the file, whose other rows can't be told or counted.
+Rows = Iterator[tuple[str, Row | DataError]]
+
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+LONG_LINE = 2**20  # bytes; worth knowing: most such rows will not fit into max_length
+LINE_LIMIT = 64 * 2**20  # bytes; a longer line is skipped without being held in memory
+GZIP, BOM, UTF_16 = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+
+
+def data_suffix(path: Path) -> str:
+    """`.jsonl` of rows.jsonl, rows.JSONL and rows.jsonl.gz."""
+    return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+    """The file's bytes, unpacked where they are gzip's. Raises DataError where they can't be had or break off."""
+    try:
+        with path.open("rb") as file:
+            if file.peek(2)[:2] != GZIP:
+                yield file
+                return
+            with gzip.open(file) as unpacked:
+                yield unpacked
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        problem = f"broken gzip file: {error}; copy or pack the file again"
+        raise DataError(str(path), problem, "broken gzip file") from error
+    except OSError as error:
+        raise DataError(
+            str(path),
+            f"can't be read: {error.strerror or error}; see that it is whole and yours to read",
+            "can't be read",
+        ) from error
+
+
+def check_encoding(path: Path, ledger: Ledger) -> None:
+    """Refuses UTF-16 and notes a UTF-8 byte order mark, which every reader here skips."""
+    with open_bytes(path) as file:
+        head = file.peek(64)[:64]
+    if head[:2] in UTF_16:
+        remedy = f"convert it: iconv -f utf-16 -t utf-8 {path.name}"
+        raise DataError(str(path), f"UTF-16 (it begins with {head[:2].hex(' ').upper()}); {remedy}", "UTF-16")
+    if b"\0" in head:
+        order = "be" if head[0] == 0 else "le"
+        problem = f"UTF-16 without a byte order mark, or no text (NUL is byte {head.index(0) + 1})"
+        raise DataError(str(path), f"{problem}; convert it: iconv -f utf-16{order} -t utf-8 {path.name}", "UTF-16")
+    if head.startswith(BOM):
+        ledger.note(str(path), "UTF-8 byte order mark", "begins with a UTF-8 byte order mark, skipped")
+
+
+def read_lines(path: Path, ledger: Ledger) -> Iterator[tuple[int, bytes | DataError]]:
+    """Line numbers from 1 and lines with their ends; a line beyond LINE_LIMIT gives its defect instead."""
+    with open_bytes(path) as file:
+        number, crlf = 0, False
+        while line := file.readline(LINE_LIMIT + 1):
+            number += 1
+            if number == 1:
+                line = line.removeprefix(BOM)
+            if len(line) > LINE_LIMIT:
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(LONG_LINE)
+                problem = f"line of more than {LINE_LIMIT:,} bytes; split the row or leave it out"
+                yield number, DataError(f"{path}:{number}", problem, "line beyond the limit")
+                continue
+            if len(line) > LONG_LINE:
+                ledger.note(f"{path}:{number}", "long line", f"line of {len(line):,} bytes")
+            if line.endswith(b"\r\n") and not crlf:
+                crlf = True
+                ledger.note(str(path), "CRLF line ends", f"CRLF line ends from line {number}, read like LF")
+            yield number, line
+
+
+def not_utf8(byte: int, where: str, place: str = "") -> DataError:
+    """The defect of a text with this byte in it, for the user to guess the encoding by."""
+    remedy = "convert the file, perhaps: iconv -f latin1 -t utf-8"
+    return DataError(where, f"{place}byte 0x{byte:02X}, which is not UTF-8; {remedy}", "not UTF-8")

@@ -1,0 +1,99 @@
+"""A row's format, told by its keys, and the columns that the recipe gives our names to."""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+
+from data.conversation import Conversation, DataError, Ledger
+from data.fields import shown_names
+from data.files import Row
+from data.instruct import instruct_conversation, unread_keys
+from data.newsgroups import newsgroups_conversation
+from data.squad import squad_conversation, squad_version
+
+# the keys that a row must have, and those it may have
+SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))
+KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "messages": (("messages",), ("id", "conversations")),
+    "sharegpt": (("conversations",), ("id", "system")),
+    "alpaca": (("instruction", "output"), ("id", "input", "system", "history")),
+    "prompt_completion": (("prompt", "completion"), ("id",)),
+    "squad_v1": SQUAD_KEYS,
+    "squad_v2": SQUAD_KEYS,
+    "newsgroups": (("label", "text"), ("id",)),
+}
+FORMATS = tuple(KEYS)
+NAMES = tuple(dict.fromkeys(key for keys in KEYS.values() for names in keys for key in names))
+
+
+def row_conversation(row: Row, named: str | None, task: str, where: str, ledger: Ledger) -> Conversation:
+    """The row as a conversation of the format that is named, or else recognised. Raises DataError."""
+    format = _format(row, named, where)
+    if format.startswith("squad"):
+        version = squad_version(row, named, task)
+        format = f"squad_v{version}"
+        conversation = squad_conversation(row, version, where)
+    elif format == "newsgroups":
+        conversation = newsgroups_conversation(row, where, ledger)
+    else:
+        conversation = instruct_conversation(row, format, where)
+    ledger.formats[format] += 1
+    given = {key for key, value in row.items() if value is not None}
+    if unread := [*sorted(given.difference(*KEYS[format])), *unread_keys(row, format)]:
+        ledger.note(where, "keys that are not read", f"keys that are not read: {shown_names(unread)}")
+    return conversation
+
+
+def _format(row: Row, named: str | None, where: str) -> str:
+    """The named format, or the first whose keys the row has and fills. Raises DataError: the nearest, what it lacks."""
+    turns = row.get("conversations")
+    if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
+        row = row | {"messages": turns}
+    formats = [named] if named else FORMATS
+
+    def fullness(format: str) -> float:
+        required = KEYS[format][0]
+        return sum(row[key] is not None for key in required) / len(required)
+
+    def likeness(format: str) -> float:
+        required = KEYS[format][0]  # a key that is like one of two counts for less than one of two that is there
+        return sum(1.0 if key in row else 0.4 * bool(get_close_matches(key, row)) for key in required) / len(required)
+
+    if fitting := [format for format in formats if row.keys() >= set(KEYS[format][0])]:
+        return max(fitting, key=fullness)  # tables have all columns in all rows, null where a row has none
+
+    nearest = max(formats, key=likeness)
+    missing = " and ".join(key for key in KEYS[nearest][0] if key not in row)
+    keys = f"the row's keys are {shown_names(row)}"
+    remedy = f"add it, or name the column that holds it: columns: {{{missing.split()[0]}: ...}}"
+    if named or likeness(nearest):
+        nearness = f"format {nearest} needs it" if named else f"the nearest format is {nearest}"
+        raise DataError(where, f"{missing}: missing, {keys}; {nearness}: {remedy}", f"{missing}: missing")
+    problem = f"{keys}, which fit none of {', '.join(FORMATS)}; name them: columns: {{prompt: ...}}"
+    raise DataError(where, problem, "unknown keys")
+
+
+def check_names(format: str | None, columns: Mapping[str, str], source: str) -> None:
+    """Raises DataError where the recipe names a format or one of our keys that there is not."""
+    if format is not None and format not in FORMATS:
+        raise DataError(source, f"format {format!r}; must be one of {', '.join(FORMATS)}", "format")
+    for ours in columns:
+        if ours not in NAMES:
+            near = get_close_matches(ours, NAMES, n=1)
+            remedy = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(NAMES)}"
+            raise DataError(source, f"columns: {ours!r} is no name of ours; {remedy}", "columns")
+
+
+def refuse_unseen(unseen: Mapping[str, str], row: Row, source: str) -> None:
+    """Raises DataError for a column that the recipe names and no row has; `row`, the first one, says what there is."""
+    for ours, theirs in unseen.items():
+        near = get_close_matches(theirs, row, n=1)
+        remedy = f"did you mean {shown_names(near)}?" if near else "see the spelling"
+        keys = f"the first row's keys are {shown_names(row)}"
+        raise DataError(source, f"columns.{ours}: no row has a column {theirs!r}; {keys}; {remedy}", "columns")
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with our names for the columns that the recipe names."""
+    theirs = set(columns.values())
+    ours = {name: row[column] for name, column in columns.items() if column in row}
+    return {key: value for key, value in row.items() if key not in theirs} | ours

@@ -1,0 +1,155 @@
+"""Instruction rows in four formats -> turns.
+
+messages:          {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
+sharegpt:          {"conversations": [{"from": "human" | "gpt", "value": ...}, ...], "system": ... (optional)}
+alpaca:            {"instruction", "input" (optional), "output", "system" (optional), "history": [[user, assistant]]}
+prompt_completion: {"prompt", "completion"}, both text or both lists of messages
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from data.conversation import Conversation, DataError, Message
+from data.fields import shown, shown_names, text, type_name
+from data.files import Row
+
+ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
+TOOLS = ("tool", "tools", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
+
+
+def instruct_conversation(row: Row, format: str, where: str) -> Conversation:
+    """The row as a conversation that ends with the assistant's answer. Raises DataError."""
+    messages = checked_order(MESSAGES_OF[format](row, where), where)
+    return Conversation(
+        messages=tuple(messages),
+        id=where,
+        where=where,
+        answers=(messages[-1]["content"],),
+        # without the system turn: one that all rows share would make them near duplicates of each other
+        context="\n".join(m["content"] for m in messages[:-1] if m["role"] != "system"),
+    )
+
+
+def checked_order(messages: list[Message], where: str) -> list[Message]:
+    """The messages, if they are: a system turn or none, then user and assistant in turn, assistant last."""
+    roles = [m["role"] for m in messages]
+    if "system" in roles[1:]:
+        place = len(roles) - 1 - roles[::-1].index("system")
+        if roles.count("system") > 1:
+            problem, kind = f"turn {place + 1}: a second system turn; join them into one", "two system turns"
+        else:
+            problem, kind = f"turn {place + 1}: system; the system turn must be the first", "system turn not first"
+        raise DataError(where, problem, kind)
+    if roles[-1] != "assistant":
+        problem = f"the last turn is {roles[-1]}'s; a row ends with the assistant's answer, add it or cut the turn"
+        raise DataError(where, problem, "last turn not the assistant's")
+    spoken = roles[1:] if roles[0] == "system" else roles
+    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+        found = shown_names(spoken)
+        raise DataError(where, f"user and assistant must take turns, the user first; found {found}", "order of turns")
+    return messages
+
+
+def _messages(row: Row, where: str) -> list[Message]:
+    field = "conversations" if row.get("messages") is None and "conversations" in row else "messages"
+    return _turns(row[field], field, where)
+
+
+def _sharegpt(row: Row, where: str) -> list[Message]:
+    turns = _turns(row["conversations"], "conversations", where, "from", "value", SHAREGPT_ROLES)
+    return _system(row, where) + turns
+
+
+def _alpaca(row: Row, where: str) -> list[Message]:
+    prompt = text(row["instruction"], "instruction", where)
+    if _given(row, "input"):
+        prompt += "\n\n" + text(row["input"], "input", where)
+    answer = text(row["output"], "output", where)
+    return [*_system(row, where), *_history(row, where), _turn("user", prompt), _turn("assistant", answer)]
+
+
+def _prompt_completion(row: Row, where: str) -> list[Message]:
+    if isinstance(row["prompt"], list) and isinstance(row["completion"], list):
+        return _turns(row["prompt"], "prompt", where) + _turns(row["completion"], "completion", where)
+    prompt, completion = text(row["prompt"], "prompt", where), text(row["completion"], "completion", where)
+    return [_turn("user", prompt), _turn("assistant", completion)]
+
+
+MESSAGES_OF = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+}
+TURN_LISTS = {
+    "messages": ("messages", "conversations"),
+    "sharegpt": ("conversations",),
+    "prompt_completion": ("prompt", "completion"),
+}
+
+
+def _turns(
+    turns: Any, field: str, where: str, role: str = "role", content: str = "content", roles: Mapping[str, str] = ROLES
+) -> list[Message]:
+    if not isinstance(turns, list):
+        problem = f"{field}: {type_name(turns)} {shown(turns)} where a list of turns is expected"
+        raise DataError(where, f'{problem}: [{{"{role}": ..., "{content}": ...}}, ...]', f"{field}: not a list")
+    if not turns:
+        raise DataError(where, f"{field}: no turn; leave the row out", f"{field}: no turn")
+    messages = []
+    for i, turn in enumerate(turns):
+        place = f"{field}[{i}]"
+        if not isinstance(turn, dict):
+            problem = f"{place}: {type_name(turn)} {shown(turn)} where a turn is expected"
+            raise DataError(where, f'{problem}: {{"{role}": ..., "{content}": ...}}', f"{field}[]: not a turn")
+        for key in (role, content):
+            if key not in turn:
+                raise DataError(where, f"{place}: no {key}, only {shown_names(turn)}", f"{field}[]: no {key}")
+        said_by = turn[role]
+        if said_by in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+            remedy = "leave the row out or put what they say into user and assistant turns"
+            raise DataError(where, f"{place}: tool turns are not supported; {remedy}", "tool turn")
+        if not isinstance(said_by, str) or said_by not in roles:
+            problem = f"{place}.{role}: {shown(said_by)}; must be one of {', '.join(roles)}"
+            raise DataError(where, problem, "unknown role")
+        messages.append(_turn(roles[said_by], text(turn[content], f"{place}.{content}", where)))
+    return messages
+
+
+def _history(row: Row, where: str) -> list[Message]:
+    if not _given(row, "history"):
+        return []
+    pairs = row["history"]
+    if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        problem = f"history: {shown(pairs)} where a list of [user, assistant] pairs is expected"
+        raise DataError(where, problem, "history: not pairs")
+    return [
+        _turn(role, text(said, f"history[{i}][{side}]", where))
+        for i, pair in enumerate(pairs)
+        for side, (role, said) in enumerate(zip(("user", "assistant"), pair, strict=True))
+    ]
+
+
+def _system(row: Row, where: str) -> list[Message]:
+    return [_turn("system", text(row["system"], "system", where))] if _given(row, "system") else []
+
+
+def _given(row: Row, key: str) -> bool:
+    """Optional keys may be left out, null or empty: many files fill every column of every row."""
+    return key in row and row[key] not in (None, "", [])
+
+
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+def unread_keys(row: Row, format: str) -> list[str]:
+    """Keys of the row's turns that say something and that nothing here reads, like a turn's weight."""
+    read = ("from", "value") if format == "sharegpt" else ("role", "content")
+    unread: set[str] = set()
+    for field in TURN_LISTS.get(format, ()):
+        for turn in row[field] if isinstance(row.get(field), list) else ():
+            given = {key for key in turn if turn[key] is not None} if isinstance(turn, dict) else ()
+            unread.update(f"{field}[].{key}" for key in given if key not in read)
+    return sorted(unread)

@@ -1,0 +1,101 @@
+"""Rows of tables: CSV, Parquet and Hub datasets."""
+
+import csv
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.conversation import DataError, Ledger
+from data.fields import LONE_SURROGATE, shown, shown_names
+from data.files import LINE_LIMIT, Rows, not_utf8, read_lines
+
+REASON = 200  # characters of a library's message: enough for the names of a dataset's configurations
+
+
+def read_csv(path: Path, ledger: Ledger) -> Rows:
+    """Rows of a file with a header line; every cell is text, a missing one at the end of a row is empty text.
+
+    A row is named by the line where it begins: cells in quotes may hold line breaks.
+    """
+    csv.field_size_limit(LINE_LIMIT)  # the module's own, of the whole process, is 128 KB
+    reader = csv.reader(_texts(path, ledger), strict=True)  # strict: an open quote must not swallow the file unseen
+    header: list[str] = []
+    while True:
+        begin = reader.line_num + 1
+        where = f"{path}:{begin}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            remedy = 'put cells with commas, quotes or line breaks in quotes, and write a quote in them as ""'
+            defect = DataError(where, f"not CSV: {error}; {remedy}", "not CSV")
+            # only an error within one line tells where the next row begins: at the next line
+            if not header or reader.line_num > begin or str(error) == "unexpected end of data":
+                raise defect from error
+            yield where, defect
+            continue
+        if cells is None:
+            return
+        if not cells:  # a blank line
+            continue
+        if not header:
+            header = _checked_header(cells, where)
+        elif byte := LONE_SURROGATE.search("".join(cells)):
+            yield where, not_utf8(ord(byte[0]) - 0xDC00, where)
+        elif len(cells) > len(header):
+            problem = f"{len(cells)} cells in a table of {len(header)} columns; put cells with commas in quotes"
+            yield where, DataError(where, problem, "too many cells")
+        else:
+            yield where, dict(zip(header, cells + [""] * (len(header) - len(cells)), strict=True))
+
+
+def _checked_header(cells: list[str], where: str) -> list[str]:
+    """The names of the columns. Raises DataError: without them no row can be read."""
+    if byte := LONE_SURROGATE.search("".join(cells)):
+        raise not_utf8(ord(byte[0]) - 0xDC00, where, "header: ")
+    if twice := [cell for cell in cells if cells.count(cell) > 1]:
+        raise DataError(where, f"column {shown(twice[0])} occurs twice; rename one", "two columns of one name")
+    if len(cells) == 1 and (mark := next((mark for mark in ";\t" if mark in cells[0]), "")):
+        problem = f"columns {shown(cells[0])} are separated by {mark!r}; save it with commas"
+        raise DataError(where, problem, "no commas")
+    return cells
+
+
+def _texts(path: Path, ledger: Ledger) -> Iterator[str]:
+    for _, line in read_lines(path, ledger):
+        if isinstance(line, DataError):
+            raise line  # inside a quoted cell or not: only its end would tell
+        yield line.decode("utf-8", errors="surrogateescape")
+
+
+def read_parquet(path: Path) -> Rows:
+    """Rows of a Parquet file, batch by batch."""
+    return _streamed(str(path), "see that the file is whole", "parquet", data_files=str(path), split="train")
+
+
+def read_hub(name: str, config: str | None, split: str | None, revision: str | None) -> Rows:
+    """Rows of a Hub dataset's split, `train` where none is named."""
+    split = split or "train"
+    source = f"{name}[{f'{config}, ' if config else ''}{split}]"
+    remedy = "it is no path here: see name, config, split, revision and connection"
+    return _streamed(source, remedy, name, name=config, split=split, revision=revision)
+
+
+def _streamed(source: str, remedy: str, path: str, **arguments: Any) -> Rows:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HTTPError
+    from pyarrow import ArrowException
+
+    # RuntimeError: datasets that are scripts; TypeError: rows that fit no common type; the last two: cut off archives
+    broken = (
+        HTTPError, DatasetsError, ArrowException, OSError, ValueError, TypeError, RuntimeError, EOFError, zlib.error
+    )  # fmt: skip
+    try:
+        for number, row in enumerate(load_dataset(path, streaming=True, **arguments), start=1):
+            yield f"{source}: row {number}", row
+    except broken as error:
+        reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if "onfig name is missing" in reason or "BuilderConfig" in reason:
+            remedy = "set config"
+        raise DataError(source, f"can't be read: {shown_names([reason], REASON)}; {remedy}", "can't be read") from error

@@ -1,0 +1,208 @@
+"""What users' files contain: every defect is told with its place and remedy, and no row beside it is lost."""
+
+import re
+
+import pytest
+
+from data import files
+from data.conversation import DataError, Ledger
+from data.source import FileSource, read_all, read_rows
+from tests.conftest import ROOT
+
+MALFORMED = ROOT / "tests" / "malformed"
+FILES = sorted(path for path in MALFORMED.iterdir() if not path.name.startswith("."))
+
+# file, rows, conversations among them, beginnings of what is said, "FILE" standing for the path
+ROW_DEFECTS = [
+    ("latin1.jsonl", 3, 2, ["FILE:2: byte 16 of the line: byte 0xE9, which is not UTF-8; convert the file, perhaps: iconv"]),
+    ("latin1.json", 2, 1, ["FILE:3: byte 0xE9, which is not UTF-8"]),
+    ("latin1.csv", 3, 2, ["FILE:3: byte 0xE9, which is not UTF-8"]),
+    ("trailing_comma.jsonl", 3, 2, ["FILE:2: column 35: trailing comma; remove it"]),
+    ("comma_after_object.jsonl", 3, 2, ["FILE:2: ',' after the object, which ends at column 34; remove it"]),
+    ("two_on_a_line.jsonl", 3, 2, ["FILE:2: two objects on one line; put each on its own"]),
+    ("raw_newline.jsonl", 4, 2, ["FILE:2: column 12: this text has no end; the row is cut off, or a line break", "FILE:3: column 1: not JSON"]),
+    ("raw_tab.jsonl", 3, 2, [r"FILE:2: column 16: raw control character U+0009 inside a text; write \u0009"]),
+    ("cut_off.jsonl", 2, 1, ["FILE:2: column 30: ends inside the object; the row is cut off"]),
+    ("single_quotes.jsonl", 3, 2, ["FILE:2: column 2: single quotes; JSON wants double quotes"]),
+    ("nan.jsonl", 4, 2, ["FILE:2: NaN is not JSON; write null", "FILE:3: -Infinity is not JSON"]),
+    ("duplicate_keys.jsonl", 3, 2, ["FILE:2: key 'completion' occurs twice; keep one"]),
+    ("depth_bomb.jsonl", 3, 2, ["FILE:2: nested too deeply to be read"]),
+    ("long_number.jsonl", 3, 2, ["FILE:2: a number of more than 4300 digits; write it as text"]),
+    ("not_an_object.jsonl", 5, 2, ["FILE:2: list ['p', 'c'] where an object is expected", "FILE:3: text 'p' where", "FILE:4: number 17 where"]),
+    ("text_only.jsonl", 3, 2, ["FILE:2: column 1: not JSON: Expecting value at 'What is the capital '"]),
+    ("long_value.jsonl", 3, 2, ["FILE:2: completion: list ['secret secret"]),
+    ("list_with_flaws.json", 4, 2, ["FILE:3: NaN is not JSON", "FILE:4: text 'text' where an object is expected"]),
+    ("lone_surrogate.jsonl", 3, 2, ["FILE:2: prompt: lone surrogate U+D83D at character 6; half of a character was cut off"]),
+    ("surrogate_in_key.jsonl", 5, 2, [r"FILE:2: x\ud83d\n: lone surrogate U+D83D at character 2", "FILE:3: meta.tags[1]: lone surrogate U+DE00 at character 2", "FILE:4: id: lone surrogate U+D800 at character 2"]),
+    ("nul.jsonl", 3, 2, ["FILE:2: prompt: NUL (U+0000) at character 2"]),
+    ("number_for_text.jsonl", 5, 2, ["FILE:2: completion: number 4 where text is expected; write it as text", "FILE:3: completion: boolean True", "FILE:4: completion: object {'a': 1}"]),
+    ("number_beyond_64_bits.jsonl", 3, 2, ["FILE:2: completion: number beyond 64 bits 9223372036854775808 where text is expected"]),
+    ("null_output.jsonl", 3, 2, ["FILE:2: output: null where text is expected; fill it in or leave the row out"]),
+    ("empty_output.jsonl", 3, 2, ["FILE:2: output: empty text; fill it in or leave the row out"]),
+    ("white_space_output.jsonl", 3, 2, [r"FILE:2: output: only white space ' \n'; fill it in"]),
+    ("missing_output.jsonl", 3, 2, ["FILE:2: output: missing, the row's keys are instruction, input; the nearest format is alpaca: add it"]),
+    ("unknown_keys.jsonl", 3, 2, ["FILE:2: the row's keys are frage, antwort, which fit none of messages, sharegpt, alpaca"]),
+    ("misspelt_key.jsonl", 3, 2, ["FILE:2: prompt: missing, the row's keys are promt, completion; the nearest format is prompt_completion"]),
+    ("wrong_order.jsonl", 4, 2, ["FILE:2: user and assistant must take turns, the user first; found user, user, assistant", "FILE:3: user and assistant must take turns, the user first; found assistant, user"]),
+    ("two_systems.jsonl", 3, 2, ["FILE:2: turn 2: a second system turn; join them into one"]),
+    ("system_not_first.jsonl", 3, 2, ["FILE:2: turn 2: system; the system turn must be the first"]),
+    ("last_turn_user.jsonl", 3, 2, ["FILE:2: the last turn is user's; a row ends with the assistant's answer"]),
+    ("list_content.jsonl", 3, 2, ["FILE:2: messages[0].content: list [{'type': 'text', 'text': 'u'}] where text is expected; join its parts"]),
+    ("unknown_role.jsonl", 3, 2, ["FILE:2: messages[1].role: 'bot'; must be one of system, user, assistant"]),
+    ("tool_turn.jsonl", 4, 2, ["FILE:2: messages[1]: tool turns are not supported; leave the row out", "FILE:3: conversations[1]: tool turns are not supported"]),
+    ("no_messages.jsonl", 3, 2, ["FILE:2: messages: no turn; leave the row out"]),
+    ("messages_as_text.jsonl", 3, 2, ["FILE:2: messages: text 'user: u' where a list of turns is expected"]),
+    ("turn_as_text.jsonl", 3, 2, ["FILE:2: messages[0]: text 'u' where a turn is expected"]),
+    ("turn_without_role.jsonl", 3, 2, ["FILE:2: messages[0]: no role, only content"]),
+    ("sharegpt_starts_with_gpt.jsonl", 3, 2, ["FILE:2: user and assistant must take turns, the user first"]),
+    ("history_not_pairs.jsonl", 3, 2, ["FILE:2: history: ['u', 'a'] where a list of [user, assistant] pairs is expected"]),
+    ("wrong_quote.csv", 3, 2, ["FILE:3: not CSV: ',' expected after '\"'; put cells with commas, quotes or line breaks in quotes"]),
+    ("too_many_cells.csv", 3, 2, ["FILE:3: 3 cells in a table of 2 columns; put cells with commas in quotes"]),
+    ("missing_cell.csv", 3, 2, ["FILE:3: completion: empty text"]),
+    ("squad_offset.json", 2, 1, ["FILE: q1: answers[0]: 'Paris' is not at answer_start 14 (there is ' Pari'); correct"]),
+    ("squad_negative_offset.json", 2, 1, ["FILE: q1: answers[0]: '1999.' is not at answer_start -5"]),
+    ("squad_contradiction.json", 2, 1, ["FILE: q1: is_impossible: True contradicts the number of answers, 1"]),
+    ("squad_id_twice.json", 2, 1, ["FILE: q1: id: 'q1' occurs before; ids must be unique to be scored"]),
+    ("squad_no_id.json", 2, 1, ["FILE:1: paragraphs[0].qas[1]: {'question': 'Where?', 'answers': []} has no id"]),
+    ("squad_null_id.json", 2, 1, ["FILE:1: paragraphs[0].qas[1]: {'id': None, 'question': 'Where?', 'answers': [{'text': '... has no id"]),
+    ("squad_null_id.jsonl", 4, 3, ["FILE:2: id: null; give every question its own, or leave the key out of all"]),
+    ("squad_surrogate.json", 3, 2, [r"FILE: q1\ud800\n: id: lone surrogate U+D800 at character 3"]),
+    ("squad_nan.json", 2, 0, ["FILE:1: NaN is not JSON; write null or leave the key out (no question of its article is used)"] * 2),
+    ("squad_no_paragraphs.json", 3, 1, ['FILE:1: article: keys title, no list under "paragraphs"', 'FILE:1: paragraphs[0]: keys context, no list under "qas"']),
+    ("unknown_label.jsonl", 4, 2, ["FILE:2: label: 'Sci.Space ' is none of the 20 newsgroups; did you mean 'sci.space'?", "FILE:3: label: 'cats' is none of the 20 newsgroups; the groups are alt.atheism"]),
+]  # fmt: skip
+# file, rows that are read before reading breaks off, what is said; how many rows are lost is not known, so all stops
+BREAKS = [
+    ("utf16.jsonl", 0, "FILE: UTF-16 (it begins with FF FE); convert it: iconv -f utf-16 -t utf-8 utf16.jsonl"),
+    ("utf16_without_mark.jsonl", 0, "FILE: UTF-16 without a byte order mark, or no text (NUL is byte 2); convert it: iconv -f utf-16le"),
+    ("empty.jsonl", 0, "FILE: holds no row"),
+    ("empty.json", 0, "FILE: holds no row"),
+    ("blank_lines.jsonl", 0, "FILE: holds no row"),
+    ("header_only.csv", 0, "FILE: holds no row"),
+    ("empty_list.json", 0, "FILE: holds no row"),
+    ("truncated.jsonl.gz", 56, "FILE: broken gzip file: Compressed file ended before the end-of-stream marker"),
+    ("wrong_suffix.txt", 0, "FILE: suffix '.txt'; must be one of .json, .jsonl, .csv, .parquet"),
+    ("not_parquet.parquet", 0, "FILE: can't be read: Parquet magic bytes not found"),
+    ("list_in_jsonl.jsonl", 0, "FILE:1: a JSON list where one object a line is expected; name the file .json"),
+    ("pretty_printed.jsonl", 0, "FILE:1: pretty-printed JSON where one object a line is expected; rewrite it: jq -c ."),
+    ("list_trailing_comma.json", 1, "FILE:3: trailing comma after the last element; remove it"),
+    ("list_without_comma.json", 1, 'FILE:3: \'{"prompt": "p", "com\' where , or ] is expected'),
+    ("list_cut_off.json", 1, "FILE:3: column 17: this text has no end"),
+    ("list_and_more.json", 1, r"FILE:2: '[]\n' where the end of the file is expected"),
+    ("column_twice.csv", 0, "FILE:1: column 'prompt' occurs twice; rename one"),
+    ("wrong_quote_in_header.csv", 0, "FILE:1: not CSV: ',' expected after '\"'; put cells with commas"),
+    ("latin1_header.csv", 0, "FILE:1: header: byte 0xE9, which is not UTF-8"),
+    ("semicolons.csv", 0, "FILE:1: columns 'prompt;completion' are separated by ';'; save it with commas"),
+    ("tabs.csv", 0, r"FILE:1: columns 'prompt\tcompletion' are separated by '\t'; save it with commas"),
+    ("open_quote.csv", 1, "FILE:3: not CSV: unexpected end of data; put cells with commas"),
+    ("wrong_quote_over_lines.csv", 1, "FILE:3: not CSV: ',' expected after '\"'; put cells with commas"),
+    ("squad_cut_off.json", 0, "FILE:1: column 31: ends inside the object"),
+]  # fmt: skip
+# rows are kept, and it is told what is odd about them
+NOTES = [
+    ("utf8_bom.jsonl", 1, ["FILE: begins with a UTF-8 byte order mark, skipped"]),
+    ("crlf.jsonl", 2, ["FILE: CRLF line ends from line 1, read like LF"]),
+    ("gzip_named.jsonl", 1, []),
+    ("plain_named.jsonl.gz", 1, []),
+    ("line_separator.jsonl", 1, ["FILE:1: U+2028 in turn 1, character 4"]),
+    ("control_characters.jsonl", 1, ["FILE:1: U+001B in turn 1, character 2"]),
+    ("replacement_character.jsonl", 1, ["FILE:1: U+FFFD in turn 1, character 4"]),
+    ("unread_keys.jsonl", 1, ["FILE:1: keys that are not read: category"]),
+    ("newline_in_key.jsonl", 1, [r"FILE:1: keys that are not read: a\nb"]),
+    ("turn_weight.jsonl", 1, ["FILE:1: keys that are not read: messages[].weight"]),
+    ("id_twice.jsonl", 2, ["FILE:2: id: '7' occurs before; the row goes by its place"]),
+    ("empty_post.jsonl", 1, ["FILE:1: post is empty without headers, quotes and footers"]),
+    ("post_without_headers.jsonl", 1, ["FILE:1: post without headers, taken as it is"]),
+]
+
+
+def read(path, **source):
+    ledger = Ledger(str(path))
+    return list(read_rows(FileSource(str(path), **source), "instruct", ledger)), ledger
+
+
+def said_of(ledger: Ledger, kinds) -> list[str]:
+    return [text for kind in kinds for text in ledger.named[kind]]
+
+
+def begins(said: list[str], expected: list[str], path) -> bool:
+    starts = [start.replace("FILE", str(path)) for start in expected]
+    return len(said) == len(starts) and all(text.startswith(start) for text, start in zip(said, starts, strict=True))
+
+
+@pytest.mark.parametrize(("name", "rows", "kept", "expected"), ROW_DEFECTS, ids=[case[0] for case in ROW_DEFECTS])
+def test_defect_of_a_row_is_told_and_the_rows_beside_it_are_read(name, rows, kept, expected):
+    conversations, ledger = read(MALFORMED / name)
+    said = said_of(ledger, ledger.defects)
+    assert begins(said, expected, MALFORMED / name), said
+    assert (ledger.rows, len(conversations)) == (rows, kept)
+    assert ledger.rows == len(conversations) + ledger.defects.total()
+    assert not ledger.unread
+
+
+@pytest.mark.parametrize(("name", "rows", "expected"), BREAKS, ids=[case[0] for case in BREAKS])
+def test_file_that_can_not_be_read_on_is_told_with_the_number_of_rows_before(name, rows, expected):
+    conversations, ledger = read(MALFORMED / name)
+    assert begins(ledger.unread, [expected], MALFORMED / name), ledger.unread
+    read_before = f"(after {rows} row{'s' if rows > 1 else ''}, the rest is unread)" if rows else "(no row is read)"
+    assert ledger.unread[0].endswith(read_before) or "holds no row" in expected
+    assert ledger.rows == len(conversations) == rows
+    assert not ledger.defects
+    with pytest.raises(DataError, match=re.escape(ledger.unread[0])):
+        read_all(FileSource(str(MALFORMED / name)), "instruct")
+
+
+@pytest.mark.parametrize(("name", "rows", "expected"), NOTES, ids=[case[0] for case in NOTES])
+def test_oddities_are_noted_and_their_rows_kept(name, rows, expected):
+    conversations, ledger = read(MALFORMED / name)
+    said = said_of(ledger, ledger.notes)
+    assert begins(said, expected, MALFORMED / name), said
+    assert not ledger.defects
+    assert not ledger.unread
+    assert ledger.rows == len(conversations) == rows
+
+
+def test_every_malformed_file_has_its_case():
+    assert {p.name for p in FILES} == {case[0] for case in ROW_DEFECTS + BREAKS + NOTES}
+
+
+def test_messages_are_one_line_and_show_no_more_than_the_beginning_of_a_value():
+    _, ledger = read(MALFORMED / "long_value.jsonl")
+    (text,) = said_of(ledger, ledger.defects)
+    assert text.startswith(f"{MALFORMED / 'long_value.jsonl'}:2: completion: list ['secret secret")
+    assert text.count("secret") < 10
+    for path in FILES:
+        _, ledger = read(path)
+        assert not any(re.search(r"[\n\ud800-\udfff]", text) for text in said_of(ledger, ledger.named) + ledger.unread)
+
+
+def test_long_line_is_read_and_noted_and_one_beyond_the_limit_is_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LINE_LIMIT", 3 * 2**20)
+    good = '{"prompt": "p", "completion": "c"}\n'
+    long, too_long = (f'{{"prompt": "{"p" * size}", "completion": "c"}}\n' for size in (2**20, 4 * 2**20))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(good + long + too_long + good + too_long.strip())
+    conversations, ledger = read(path)
+    assert [c.where for c in conversations] == [f"{path}:{n}" for n in (1, 2, 4)]
+    assert said_of(ledger, ledger.notes) == [f"{path}:2: line of 1,048,610 bytes"]
+    assert list(ledger.explain()) == [
+        f"{path}:3: line of more than 3,145,728 bytes; split the row or leave it out (2 such rows, also {path}:5)"
+    ]
+
+
+def test_named_format_says_which_key_is_missing():
+    path = MALFORMED / "unread_keys.jsonl"
+    _, ledger = read(path, format="alpaca")
+    assert list(ledger.explain()) == [
+        f"{path}:1: instruction and output: missing, the row's keys are prompt, completion, category; "
+        "format alpaca needs it: add it, or name the column that holds it: columns: {instruction: ...}"
+    ]
+
+
+def test_fifty_thousand_defects_of_a_kind_are_one_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "p", "completion": ""}\n' * 50_000)
+    _, ledger = read(path)
+    (line,) = ledger.explain()
+    assert line.startswith(f"{path}:1: completion: empty text")
+    assert "(50000 such rows" in line

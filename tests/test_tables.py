@@ -1,0 +1,74 @@
+"""Hub datasets are streamed; whatever their libraries raise is one line. CSV and Parquet: see test_source, test_malformed."""
+
+import pytest
+from pyarrow import ArrowCapacityError
+
+from data.conversation import DataError, Ledger
+from data.source import FileSource, read_all, read_rows
+
+GOOD = {"prompt": "p", "completion": "c"}
+
+
+def hub(monkeypatch, load_dataset) -> None:
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+
+
+def test_hub_dataset_is_streamed_and_names_split_and_row(monkeypatch):
+    def load_dataset(path, **arguments):
+        assert (path, arguments) == (
+            "owner/rows",
+            {"name": "main", "split": "train", "revision": "v1", "streaming": True},
+        )
+        return iter([GOOD, GOOD | {"completion": None}])
+
+    hub(monkeypatch, load_dataset)
+    ledger = Ledger("owner/rows")
+    (row,) = read_rows(FileSource("owner/rows", config="main", revision="v1"), "instruct", ledger)
+    assert row.where == "owner/rows[main, train]: row 1"
+    assert list(ledger.explain()) == [
+        "owner/rows[main, train]: row 2: completion: null where text is expected; fill it in or leave the row out"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("error", "reason", "remedy"),
+    [
+        (ConnectionError("no route\nto host"), "no route to host", "it is no path here: see name"),
+        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "Dataset scripts are no longer", "it"),
+        (TypeError("Couldn't cast array of type string to int64"), "Couldn't cast array of type string to int64", "it is"),
+        (ArrowCapacityError("array is too large"), "array is too large", "it is"),
+        (EOFError(), "EOFError", "it is"),
+        (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"),
+            "Config name is missing. Please pick one among the available configs: ['main', 'socratic'] Example",
+            "set config (",
+        ),
+        (ValueError("BuilderConfig 'mian' not found. Available: ['main']" + "x" * 300), "BuilderConfig 'mian'", "set config ("),
+    ],
+)  # fmt: skip
+def test_hub_that_can_not_be_read_is_one_line(monkeypatch, error, reason, remedy):
+    def load_dataset(path, **arguments):
+        raise error
+
+    hub(monkeypatch, load_dataset)
+    with pytest.raises(DataError) as told:
+        read_all(FileSource("owner/rows", split="test"), "instruct")
+    text = str(told.value)
+    assert text.startswith(f"owner/rows[test]: can't be read: {reason}")
+    assert f"; {remedy}" in text
+    assert text.endswith("(no row is read)")
+    assert "\n" not in text
+    assert len(text) < 350
+
+
+def test_hub_that_breaks_off_midway_is_told_with_the_rows_before(monkeypatch):
+    def load_dataset(path, **arguments):
+        yield GOOD
+        raise ConnectionError("reset by peer")
+
+    hub(monkeypatch, load_dataset)
+    ledger = Ledger("owner/rows")
+    assert len(list(read_rows(FileSource("owner/rows"), "instruct", ledger))) == 1
+    (line,) = ledger.unread
+    assert line.startswith("owner/rows[train]: can't be read: reset by peer")
+    assert line.endswith("(after 1 row, the rest is unread)")
