@@ -1,45 +1,56 @@
 """Conversation -> token ids and loss mask: the one place where the chat template and the mask are applied.
 
 Training, evaluation and the server check all come through here, so they see the same ids.
+
+Control tokens come from the template only. A control marker in the data ("<|im_end|>" in a passage) is split after its
+first character: the template sees it with a noncharacter in between, and the two halves are tokenized apart, so neither
+holds a marker. Two things can't be kept apart that way. Text that a template uses as a marker and that is no token of
+its own ("[INST]" of Mistral v1, "### Response:") has the same ids whoever wrote it: `markers_in` finds it. And a token
+of one character has no halves: a row with one is a defect.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from data.errors import UserError
+from data.conversation import Conversation, DataError, Message
+from data.template import literals, render
+from data.tokens import Encoder, any_of, encoder_of
 
-Message = dict[str, str]
+# what is wrong with an example, by its key in the recipe; the text is the DataError's kind
+AUDITS = {
+    "untrained": "no trained token",
+    "end_not_trained": "end of turn not trained",
+    "truncated": "answer cut by max_length",
+    "prompt_not_prefix": "prompt not a prefix of the full text",
+    "double_bos": "two BOS tokens",
+}
 
+# Unicode's noncharacters: never part of a text that is meant to be exchanged
+NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)] + [
+    chr(p << 16 | c) for p in range(17) for c in (0xFFFE, 0xFFFF)
+]
 
-class DataError(UserError):
-    """A defect in the user's data; the text names the file, the place and the remedy."""
+# what templates use as markers, whether or not it is one token: <start_of_turn>, <<SYS>>, [/INST], ### Response:
+TEXT_MARKER = re.compile(r"<{1,2}[/|]?\w[\w ]*\|?>{1,2}|\[/?[A-Z][A-Z_]+\]|#{2,} ?[A-Z]\w*:")
+
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class TooLong(DataError):
-    """An example longer than max_length: its answer would be cut."""
+    """An example of `tokens` tokens, more than max_length: its answer would be cut."""
 
-
-@dataclass(frozen=True)
-class Conversation:
-    """Role/content turns that end with the assistant's answer, and where they came from."""
-
-    messages: tuple[Message, ...]
-    id: str
-    where: str  # "file:line" or "file: id", for messages to the user
-    answers: tuple[str, ...] = ()  # gold answers; empty: the right answer is that there is none
-    context: str = ""  # equal for conversations that share a passage: kept together, and one cluster in statistics
-
-    @property
-    def prompt(self) -> tuple[Message, ...]:
-        return self.messages[:-1]
-
-    @property
-    def answer(self) -> str:
-        return self.messages[-1]["content"]
+    def __init__(self, where: str, tokens: int, max_length: int) -> None:
+        super().__init__(
+            where,
+            f"{tokens} tokens, and data.max_length {max_length} would cut the answer away; "
+            "raise data.max_length, or set data.too_long: skip to leave such rows out and count them",
+            AUDITS["truncated"],
+        )
+        self.tokens = tokens
 
 
 @dataclass(frozen=True)
@@ -54,53 +65,66 @@ class Example:
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids of the rendered messages up to where the assistant begins to speak."""
-    return _tokenize(_render(messages, tokenizer, generation=True), tokenizer)
+    safe, separator = _protect(messages, tokenizer, "", generation=True)
+    return _ids(render(safe, tokenizer, generation=True), separator, encoder_of(tokenizer), "")
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """Ids and mask of a whole conversation; every assistant turn is trained, up to its end-of-turn token.
+    """The one example of a conversation, see encode_turns; DataError where there are several."""
+    examples = encode_turns(conversation, tokenizer, max_length)
+    if len(examples) > 1:
+        raise DataError(
+            conversation.where,
+            f"the chat template renders earlier turns anew, so the conversation makes {len(examples)} examples where "
+            "one is expected; use single-turn rows or another model.chat_template",
+            "several examples",
+        )
+    return examples[0]
 
-    Prompt and answer are tokenized apart: the ids before an answer are then exactly those that a server computes
-    for the prompt alone. Raises DataError, naming file and place, where nothing would be trained, the end of the
-    turn would not be, or the conversation does not fit into max_length tokens.
+
+def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
+    """Ids and mask; every assistant turn is trained, through the token that ends it.
+
+    One example, as long as the template renders a turn the same whatever follows. Where it does not (Qwen3 drops what
+    the assistant thought in earlier turns), a new example begins: each answer is trained behind the prompt that a
+    server would see. Prompt and answer are tokenized apart, so the ids before an answer are those of encode_prompt.
+    Raises DataError, naming file and place; its kind is one of AUDITS where an example would be trained wrongly.
     """
     messages, where = conversation.messages, conversation.where
-    special = _special_ids(tokenizer)
+    encoder = encoder_of(tokenizer)
+    safe, separator = _protect(messages, tokenizer, where, generation=False)
+    examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
-    done = ""
+    done, end = "", 0  # the text of ids, and where in it the marker of the last turn's end begins
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _render(messages[:i], tokenizer, generation=True)
-        full = _render(messages[: i + 1], tokenizer, generation=False)
-        if not prompt.startswith(done) or not full.startswith(prompt):
-            raise DataError(
-                f"{where}: the chat template renders the turns before answer {i} differently once it is there, "
-                "so no prefix of the text is the prompt; use single-turn rows or another template"
-            )
-        prompt_ids = _tokenize(prompt[len(done) :], tokenizer)
-        answer_ids = _tokenize(full[len(prompt) :], tokenizer)
-        ends = [j for j, token in enumerate(answer_ids) if token in special]
         if not message["content"].strip():
-            raise DataError(f"{where}: the answer is empty, so there is nothing to learn; remove the row or answer it")
-        if not ends:
-            raise DataError(
-                f"{where}: the chat template ends the assistant's turn without a special token, so the model would "
-                "never learn to stop; set model.chat_template to one that does"
+            problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
+            raise DataError(where, problem, "empty answer")
+        prompt = render(safe[:i], tokenizer, generation=True, where=where)
+        full = render(safe[: i + 1], tokenizer, generation=False, where=where)
+        if not full.startswith(prompt):
+            problem = (
+                f"the chat template renders the turns before answer {i} differently once it is there, so no prefix of "
+                "the text is the prompt; use single-turn rows or another model.chat_template"
             )
+            raise DataError(where, problem, AUDITS["prompt_not_prefix"])
+        if ids and not prompt.startswith(done):
+            examples.append(_example(ids, mask, conversation, tokenizer, max_length))
+            ids, mask, done, end = [], [], "", 0
+        # a control token parts what stands around it: to go on from the one that is last in ids is exact
+        prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
+        answer, length = _answer(full[len(prompt) :], where, encoder)
+        answer_ids = _continued(prompt[end:], answer, separator, encoder, where)
         ids += prompt_ids + answer_ids
-        mask += [0] * len(prompt_ids) + [1] * (ends[-1] + 1) + [0] * (len(answer_ids) - ends[-1] - 1)
-        done = full
-    if not any(mask):
-        raise DataError(f"{where}: no assistant turn, so there is nothing to learn")
-    last = len(mask) - mask[::-1].index(1)  # what follows the last trained token is computed for nothing
-    if last > max_length:
-        raise TooLong(
-            f"{where}: {last} tokens, and data.max_length {max_length} would cut the answer away; "
-            "raise data.max_length, or set data.too_long: skip to leave such rows out and count them"
-        )
-    return Example(ids[:last], mask[:last], conversation.context, where)
+        mask += [0] * len(prompt_ids) + [1] * len(answer_ids)
+        done = prompt + answer
+        end = len(prompt) + length
+    if not ids:
+        raise DataError(where, "no assistant turn, so there is nothing to learn", AUDITS["untrained"])
+    return [*examples, _example(ids, mask, conversation, tokenizer, max_length)]
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -109,49 +133,155 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return encode(Conversation(turns, "", "chat template"), tokenizer, 1_000_000).ids[-1]
 
 
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Ids of the control tokens, those that text from data never becomes."""
+    return encoder_of(tokenizer).control_ids
+
+
+def markers_in(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Control markers that the contents hold, one entry for each hit: tokens, and what the template uses like one."""
+    template = str(tokenizer.get_chat_template())
+    pattern = _all_markers(encoder_of(tokenizer), template)
+    if pattern is None:
+        return []
+    spans = [(m["content"], *span) for m in conversation.messages for span in _data_spans(m, template)]
+    return [hit for text, start, end in spans for hit in pattern.findall(text, start, end)]
+
+
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """DataError where the tokenizer has no template, or several and none by default."""
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise DataError("", f"{name}: has chat templates {names} and none called default; set model.chat_template")
     if not tokenizer.chat_template:
-        raise DataError(f"{name}: its tokenizer has no chat template; use an instruct model or set model.chat_template")
+        raise DataError(
+            "", f"{name}: its tokenizer has no chat template; use an instruct model or set model.chat_template"
+        )
 
 
-def _render(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generation: bool) -> str:
-    """Text of the messages; a separator splits every control marker that the contents hold, see _tokenize."""
-    markers = _added_tokens(tokenizer)
-    safe = [{**m, "content": _split_markers(m["content"], markers)} for m in messages]
-    try:
-        return str(tokenizer.apply_chat_template(safe, tokenize=False, add_generation_prompt=generation))
-    except TemplateError as error:
-        roles = ", ".join(m["role"] for m in messages)
-        raise DataError(f"the chat template refuses the turns {roles}: {error}; set model.chat_template") from error
+def _example(
+    ids: list[int], mask: list[int], conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    bos = tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        problem = f"the chat template writes {tokenizer.bos_token!r} twice; correct model.chat_template"
+        raise DataError(conversation.where, problem, AUDITS["double_bos"])
+    if len(ids) > max_length:
+        raise TooLong(conversation.where, len(ids), max_length)
+    return Example(ids, mask, conversation.context, conversation.where)
 
 
-SPLIT = "\ufdd0"  # a Unicode noncharacter: never part of a text that is meant to be exchanged
+def _answer(text: str, where: str, encoder: Encoder) -> tuple[str, int]:
+    """The text through the marker that ends the turn, and where that begins; only spaces may follow it."""
+    found = list(encoder.markers.finditer(text)) if encoder.markers else []
+    if not text.strip() or (found and not text[: found[-1].start()].strip()):
+        problem = "the chat template leaves out the answer, so nothing is trained; set model.chat_template to another"
+        raise DataError(where, problem, AUDITS["untrained"])
+    if not found or text[found[-1].end() :].strip():
+        problem = (
+            "the chat template ends the assistant's turn without a control token, so the model would never learn to "
+            "stop; set model.chat_template to one that does"
+        )
+        raise DataError(where, problem, AUDITS["end_not_trained"])
+    return text[: found[-1].end()], found[-1].start()
 
 
-def _split_markers(content: str, markers: list[str]) -> str:
-    content = content.replace(SPLIT, "")
-    for marker in markers:
-        content = content.replace(marker, marker[0] + SPLIT + marker[1:])
-    return content
+def _continued(before: str, text: str, separator: str, encoder: Encoder, where: str) -> list[int]:
+    """Ids of `text` behind the ids of `before`."""
+    if encoder.prepends:  # the tokenizer's own way from one to the other, if it has a border there
+        first, both = _ids(before, separator, encoder, where), _ids(before + text, separator, encoder, where)
+        if both[: len(first)] == first:
+            return both[len(first) :]
+    return _ids(text, separator, encoder, where, begins=False)
 
 
-def _tokenize(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of rendered text. Markers written by the template become control tokens, those from data plain text.
+def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool = True) -> list[int]:
+    """Ids of rendered text; `separator` stands in the markers that came from data. `begins`: nothing stands before."""
+    ids: list[int] = []
+    for piece in text.split(separator) if separator else [text]:
+        ids += encoder.ids(piece) if begins else encoder.ids_after_text(piece, where)
+        begins = False
+    if encoder.normalizes and encoder.markers:
+        found, written = sum(i in encoder.control_ids for i in ids), len(encoder.markers.findall(text))
+        if found > written:
+            problem = "the tokenizer's normalizer turns a part of the text into a control token; remove look-alikes"
+            raise DataError(where, problem, "look-alike of a control token")
+    return ids
 
-    A marker from data was split after its first character; tokenizing the halves apart leaves nothing to match.
+
+def _protect(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, generation: bool
+) -> tuple[Sequence[Message], str]:
+    """Messages whose control markers are split by the separator, and that; "" where the tokenizer has no such tokens.
+
+    A marker may also arise where a content ends and the template, or the next content, goes on. That is seen from the
+    whole text: if it holds fewer markers once the ends are split as well, they are.
     """
-    pieces = text.split(SPLIT)
-    return [i for piece in pieces for i in tokenizer.encode(piece, add_special_tokens=False)]
+    encoder, template = encoder_of(tokenizer), str(tokenizer.get_chat_template())
+    text = "".join(m["content"] for m in messages)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        problem = f"half a surrogate pair {text[error.start]!r} is no text; remove or repair it"
+        raise DataError(where, problem, "half a surrogate pair") from error
+    if encoder.markers is None:
+        return messages, ""
+    separator = next((c for c in NONCHARACTERS if c not in text and c not in template), "")
+    if not separator:
+        problem = "all 66 noncharacters of Unicode stand in it, so none is left to split control markers; remove one"
+        raise DataError(where, problem, "all noncharacters")
+    inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
+    outside = [_split_ends(m, encoder, separator) for m in inside]
+    if outside != inside:
+        plain, split = (render(each, tokenizer, generation, where) for each in (inside, outside))
+        if len(encoder.markers.findall(split)) < len(encoder.markers.findall(plain)):
+            return outside, separator
+    return inside, separator
+
+
+def _split(message: Message, template: str, markers: re.Pattern[str], separator: str, where: str) -> Message:
+    """The message with each marker in it split after its first character."""
+    content = message["content"]
+    if not markers.search(content):
+        return message
+    for start, end in reversed(_data_spans(message, template)):
+        safe = content[start:end]
+        while found := markers.search(safe):  # again: what is left of one marker may hold a shorter one
+            if len(found[0]) == 1:
+                problem = f"{found[0]!r} is a control token of one character and can't be split; remove it"
+                raise DataError(where, problem, "control token of one character")
+            safe = safe.replace(found[0], found[0][0] + separator + found[0][1:])
+        content = content[:start] + safe + content[end:]
+    return {**message, "content": content}
+
+
+def _split_ends(message: Message, encoder: Encoder, separator: str) -> Message:
+    """The message with what begins a marker at its end, or ends one at its start, split likewise."""
+    content, control, longest = message["content"], encoder.control, encoder.longest_marker - 1
+    left, right = len(content) - len(content.lstrip()), len(content.rstrip())
+    cuts = {
+        at + 1
+        for at in range(max(0, right - longest), right)
+        if content[at] in encoder.marker_starts and any(m.startswith(content[at:right]) for m in control)
+    } | {
+        at
+        for at in range(left, min(len(content), left + longest))
+        if content[at] in encoder.marker_ends and any(m.endswith(content[left : at + 1]) for m in control)
+    }
+    for at in sorted(cuts, reverse=True):
+        content = content[:at] + separator + content[at:]
+    return {**message, "content": content} if cuts else message
+
+
+def _data_spans(message: Message, template: str) -> list[tuple[int, int]]:
+    """Where a content is data. A thought that begins an answer is marked by what the template knows, if it does:
+    <think> and </think> are then what the model is to write, and the template sees them as a server's would."""
+    content = message["content"]
+    thought = THOUGHT.match(content) if message["role"] == "assistant" and "</think>" in template else None
+    return [thought.span(1), (thought.end(), len(content))] if thought else [(0, len(content))]
 
 
 @lru_cache(maxsize=4)
-def _added_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Texts that the tokenizer turns into one added token, longest first; runs of spaces are not control tokens."""
-    texts = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    return sorted((t for t in texts if len(t) > 1 and not t.isspace()), key=len, reverse=True)
-
-
-@lru_cache(maxsize=4)
-def _special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    flagged = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return frozenset(flagged | set(tokenizer.all_special_ids))
+def _all_markers(encoder: Encoder, template: str) -> re.Pattern[str] | None:
+    texts = {marker for text in literals(template) for marker in TEXT_MARKER.findall(text)}
+    return any_of(texts | set(encoder.control))
