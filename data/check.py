@@ -1,102 +1,250 @@
-"""Conversations -> examples, with an account of every row: what is trained, what was left out, and why."""
+"""Sources -> encoded examples and the account of every row: what is trained, what was left out, and why.
 
-import random
-from collections.abc import Sequence
-from typing import Any
+The one pass over the data that training and `graft check` share. Rows are read, compared, encoded and written one at a
+time; what grows with the data are hashes and counts.
+"""
 
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Protocol
+
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Conversation, DataError, Example, TooLong, encode
-from data.pack import make_packs, step_order
+from data.account import HELD_OUT, NOT_DRAWN, SHOWN, Lengths, Sample, SourceAccount, decoded, totals
+from data.chat import AUDITS, Example, TooLong, encode_turns, markers_in
+from data.compare import Comparison
+from data.conversation import Conversation, DataError, Ledger
+from data.draw import Counts, chosen_contexts, held_out_by_share
+from data.pack import count_executed, step_order
 from data.progress import track
+from data.source import SourceLike, read_rows
+from data.store import Examples, Writer
+from data.template import OVER_LIMITS
 
-NAMED = 5  # rows with defects that are named; all are counted
+RATIO_CONTEXTS = 20_000  # the sharing ratio is measured on at most so many
 
 
-def encode_all(
-    conversations: Sequence[Conversation],
+class WeightedSource(SourceLike, Protocol):
+    @property
+    def weight(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a recipe says of which rows are trained on; the names are the recipe's."""
+
+    task: str
+    max_length: int
+    audit: Mapping[str, int]  # key of AUDITS -> how many such rows are allowed
+    max_leaks: int | None = None  # None: leaks are reported and stop nothing
+    on_error: str = "stop"
+    too_long: str = "stop"
+    duplicates: str = "keep"
+    near_duplicates: str = "keep"
+    leaks: str = "keep"
+    max_contexts: int | None = None
+    unanswerable_share: float | None = None
+    held_out_share: float | None = None
+    share_prefixes: bool = True
+    examples_per_step: int = 16
+    seed: int = 0
+
+
+def examine(
+    sources: Sequence[WeightedSource],
+    held_out: SourceLike | None,
     tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    too_long: str = "stop",
-) -> tuple[list[Example], list[str]]:
-    """Examples, and what is said of each row that `too_long: skip` left out.
-
-    Raises DataError that names the first defects and counts the rest.
-    """
-    examples: list[Example] = []
-    defects: list[str] = []
-    left_out: list[str] = []
-    for conversation in track(conversations, "encode"):
-        try:
-            examples.append(encode(conversation, tokenizer, max_length))
-        except TooLong as error:
-            (left_out if too_long == "skip" else defects).append(str(error))
-        except DataError as error:
-            defects.append(str(error))
-    if defects:
-        others = ", ".join(defect.split(": ")[0] for defect in defects[1:NAMED])
-        more = f"; {len(defects) - 1} more rows have defects: {others}" if others else ""
-        raise DataError(defects[0] + more + (" ..." if len(defects) > NAMED else ""))
-    if not examples:
-        raise DataError(f"no row of {len(conversations)} can be trained on; the first: {left_out[0]}")
-    return examples, left_out
-
-
-def draw_contexts(
-    conversations: Sequence[Conversation], count: int | None, seed: int, unanswerable_share: float | None = None
-) -> list[Conversation]:
-    """The conversations of `count` contexts drawn at random, in their order; all of them where count is None.
-
-    unanswerable_share: how many of the drawn conversations have no answer, as nearly as the data allows, by drawing
-    more or fewer contexts that hold such ones. Raises DataError where the data has too few.
-    """
-    contexts: dict[str, list[Conversation]] = {}
-    for conversation in conversations:
-        contexts.setdefault(conversation.context, []).append(conversation)
-    if count is None or count >= len(contexts):
-        return list(conversations)
-    drawn = random.Random(seed).sample(list(contexts), len(contexts))
-    chosen = drawn[:count]
-    if unanswerable_share is not None:
-        mixed = [c for c in drawn if any(not q.answers for q in contexts[c])]
-        others = [c for c in drawn if all(q.answers for q in contexts[c])]
-        mixes = (
-            (mixed[:k], others[: count - k]) for k in range(max(0, count - len(others)), min(count, len(mixed)) + 1)
-        )
-        best = min(mixes, key=lambda mix: abs(_unanswerable(contexts, [*mix[0], *mix[1]]) - unanswerable_share))
-        chosen = [*best[0], *best[1]]
-        found = _unanswerable(contexts, chosen)
-        if abs(found - unanswerable_share) > 0.02:
-            raise DataError(
-                f"data.unanswerable_share {unanswerable_share}: the nearest that {count} contexts allow is {found:.2f}"
-            )
-    kept = set(chosen)
-    return [c for c in conversations if c.context in kept]
-
-
-def _unanswerable(contexts: dict[str, list[Conversation]], chosen: Sequence[str]) -> float:
-    rows = [c for name in chosen for c in contexts[name]]
-    return sum(not c.answers for c in rows) / len(rows)
-
-
-def data_report(
-    read: int, examples: Sequence[Example], left_out: Sequence[str], examples_per_step: int, seed: int
+    rules: Rules,
+    folder: Path,
 ) -> dict[str, Any]:
-    """Counts of rows and tokens, and how many tokens one epoch executes with and without shared prefixes."""
-    steps = step_order([e.context for e in examples], examples_per_step, seed, epoch=0)
-    flat = sum(len(e.ids) for e in examples)
-    shared = sum(
-        len(pack.input_ids) for step in steps for pack in make_packs([examples[i] for i in step], share_prefixes=True)
-    )
-    return {
-        "rows_read": read,
-        "examples": len(examples),
-        "rows_left_out": len(left_out),
-        "left_out": list(left_out[:100]),
-        "contexts": len({e.context for e in examples}),
-        "tokens": flat,
-        "trained_tokens": sum(sum(e.loss_mask) for e in examples),
-        "longest_example_tokens": max(len(e.ids) for e in examples),
-        "tokens_with_shared_prefixes": shared,
-        "flat_tokens_per_executed_token": round(flat / shared, 3),
-    }
+    """Write the examples into `folder` and return the report (see data/report.py). Its "stops" are the reasons not to
+    train, a line each; the examples are then those of the other rows."""
+    examination = _Examination(tokenizer, rules, Writer(folder))
+    other = SourceAccount(Ledger(held_out.path)) if held_out else None
+    if held_out and other:
+        for conversation in track(read_rows(held_out, rules.task, other.ledger), "read held-out data"):
+            examination.hold_out(conversation, other.ledger)
+    elif rules.held_out_share:
+        for conversation in read_held_out(sources, rules):
+            examination.comparison.hold_out(conversation)
+    if rules.max_contexts is not None:
+        examination.drawn = _drawn_contexts(sources, rules, rules.max_contexts)
+    accounts = []
+    for source in sources:
+        account = SourceAccount(Ledger(source.path), source.weight)
+        accounts.append(account)
+        for conversation in track(read_rows(source, rules.task, account.ledger), f"encode {Path(source.path).name}"):
+            examination.take(conversation, account)
+    examination.writer.close()
+    stops = _stops([*accounts, *([other] if other else [])], examination, rules)
+    return examination.report(accounts, other, stops, folder)
+
+
+def read_held_out(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[Conversation]:
+    """The clusters of the training data that `held_out_share` keeps apart."""
+    return (c for c in _conversations(sources, rules) if _is_held_out(c, rules))
+
+
+class _Examination:
+    """What is known so far of the training rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: Rules, writer: Writer) -> None:
+        self.tokenizer, self.rules, self.writer = tokenizer, rules, writer
+        self.comparison = Comparison(rules.leaks, rules.duplicates, rules.near_duplicates)
+        self.drawn: set[str] | None = None
+        self.lengths, self.answers = Lengths(), Lengths()
+        self.labels: Counter[str] = Counter()
+        self.sample = Sample(SHOWN, rules.seed)
+
+    def take(self, conversation: Conversation, account: SourceAccount) -> None:
+        """Encode one row, or count why not."""
+        rules, ledger = self.rules, account.ledger
+        context = context_key(conversation)
+        if _is_held_out(conversation, rules):
+            return ledger.leave_out(HELD_OUT)
+        if self.drawn is not None and context not in self.drawn:
+            return ledger.leave_out(NOT_DRAWN)
+        try:
+            examples = encode_turns(conversation, self.tokenizer, rules.max_length)
+        except TooLong as error:
+            self.lengths.values.append(error.tokens)
+            return ledger.leave_out(error.kind, error)
+        except DataError as error:
+            if error.kind in AUDITS.values():
+                return ledger.leave_out(error.kind, error)
+            if error.kind == OVER_LIMITS:  # the same for every row, after seconds of each
+                raise
+            return ledger.defect(error)
+        if self.comparison.leaves_out(conversation, ledger):
+            return None
+        if markers := markers_in(conversation, self.tokenizer):
+            ledger.note(conversation.where, "control markers in the text, encoded as plain text", ", ".join(markers))
+        for example in examples:
+            self._keep(dataclasses.replace(example, context=context), account)
+        if conversation.label:
+            self.labels[conversation.label] += 1
+        return None
+
+    def hold_out(self, conversation: Conversation, ledger: Ledger) -> None:
+        """Remember a held-out row, and tell where it can't be encoded: prompts are scored all the same."""
+        self.comparison.hold_out(conversation)
+        try:
+            encode_turns(conversation, self.tokenizer, self.rules.max_length)
+        except TooLong as error:
+            ledger.note(error.where, "longer than max_length, so not in held-out loss and parity check", error.problem)
+        except DataError as error:
+            if error.kind == OVER_LIMITS:
+                raise
+            ledger.defect(error)
+
+    def _keep(self, example: Example, account: SourceAccount) -> None:
+        self.writer.add(example, account.weight)
+        account.count(example)
+        self.lengths.values.append(len(example.ids))
+        self.answers.values.append(sum(example.loss_mask))
+        self.sample.add(example)
+
+    def report(
+        self, accounts: Sequence[SourceAccount], other: SourceAccount | None, stops: list[str], folder: Path
+    ) -> dict[str, Any]:
+        rules, removed = self.rules, Counter[str]()
+        for account in accounts:
+            removed.update(account.ledger.left_out)
+        examples = Examples(folder)
+        longest = max(self.lengths.values, default=0)
+        return {
+            "created_by": f"graft {version('graft')}",
+            "task": rules.task,
+            "max_length": rules.max_length,
+            "stops": stops,
+            "totals": totals(accounts, len(set(examples.contexts)), longest, sharing_ratio(examples, rules)),
+            "sources": [account.report({}) for account in accounts],
+            "held_out": other.report({}) if other else None,
+            "lengths": {
+                "example": self.lengths.histogram(rules.max_length),
+                "answer": self.answers.histogram(rules.max_length),
+            },
+            "labels": dict(self.labels.most_common()),
+            **self.comparison.report(removed),
+            "examples": [decoded(example, self.tokenizer) for example in self.sample.kept],
+        }
+
+
+def context_key(conversation: Conversation) -> str:
+    """A short name of the text that conversations share."""
+    return xxhash.xxh3_64_hexdigest(conversation.context.encode(errors="surrogatepass"))
+
+
+def sharing_ratio(examples: Examples, rules: Rules) -> float:
+    """Flat tokens for each token that training computes, over one occurrence of each example."""
+    if not rules.share_prefixes:
+        return 1.0
+    contexts, count = examples.contexts, len(set(examples.contexts))
+    below = f"{int(min(1, RATIO_CONTEXTS / max(1, count)) * (2**64 - 1)):016x}"
+    chosen = [i for i, context in enumerate(contexts) if context <= below]  # keys are hashes: this draws evenly
+    steps = step_order([contexts[i] for i in chosen], rules.examples_per_step, rules.seed, epoch=0)
+    flat = executed = 0
+    for step in steps:
+        rows = [examples[chosen[i]] for i in step]
+        flat += sum(len(e.ids) for e in rows)
+        executed += count_executed(rows)
+    return flat / executed if executed else 1.0
+
+
+def nothing_held_out(share: float | None) -> str:
+    return f"eval.share {share} holds out nothing; raise it, or name eval.data" if share else "eval.data holds no row"
+
+
+def _stops(accounts: Sequence[SourceAccount], examination: _Examination, rules: Rules) -> list[str]:
+    lines = []
+    for account in accounts:
+        lines += account.ledger.unread
+        for kind, count in account.ledger.defects.most_common() if rules.on_error == "stop" else ():
+            lines.append(f"{account.ledger.line(kind, count)}; correct it, or set data.on_error: skip")
+    for key, kind in AUDITS.items():
+        found = {a: count for a in range(len(accounts)) if (count := accounts[a].ledger.left_out[kind])}
+        allowed = rules.audit[key]
+        if sum(found.values()) > allowed and not (key == "truncated" and rules.too_long == "skip"):
+            limit = f"; data.audit.{key} allows {allowed}" if allowed else ""
+            lines += [accounts[a].ledger.line(kind, count) + limit for a, count in found.items()]
+    if rules.held_out_share and not examination.comparison.held_out:
+        lines.append(nothing_held_out(rules.held_out_share))
+    leaks = examination.comparison.leaks
+    if rules.max_leaks is not None and rules.leaks == "keep" and leaks.counts.total() > rules.max_leaks:
+        first = leaks.first[0]
+        lines.append(
+            f"{first['where']}: {first['kind']} as the held-out {first['held_out']} ({leaks.counts.total()} such rows, "
+            f"data.audit.leaks allows {rules.max_leaks}); remove them or set data.leaks: remove"
+        )
+    if not lines and not examination.sample.seen:
+        read = sum(account.ledger.rows for account in accounts)
+        reasons = Counter[str]()
+        for account in accounts:
+            reasons.update(account.ledger.left_out + account.ledger.defects)
+        lines.append(f"no row of {read} is left to train on: {', '.join(f'{n} {r}' for r, n in reasons.items())}")
+    return lines
+
+
+def _drawn_contexts(sources: Sequence[WeightedSource], rules: Rules, count: int) -> set[str]:
+    found: dict[str, Counts] = {}
+    for conversation in _conversations(sources, rules):
+        if not _is_held_out(conversation, rules):
+            rows, empty = found.get(key := context_key(conversation), (0, 0))
+            found[key] = (rows + 1, empty + (not conversation.answers))
+    return chosen_contexts(found, count, rules.seed, rules.unanswerable_share)
+
+
+def _conversations(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[Conversation]:
+    """A pass whose findings are not kept: the main one names them."""
+    for source in sources:
+        yield from track(read_rows(source, rules.task, Ledger(source.path)), f"read {Path(source.path).name}")
+
+
+def _is_held_out(conversation: Conversation, rules: Rules) -> bool:
+    share = rules.held_out_share
+    return share is not None and held_out_by_share(conversation.cluster, share, rules.seed)

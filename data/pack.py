@@ -4,9 +4,11 @@ A pack is a trie over the ids of its examples, laid out in depth-first preorder.
 exactly when k <= q < end[k]: documents and siblings are isolated, ancestors shared, by that one rule.
 """
 
+import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 
@@ -43,7 +45,7 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
         previous: list[int] = []
         for i in order:
             example = tree[i]
-            shared = _common_prefix(previous, example.ids)
+            shared = common_prefix(previous, example.ids)
             _close(pack, path[shared:])
             path = path[:shared]
             for depth in range(shared, len(example.ids)):
@@ -69,20 +71,7 @@ def make_packs(examples: Sequence[Example], share_prefixes: bool, pack_tokens: i
     pack_tokens: most tokens of a pack (one longer example still makes a pack); None: one tree a pack, the fastest on
     a CPU, where the T^2 of attention costs more than a larger matrix product saves.
     """
-    trees: list[list[Example]] = []
-    size = 0
-    for example in sorted(examples, key=lambda e: e.ids):
-        if share_prefixes and trees:
-            previous = trees[-1][-1].ids
-            shared = _common_prefix(previous, example.ids)
-            # a short common prefix (a system prompt) saves less than attention over the joined trees costs
-            joins = 2 * shared >= min(len(previous), len(example.ids))
-            size += len(example.ids) - shared
-            if joins and (pack_tokens is None or size <= pack_tokens):
-                trees[-1].append(example)
-                continue
-        trees.append([example])
-        size = len(example.ids)
+    trees = _trees(examples, share_prefixes, pack_tokens)
     if pack_tokens is None:
         return [build_pack([tree]) for tree in trees]
     return [build_pack(bin) for bin in _fill(trees, pack_tokens)]
@@ -100,28 +89,76 @@ def is_chain(pack: Pack) -> bool:
     return all(end == len(pack.end) for end in pack.end)
 
 
-def step_order(contexts: Sequence[str], examples_per_step: int, seed: int, epoch: int) -> list[list[int]]:
-    """Indices of the examples of each optimizer step of an epoch; each index occurs once.
+def step_order(
+    contexts: Sequence[str], examples_per_step: int, seed: int, epoch: int, weights: Sequence[float] | None = None
+) -> list[list[int]]:
+    """Indices of the examples of each optimizer step of an epoch; each index occurs once, or `weights` times.
 
     A step holds at most examples_per_step, the same ones whether prefixes are shared or not. Contexts are shuffled and
     stay whole, because one that two steps divide is computed twice; only a context larger than a step is divided.
+    weights: occurrences of each example in an epoch. Of 2.3, two are sure and 30 % of the contexts occur once more:
+    others in the next epoch, until all have had their turn.
     """
-    groups: dict[str, list[int]] = {}
+    groups: dict[float, dict[str, list[int]]] = {}
     for i, context in enumerate(contexts):
-        groups.setdefault(context, []).append(i)
+        groups.setdefault(weights[i] if weights else 1.0, {}).setdefault(context, []).append(i)
+    rng = random.Random(f"{seed}/{epoch}")
     waiting = [
-        group[i : i + examples_per_step] for group in groups.values() for i in range(0, len(group), examples_per_step)
+        group[i : i + examples_per_step]
+        for weight, alike in groups.items()
+        for group in _occurrences(list(alike.values()), weight, seed, epoch)
+        for i in range(0, len(group), examples_per_step)
     ]
-    random.Random(f"{seed}/{epoch}").shuffle(waiting)
+    rng.shuffle(waiting)
+    coming = iter(waiting)
     steps: list[list[int]] = []
-    while waiting:
+    window = list(islice(coming, LOOK_AHEAD))  # a short look ahead keeps the order nearly as shuffled
+    while window:
         step: list[int] = []
-        for group in waiting[:LOOK_AHEAD]:  # a short look ahead keeps the order nearly as shuffled
+        left: list[list[int]] = []
+        for group in window:
             if len(step) + len(group) <= examples_per_step:
                 step += group
-                waiting.remove(group)
+            else:
+                left.append(group)
         steps.append(step)
+        window = left + list(islice(coming, LOOK_AHEAD - len(left)))
     return steps
+
+
+def count_executed(examples: Sequence[Example]) -> int:
+    """Tokens that are computed for the examples of a step where prefixes are shared."""
+    return sum(
+        len(example.ids) - (common_prefix(tree[i - 1].ids, example.ids) if i else 0)
+        for tree in _trees(examples, share_prefixes=True)
+        for i, example in enumerate(tree)
+    )
+
+
+def _occurrences(groups: list[list[int]], weight: float, seed: int, epoch: int) -> list[list[int]]:
+    whole = int(weight)
+    more = math.ceil(round((weight - whole) * len(groups), 6))
+    turns = random.Random(seed).sample(groups, len(groups))
+    return groups * whole + [turns[i % len(turns)] for i in range(epoch * more, (epoch + 1) * more)]
+
+
+def _trees(examples: Sequence[Example], share_prefixes: bool, pack_tokens: int | None = None) -> list[list[Example]]:
+    """The examples in order of their ids, divided where sharing a prefix does not pay or a pack is full."""
+    trees: list[list[Example]] = []
+    size = 0
+    for example in sorted(examples, key=lambda e: e.ids):
+        if share_prefixes and trees:
+            previous = trees[-1][-1].ids
+            shared = common_prefix(previous, example.ids)
+            # a short common prefix (a system prompt) saves less than attention over the joined trees costs
+            joins = 2 * shared >= min(len(previous), len(example.ids))
+            size += len(example.ids) - shared
+            if joins and (pack_tokens is None or size <= pack_tokens):
+                trees[-1].append(example)
+                continue
+        trees.append([example])
+        size = len(example.ids)
+    return trees
 
 
 def _fill(trees: list[list[Example]], pack_tokens: int) -> list[list[list[Example]]]:
@@ -143,7 +180,7 @@ def _close(pack: Pack, path: list[int]) -> None:
         pack.end[index] = len(pack.input_ids)
 
 
-def _common_prefix(a: list[int], b: list[int]) -> int:
+def common_prefix(a: list[int], b: list[int]) -> int:
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

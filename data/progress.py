@@ -13,9 +13,9 @@ LINE_EVERY_S = 15.0
 
 
 class Bar:
-    """A counter towards a total; `update` says how far it is and adds a note (loss, speed)."""
+    """A counter towards a total (None: not known before the end); `update` adds a note (loss, speed)."""
 
-    def __init__(self, description: str, total: int, done: int = 0) -> None:
+    def __init__(self, description: str, total: int | None, done: int = 0) -> None:
         self.description, self.total, self.first = description, total, done
         self.start = self.shown = time.monotonic()
         self.bar: Progress | None = None
@@ -34,8 +34,11 @@ class Bar:
             self.bar.update(self.task, completed=done, note=note)
         elif done and (now - self.shown > LINE_EVERY_S or (done == self.total and now - self.start > LINE_EVERY_S)):
             self.shown = now
-            left = (now - self.start) / max(1, done - self.first) * (self.total - done)
-            line = f"{self.description} {done}/{self.total}, {now - self.start:.0f} s, {left:.0f} s left  {note}"
+            line = f"{self.description} {done}"
+            if self.total is not None:
+                left = (now - self.start) / max(1, done - self.first) * (self.total - done)
+                line += f"/{self.total}, {left:.0f} s left"
+            line += f", {now - self.start:.0f} s  {note}"
             print(line.rstrip(), file=sys.stderr, flush=True)
 
     def close(self) -> None:
@@ -45,7 +48,7 @@ class Bar:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """The items, with a bar that follows them; `total` where they have no length."""
-    bar = Bar(description, total if total is not None else len(items) if isinstance(items, Sized) else 0)
+    bar = Bar(description, total if total is not None else len(items) if isinstance(items, Sized) else None)
     try:
         for done, item in enumerate(items, start=1):
             yield item

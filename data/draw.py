@@ -1,0 +1,54 @@
+"""Which contexts are trained on, and which are held out. Contexts and threads stay whole."""
+
+import random
+from collections.abc import Mapping, Sequence
+
+import xxhash
+
+from data.conversation import DataError
+
+Counts = tuple[int, int]  # conversations of a context, and how many of them have no answer
+
+
+def chosen_contexts(
+    contexts: Mapping[str, Counts], count: int, seed: int, unanswerable_share: float | None = None
+) -> set[str]:
+    """`count` contexts drawn at random; all of them where there are no more.
+
+    unanswerable_share: how many of their conversations have no answer, as nearly as the data allows, by drawing more
+    or fewer contexts that hold such ones. Raises DataError where the data has too few.
+    """
+    if count >= len(contexts):
+        return set(contexts)
+    drawn = random.Random(seed).sample(list(contexts), len(contexts))
+    if unanswerable_share is None:
+        return set(drawn[:count])
+    mixed = [c for c in drawn if contexts[c][1]]
+    others = [c for c in drawn if not contexts[c][1]]
+    first, last = max(0, count - len(others)), min(count, len(mixed))
+    rows = _sums([contexts[c][0] for c in mixed]), _sums([contexts[c][0] for c in others])
+    empty = _sums([contexts[c][1] for c in mixed])
+
+    def share(k: int) -> float:
+        return empty[k] / (rows[0][k] + rows[1][count - k])
+
+    best = min(range(first, last + 1), key=lambda k: abs(share(k) - unanswerable_share))
+    if abs(share(best) - unanswerable_share) > 0.02:
+        raise DataError(
+            f"data.unanswerable_share {unanswerable_share}",
+            f"the nearest that {count} contexts allow is {share(best):.2f}",
+        )
+    return {*mixed[:best], *others[: count - best]}
+
+
+def held_out_by_share(cluster: str, share: float, seed: int) -> bool:
+    """Whether a cluster (passage, thread) belongs to the held-out side; the same text always to the same side."""
+    return xxhash.xxh64_intdigest(cluster.encode(), seed=seed) < share * 2**64
+
+
+def _sums(values: Sequence[int]) -> list[int]:
+    """Sums of the first 0, 1, 2, ... values."""
+    sums = [0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    return sums

@@ -1,0 +1,59 @@
+"""What the model will learn from which file and line, before anything is trained.
+
+graft check RECIPE          the account of all data: data_report.json, data_report.html, a table
+graft show FILE --n 5       a few examples, trained tokens coloured
+"""
+
+from itertools import islice
+from pathlib import Path
+
+from rich.console import Console
+
+from data.account import decoded
+from data.chat import encode_turns
+from data.conversation import DataError, Ledger
+from data.report import print_example, print_report
+from data.source import SourceLike, read_rows
+from eval.tasks import TASKS
+from sft.examples import examined
+from sft.model import load_tokenizer
+from sft.recipe import Model, Recipe, RecipeError
+from sft.run import check_writable, write_report
+
+ANY_LENGTH = 1_000_000  # tokens; `show` shows what is there, whatever a recipe would allow
+
+
+def check(recipe: Recipe, name: str, out: Path) -> bool:
+    """Write data_report.json and .html to `out`, print the table; whether the data can be trained on."""
+    check_writable(out, "--out")
+    report = examined(recipe, load_tokenizer(recipe.model)).report
+    write_report(report | {"recipe": name}, out)
+    print_report(report, Console())
+    print(f"written to {out}/data_report.html and data_report.json")
+    return not report["stops"]
+
+
+def show(source: SourceLike, count: int, base: str, task: str) -> None:
+    """Print the first examples of a file as they would be trained, then what is wrong with the rows before them.
+    Raises DataError where no row can be encoded."""
+    if task not in TASKS:
+        raise RecipeError(f"--task {task}: name one of {', '.join(TASKS)}")
+    console = Console()
+    tokenizer = load_tokenizer(Model(base=base))
+    ledger = Ledger(source.path)
+    shown = 0
+    for conversation in read_rows(source, task, ledger):
+        try:
+            examples = encode_turns(conversation, tokenizer, ANY_LENGTH)
+        except DataError as error:
+            ledger.defect(error)
+            continue
+        for example in islice(examples, count - shown):
+            print_example(decoded(example, tokenizer), console)
+            shown += 1
+        if shown >= count:
+            break
+    if not shown:
+        raise DataError("", "\n".join(ledger.explain()) or f"{source.path}: holds no row")
+    for line in ledger.explain():
+        console.print(f"not shown: {line}", style="red", markup=False, highlight=False)

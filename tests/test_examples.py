@@ -1,0 +1,172 @@
+"""Examples are encoded once and read from the cache, unless anything that they depend on has changed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.chat import Example
+from data.conversation import DataError
+from data.store import Examples, publish
+from sft import examples as module
+from sft.examples import examined, held_out_conversations, load_examples
+from sft.model import load_tokenizer
+from sft.recipe_file import load_recipe
+from tests.conftest import ROOT, stored, write_recipe
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list[int]:
+    """Grows by one with each examination."""
+    calls: list[int] = []
+    real = module.examine
+    monkeypatch.setattr(module, "examine", lambda *a: calls.append(1) or real(*a))
+    return calls
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "c"}\n{"prompt": "q", "completion": "d"}\n')
+    data = f"{{train: '{tmp_path}/rows.jsonl', max_length: 64}}"
+    return load_recipe(write_recipe(tmp_path / "r.yaml", tiny, task="instruct", data=data, eval="{limit: 5}"))
+
+
+def test_examples_read_back_as_they_were_written(tmp_path):
+    examples = [Example([1, 2, 3], [0, 1, 1], "c", "f:1"), Example([4], [1], "d", "f:2")]
+    read = stored(tmp_path, examples, [1.0, 0.3])
+    assert list(read) == examples
+    assert [e.where for e in read[0:2]] == ["f:1", "f:2"]
+    assert read[-1].ids == [4]
+    assert (read.contexts, read.weights) == (["c", "d"], [1.0, 0.3])
+    with pytest.raises(IndexError):
+        read[2]
+
+
+def test_second_run_reads_what_the_first_one_encoded(recipe, counted):
+    tokenizer = load_tokenizer(recipe.model)
+    first, report = load_examples(recipe, tokenizer)
+    again, same = load_examples(recipe, tokenizer)
+    assert len(counted) == 1
+    assert (list(first), report) == (list(again), same)
+
+
+def test_changed_file_recipe_or_template_is_encoded_anew(recipe, counted, tmp_path):
+    tokenizer = load_tokenizer(recipe.model)
+    load_examples(recipe, tokenizer)
+    tokenizer.chat_template = tokenizer.chat_template.replace("You are", "You have always been")
+    load_examples(recipe, tokenizer)
+    load_examples(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 65})}), tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"  # special tokens stand in templates
+    load_examples(recipe, tokenizer)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "C"}\n{"prompt": "q", "completion": "d"}\n')
+    load_examples(recipe, tokenizer)
+    assert len(counted) == 5
+    load_examples(recipe, tokenizer)
+    assert len(counted) == 5
+
+
+def test_label_that_is_a_folders_name_belongs_to_the_key(recipe, counted, tmp_path):
+    for group in ("sci.space", "sci.med"):
+        (tmp_path / "news" / group).mkdir(parents=True)
+        (tmp_path / "news" / group / "1").write_text(f"From: a\nSubject: b\n\nAll about {group}.\n\n--\na\n")
+    data = recipe.data.train[0].model_copy(update={"path": str(tmp_path / "news")})
+    recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (data,), "max_length": 512})})
+    tokenizer = load_tokenizer(recipe.model)
+    assert set(load_examples(recipe, tokenizer)[1]["labels"]) == {"sci.space", "sci.med"}
+    (tmp_path / "news" / "sci.space").rename(tmp_path / "news" / "sci.crypt")
+    assert set(load_examples(recipe, tokenizer)[1]["labels"]) == {"sci.crypt", "sci.med"}
+    assert len(counted) == 2
+
+
+def test_file_that_changes_while_it_is_read_is_an_error(recipe, monkeypatch, tmp_path):
+    real = module.examine
+
+    def examine(*arguments):
+        (tmp_path / "rows.jsonl").write_text('{"prompt": "other", "completion": "c"}\n')
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "examine", examine)
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
+        load_examples(recipe, load_tokenizer(recipe.model))
+
+
+def test_data_that_stops_the_run_is_never_cached(recipe, counted, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": ""}\n')
+    tokenizer = load_tokenizer(recipe.model)
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"rows\.jsonl:1: completion"):
+            load_examples(recipe, tokenizer)
+    assert len(counted) == 2
+    assert examined(recipe, tokenizer).report["stops"]
+    assert not list((tmp_path / "cache" / "examples").iterdir())
+
+
+def test_two_processes_may_build_one_store_at_once(tmp_path):
+    """The one that comes second drops its copy and reads the first one's."""
+
+    def build_while_another_publishes(folder: Path) -> None:
+        stored(folder, [Example([1], [1])])
+        publish(tmp_path / "key", lambda other: stored(other, [Example([1], [1])]) and None)
+
+    assert list(Examples(publish(tmp_path / "key", build_while_another_publishes))) == [Example([1], [1])]
+    assert [p.name for p in tmp_path.iterdir()] == ["key"]
+
+
+def test_broken_build_leaves_nothing(tmp_path):
+    def build(folder: Path) -> None:
+        (folder / "half").write_text("x")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        publish(tmp_path / "key", build)
+    assert not list(tmp_path.iterdir())
+
+
+def test_held_out_share_is_what_eval_scores(tmp_path, tiny):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, eval="{share: 0.3}"))
+    held_out = held_out_conversations(recipe)
+    assert held_out
+    examples, _ = load_examples(recipe, load_tokenizer(recipe.model))
+    assert not {c.where for c in held_out} & {e.where for e in examples}
+
+
+def test_share_that_holds_out_nothing_stops_before_training(tmp_path, tiny):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, eval="{share: 1e-9}"))
+    with pytest.raises(DataError, match=r"eval\.share 1e-09 holds out nothing; raise it"):
+        load_examples(recipe, load_tokenizer(recipe.model))
+    with pytest.raises(DataError, match="holds out nothing"):
+        held_out_conversations(recipe)
+
+
+def test_report_names_the_base_of_this_recipe_though_another_encoded_the_same(recipe, counted, tmp_path):
+    tokenizer = load_tokenizer(recipe.model)
+    load_examples(recipe, tokenizer)
+    other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": "owner/copy"})})
+    _, report = load_examples(other, tokenizer)
+    assert len(counted) == 1
+    assert report["tokenizer"]["base"] == "owner/copy"
+
+
+def test_check_writes_report_and_page_and_says_by_its_code_what_stops(tmp_path, tiny):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"prompt": "p", "completion": "c"}\n{"prompt": "<script>", "completion": ""}\n'
+    )
+    data = f"{{train: '{tmp_path}/rows.jsonl', max_length: 64}}"
+    recipe = write_recipe(tmp_path / "r.yaml", tiny, task="instruct", data=data, eval="{limit: 5}")
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sft.cli", "check", str(recipe), "--out", str(tmp_path / "report"), *more]
+        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+    stopped = run()
+    assert stopped.returncode == 1, stopped.stderr
+    assert "rows.jsonl:2: completion: empty text" in " ".join(stopped.stdout.split())
+    assert run("--set", "data.on_error=skip").returncode == 0
+    report = json.loads((tmp_path / "report" / "data_report.json").read_text())
+    assert report["totals"]["examples"] == 1
+    assert list(report["sources"][0]["sha256"]) == [f"{tmp_path}/rows.jsonl"]
+    page = (tmp_path / "report" / "data_report.html").read_text()
+    assert "<script>" not in page.replace("<script>\n", "")
