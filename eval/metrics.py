@@ -3,12 +3,14 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from data.squad import UNANSWERABLE
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = set(string.punctuation)
+# quotes, emphasis and sentence marks, as models put them around a label; not all punctuation: C++ is not C
+_AROUND_LABELS = string.whitespace + ".,;:!?*`'\"“”‘’«»()[]"
 
 
 def normalize_answer(text: str) -> str:
@@ -49,4 +51,18 @@ def reference_scores(answers: Sequence[str], predicted: str) -> dict[str, float]
     return {
         "exact": max(exact_match(a, predicted) for a in answers),
         "f1": max(token_f1(a, predicted) for a in answers),
+    }
+
+
+def normalize_label(text: str) -> str:
+    """A label without case and without the quotes and sentence marks around it."""
+    return text.strip(_AROUND_LABELS).casefold()
+
+
+def label_scores(labels: Collection[str], answers: Sequence[str], predicted: str) -> dict[str, float]:
+    """Of a classification: whether the answer is the gold label (accuracy), and whether it is a label at all."""
+    label = normalize_label(predicted)
+    return {
+        "exact": float(label in map(normalize_label, answers)),
+        "valid": float(label in map(normalize_label, labels)),
     }

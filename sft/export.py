@@ -11,20 +11,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel
 
-from data.chat import Conversation, Example
-from data.check import encode_all
+from data.chat import Example
 from data.errors import UserError
 from data.pack import build_pack
 from data.progress import track
 from eval.predict import end_tokens
 from eval.run import limit_questions
 from eval.tasks import read_conversations
-from sft.examples import held_out_conversations
+from sft.base import readable
+from sft.examples import encode_held_out, held_out_conversations, with_split
 from sft.load import adapter_folder, load_plain, load_run, run_recipe
-from sft.model import compute_dtype, default_device, load_base
-from sft.recipe import Recipe
+from sft.model import compute_dtype, default_device, is_quantized, load_base
+from sft.recipe import Recipe, Source
 from sft.run import RunError, check_writable, write_json
 from sft.trainer import pack_inputs
 
@@ -46,16 +46,24 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written."""
     recipe = run_recipe(run)
     check_writable(out, "--out")
+    out = out.resolve()
+    # inside an empty folder that is there, which may be a mount or the current one; beside one to be made
+    aside = (out if out.is_dir() else out.parent) / f".{out.name}.new"
+    shutil.rmtree(aside, ignore_errors=True)
     if out.exists() and any(out.iterdir()):
         raise RunError(f"{out} is not empty; name another folder with --out")
-    conversations = read_conversations(recipe.task, data, "validation") if data else held_out_conversations(recipe)
+    if data:
+        conversations = read_conversations(recipe.task, data, with_split(Source(path=data), "validation").split)
+    else:
+        conversations = held_out_conversations(recipe)
     if not conversations:
-        raise RunError("the recipe has no eval.data to check the merge on; name held-out data with --data FILE")
+        raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
     chosen = limit_questions(conversations, recipe.export.prompts)
-    examples, tokenizer, before = trace_run(run, chosen, recipe.data.max_length)
-
-    aside = out.with_name(f".{out.name}.new")
-    shutil.rmtree(aside, ignore_errors=True)
+    loaded = load_run(run)
+    tokenizer = loaded.tokenizer
+    examples, too_long = encode_held_out(chosen, tokenizer, recipe.data.max_length)
+    before = trace(loaded.model, examples, "adapter on base")
+    del loaded  # before the merged one takes its memory
     try:
         base = write_merged(run, recipe, aside)
         tokenizer.save_pretrained(aside)
@@ -67,6 +75,7 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
             "base": base,
             "dtype": recipe.export.dtype,
             "held_out_examples": len(examples),
+            "held_out_too_long": too_long,
             **compare(before, after),
             "min_agreement": recipe.export.min_agreement,
         }
@@ -77,21 +86,14 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
                 f"export.min_agreement {recipe.export.min_agreement:.2%}; nothing was written. Set export.base to the "
                 "other base, export.dtype: float32, or pass --allow-mismatch"
             )
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
+        if out.is_dir():
+            for file in aside.iterdir():
+                file.rename(out / file.name)
+        else:
+            aside.rename(out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return parity
-
-
-def trace_run(
-    run: Path, conversations: Sequence[Conversation], max_length: int
-) -> tuple[list[Example], PreTrainedTokenizerBase, list[Trace]]:
-    """Held-out examples and what the run says of them; its model is freed before the merged one is built."""
-    loaded = load_run(run)
-    examples, _ = encode_all(conversations, loaded.tokenizer, max_length, "skip")
-    return examples, loaded.tokenizer, trace(loaded.model, examples, "adapter on base")
 
 
 def write_merged(run: Path, recipe: Recipe, folder: Path) -> str:
@@ -103,14 +105,14 @@ def write_merged(run: Path, recipe: Recipe, folder: Path) -> str:
     from peft import PeftModel
 
     adapter = adapter_folder(run)
-    quantization = recipe.model.quantization
-    dequantize = quantization is not None and recipe.export.base == "dequantized"
+    dequantize = is_quantized(recipe.model.quantization) and recipe.export.base == "dequantized"
     device = default_device()
     base = load_base(recipe.model if dequantize else recipe.model.model_copy(update={"quantization": None}), device)
     if dequantize:
         base = base.dequantize(dtype=compute_dtype(recipe.model, device))
     untouched = _fingerprints(base, dtype)
-    tuned = PeftModel.from_pretrained(base, str(adapter))
+    with readable(str(adapter)):
+        tuned = PeftModel.from_pretrained(base, str(adapter))
     if not hasattr(tuned.base_model, "merge_and_unload"):
         method = recipe.tune.method
         raise RunError(f"{method} can't be merged: its parameters are no weights of the base; use {run} as it is")

@@ -1,15 +1,17 @@
 """What a command names, loaded: a run (base and adapter), an export, or any base."""
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import check_template
-from sft.model import default_device, load_base, load_tokenizer, takes_packs
-from sft.recipe import Model, Recipe
+from sft.base import readable
+from sft.model import default_device, load_base, load_tokenizer, load_weights, takes_packs
+from sft.recipe import WHEEL, Model, Recipe, is_hub_id
 from sft.recipe_file import load_recipe
 from sft.run import RunError
 
@@ -19,7 +21,6 @@ class Loaded:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     packed: bool  # whether the model takes a pack's mask
-    recipe: Recipe | None  # of a run
 
 
 def is_url(target: str) -> bool:
@@ -28,6 +29,18 @@ def is_url(target: str) -> bool:
 
 def is_run(target: str) -> bool:
     return (Path(target) / "recipe.yaml").is_file()
+
+
+def check_target(target: str) -> None:
+    """Raise RunError where a command's target is nothing that could be loaded or asked."""
+    if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
+        return
+    runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
+    if is_hub_id(target) and not runs:  # else `runs/mistyped` would be asked of the Hub
+        return
+    near = difflib.get_close_matches(Path(target).name, runs, n=1)
+    hint = f"did you mean {Path(target).with_name(near[0])}?" if near else "check the spelling"
+    raise RunError(f"{target}: no run folder, exported model, base or server address; {hint}")
 
 
 def run_recipe(run: Path) -> Recipe:
@@ -39,13 +52,14 @@ def run_recipe(run: Path) -> Recipe:
 
 def load_target(target: str, base: bool = False) -> Loaded:
     """A run folder (`base`: what it started from), an exported model, or any base a recipe could name; in eval mode."""
+    check_target(target)
     if is_run(target) and not base:
         return load_run(Path(target))
     model = run_recipe(Path(target)).model if base else Model(base=target)
     tokenizer = load_tokenizer(model)
     check_template(tokenizer, target)
     loaded = load_base(model, default_device())
-    return Loaded(loaded, tokenizer, takes_packs(loaded), None)
+    return Loaded(loaded, tokenizer, takes_packs(loaded))
 
 
 def load_run(run: Path) -> Loaded:
@@ -55,16 +69,18 @@ def load_run(run: Path) -> Loaded:
     if (run / "model").is_dir():
         tokenizer = load_tokenizer(Model(base=str(run / "model")))
         trained = load_base(recipe.model.model_copy(update={"base": str(run / "model")}), device)
-        return Loaded(trained, tokenizer, takes_packs(trained), recipe)
+        return Loaded(trained, tokenizer, takes_packs(trained))
     adapter = adapter_folder(run)
     from peft import PeftModel
 
-    tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)  # with the template it was trained by
+    with readable(f"{adapter}: the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)  # with the template of training
     base = load_base(recipe.model, device)
     whole = takes_packs(base)
-    model = PeftModel.from_pretrained(base, str(adapter))
+    with readable(str(adapter)):
+        model = PeftModel.from_pretrained(base, str(adapter))
     packed = whole and not next(iter(model.peft_config.values())).is_prompt_learning
-    return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed, recipe)
+    return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed)
 
 
 def adapter_folder(run: Path) -> Path:
@@ -77,13 +93,5 @@ def adapter_folder(run: Path) -> Path:
 
 
 def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """An exported folder as anyone loads it: plain AutoModelForCausalLM."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        attn_implementation="sdpa",
-        device_map={"": default_device()},
-        use_safetensors=True,
-        trust_remote_code=False,
-    )
-    return model.eval()
+    """A folder with a whole model as anyone loads it: plain AutoModelForCausalLM."""
+    return load_weights(str(folder), folder, dtype=dtype, device_map={"": default_device()}).eval()

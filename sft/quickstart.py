@@ -1,13 +1,15 @@
-"""The whole way on one screen: score the base, train, score the adapter, merge with proof, serve if vLLM is there."""
+"""The whole way on one screen: train, score base and adapter, merge with proof, serve if vLLM is there."""
 
 import importlib.util
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from sft.evaluate import evaluate, interval
+from data.errors import UserError
+from sft.evaluate import column_of, evaluate, interval, score_names
 from sft.export import export
 from sft.monitor import peak_memory_gib
 from sft.recipe import RecipeError
@@ -15,15 +17,13 @@ from sft.recipe_file import load_recipe
 from sft.run import read_metrics
 from sft.train import train
 
-PORT = 8127
-
 
 def quickstart(recipe_path: Path) -> None:
-    """Print one table (before, after, time, memory) and three next commands."""
+    """Print one table (before, after, time, memory) and three next commands; then a row of the served model."""
     console = Console()
     recipe = load_recipe(recipe_path)
-    if recipe.eval.data is None:
-        raise RecipeError(f"{recipe_path}: a quickstart needs eval.data to score on")
+    if recipe.eval.data is None and recipe.eval.share is None:
+        raise RecipeError(f"{recipe_path}: a quickstart needs eval.data or eval.share to score on")
     start = time.monotonic()
     console.rule("1/4 train")
     run = train(recipe, recipe_path)
@@ -37,37 +37,50 @@ def quickstart(recipe_path: Path) -> None:
     after = evaluate(str(run), run / "eval-adapter")
     console.rule("4/4 merge")
     parity = export(run, run / "export")
-    rows = [("base", before), ("adapter", after)]
-    if importlib.util.find_spec("vllm"):
-        from sft.serve import server
 
-        console.rule("and serve")
-        with server(run / "export", "127.0.0.1", PORT, run / "serve.log") as url:
-            source = recipe.eval.data
-            served = evaluate(
-                url,
-                run / "eval-served",
-                recipe.task,
-                source.path,
-                recipe.eval.limit,
-                split=source.split,
-                max_new_tokens=recipe.eval.max_new_tokens,
-            )
-        rows.append(("served", served))
-
-    parts = list(before["scores"])
-    table = Table(title=f"{run}: {before['questions']} held-out questions", title_justify="left")
-    for name in ("", *(f"{part} EM" for part in parts), "95 % of total", "F1", "seconds"):
-        table.add_column(name, justify="right" if name else "left")
-    for name, result in rows:
-        total = result["scores"]["total"]
-        cells = [f"{result['scores'][part]['exact']:.1f}" for part in parts]
-        table.add_row(name, *cells, interval(total["exact_95"]), f"{total['f1']:.1f}", f"{result['seconds']:.0f}")
-    console.print(table)
+    print_results(console, f"{run}: {before['questions']} held-out questions", {"base": before, "adapter": after})
     console.print(
         f"training {trained_s:.0f} s, peak memory {memory:.1f} GiB; merged and adapter agree on "
         f"{parity['answer_argmax_agreement']:.1%} of answer tokens; {time.monotonic() - start:.0f} s in all\n"
         f"\nnext:\n  graft chat {run}\n  graft serve {run / 'export'}\n"
-        "  graft train recipes/smollm_squad.yaml --dry-run",
+        "  graft check recipes/smollm_newsgroups.yaml",
         highlight=False,
     )
+    if importlib.util.find_spec("vllm"):
+        console.rule("and serve; Ctrl-C leaves it out")
+        served = score_served(run)
+        if served:
+            print_results(console, f"{run}: over HTTP", {"served": served})
+
+
+def score_served(run: Path) -> dict[str, Any] | None:
+    """Results of the export behind a server; None, with a line that says why, where they can't be had."""
+    from sft.serve import free_port, server
+
+    log = run / "serve.log"
+    try:
+        with server(run / "export", "127.0.0.1", free_port(), log) as url:
+            return evaluate(url, run / "eval-served", run=run)
+    except UserError as error:
+        print(f"not served: {error}\nlog: {log}; training, scores and merge above are not affected", flush=True)
+    except KeyboardInterrupt:
+        print("not served: interrupted; training, scores and merge above are not affected", flush=True)
+    return None
+
+
+def print_results(console: Console, title: str, rows: dict[str, dict[str, Any]]) -> None:
+    """A row for each target: exact match of each part with the total's interval, the total's other scores, seconds."""
+    first = next(iter(rows.values()))
+    parts, others = list(first["scores"]), [name for name in score_names(first) if name != "exact"]
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    exact = column_of("exact", first)
+    headings = (*(f"{part} {exact}" for part in parts), "95 % of total", *(column_of(n, first) for n in others))
+    for heading in (*headings, "seconds"):
+        table.add_column(heading, justify="right")
+    for name, result in rows.items():
+        total = result["scores"]["total"]
+        cells = [f"{result['scores'][part]['exact']:.1f}" for part in parts]
+        cells += [interval(total["exact_95"]), *(f"{total[other]:.1f}" for other in others)]
+        table.add_row(name, *cells, f"{result['seconds']:.0f}")
+    console.print(table)

@@ -9,13 +9,14 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from data.errors import UserError
+from data.source import HUB_ID
+from data.source import is_hub_id as is_hub_dataset
 
 OTHER_METHODS = ("full", "freeze", "linear_probe")
 WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class RecipeError(UserError):
@@ -23,9 +24,8 @@ class RecipeError(UserError):
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/name` that is not a path here and does not look like a data or model file."""
-    looks_like_file = name.endswith((".json", ".jsonl", ".gz", ".gguf", ".yaml", ".csv", ".txt"))
-    return bool(HUB_ID.fullmatch(name)) and not looks_like_file and not Path(name).exists()
+    """`owner/name` of a model that is not a path here and does not look like a file."""
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith((".gguf", ".yaml")) and not Path(name).exists()
 
 
 def _source(value: Any) -> Any:
@@ -44,6 +44,8 @@ def _no_bool(value: Any) -> Any:
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
+Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
 
 
 class Section(BaseModel):
@@ -64,6 +66,8 @@ class Quantization(Section):
     def _one_width(self) -> "Quantization":
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other; keep one")
+        if not self.load_in_4bit and not self.load_in_8bit:
+            raise ValueError("neither load_in_4bit nor load_in_8bit is true; set one, or remove model.quantization")
         return self
 
 
@@ -87,6 +91,16 @@ class Tune(BaseModel):
     trainable: tuple[str, ...] = ()
     """For `freeze`: regular expressions; the parameters whose name one of them matches are trained."""
 
+    @field_validator("trainable")
+    @classmethod
+    def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        return patterns
+
     @property
     def peft(self) -> dict[str, Any]:
         """Arguments of the PEFT config."""
@@ -95,20 +109,58 @@ class Tune(BaseModel):
 
 class Source(Section):
     path: str
-    """A file (.json, .jsonl, either with .gz), or a Hub dataset id."""
-    split: str = "train"
-    """For a Hub dataset."""
+    """A file (.json, .jsonl or .csv, gzipped or not, .parquet), a glob, a folder, a Hub dataset id, or
+    sklearn:20newsgroups."""
+    format: Format | None = None
+    """Left out: recognised by the content."""
+    split: str | None = None
+    """Of a Hub dataset or of sklearn:20newsgroups. Left out: train; in eval.data validation (sklearn: test)."""
+    config: str | None = None
+    """Of a Hub dataset that has several configurations."""
     revision: str | None = None
-    """For a Hub dataset."""
+    """Of a Hub dataset."""
+    columns: dict[str, str] = {}
+    """Where the data names them otherwise: {prompt: question, completion: answer}, ours to theirs."""
+
+
+class TrainSource(Source):
+    weight: Annotated[Number, Field(gt=0)] = 1.0
+    """How often each of its rows occurs in an epoch: 2 is twice, 0.5 every second one, drawn anew each epoch."""
+
+
+class Audit(Section):
+    """How many rows may have a defect that leaves the model nothing right to learn; they are left out and named."""
+
+    untrained: Rows = 0
+    """No token carries loss."""
+    end_not_trained: Rows = 0
+    """The token that ends the assistant's turn carries no loss, so the model would not learn to stop."""
+    truncated: Rows = 0
+    """Longer than data.max_length, so the answer would be cut. See data.too_long."""
+    prompt_not_prefix: Rows = 0
+    """The prompt alone is rendered otherwise than as the beginning of the whole."""
+    double_bos: Rows = 0
+    """The chat template writes the token that begins a text twice."""
+    leaks: Rows | None = None
+    """Rows that stand in the held-out data, equal or nearly; left out: they are counted and shown, and stop nothing."""
 
 
 class Data(Section):
-    train: Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
+    train: Annotated[tuple[TrainSource, ...], BeforeValidator(_sources), Field(min_length=1)]
     max_length: Count = 1024
     """Tokens of the longest example; a longer one stops the run, see too_long."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What rows with defects do; skip leaves them out and counts them."""
     too_long: Literal["stop", "skip"] = "stop"
+    duplicates: Literal["keep", "remove"] = "keep"
+    """Rows that equal an earlier one but for case and white space."""
+    near_duplicates: Literal["keep", "remove"] = "keep"
+    """Rows whose passage (or post, or prompt) is nearly that of an earlier one."""
+    leaks: Literal["keep", "remove"] = "keep"
+    """Training rows that stand in the held-out data: the same row, or the same passage, or nearly."""
+    audit: Audit = Audit()
     max_contexts: Count | None = None
-    """Train on this many contexts (SQuAD: passages; jsonl: rows), drawn by train.seed."""
+    """Train on this many contexts (SQuAD: passages; else: rows), drawn by train.seed."""
     unanswerable_share: Annotated[Number, Field(ge=0, le=1)] | None = None
     """With max_contexts and squad_v2: share of unanswerable questions among those drawn; left out: as it comes."""
     share_prefixes: bool = True
@@ -146,7 +198,7 @@ class Train(Section):
     eval_strategy: Literal["no", "epoch", "steps"] = "no"
     """Held-out loss on eval.data during training."""
     eval_steps: Count = 100
-    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0)] = 42
+    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)] = 42
     output_dir: Path | None = None
     """The run folder; left out: runs/NAME-OF-RECIPE, numbered if it exists."""
 
@@ -154,6 +206,8 @@ class Train(Section):
 class Eval(Section):
     data: Annotated[Source, BeforeValidator(_source)] | None = None
     """Held-out data: of held-out loss, `graft eval RUN` and the export's parity check."""
+    share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Instead of data: hold out this share of data.train, by whole passages and threads, and don't train on it."""
     limit: Count | None = None
     """At most this many questions, drawn by a fixed seed."""
     max_new_tokens: Count = 48
@@ -172,8 +226,8 @@ class Export(Section):
 
 
 class Recipe(Section):
-    task: Literal["squad_v2", "squad_v1", "instruct"]
-    """How rows become prompts and how answers are scored."""
+    task: Literal["squad_v2", "squad_v1", "newsgroups", "instruct"]
+    """How answers are scored, and how rows become prompts where their format does not say."""
     model: Model
     tune: Tune = Tune()
     data: Data
@@ -193,10 +247,23 @@ class Recipe(Section):
             )
         if self.data.unanswerable_share is not None and (self.data.max_contexts is None or self.task != "squad_v2"):
             raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
-        if self.train.eval_strategy != "no" and self.eval.data is None:
-            raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data")
+        if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
+            raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
+        if self.eval.data and self.eval.share:
+            raise ValueError("eval.data and eval.share exclude each other; keep one")
+        held_out = self.eval.data
+        if held_out and any(_same_rows(source, held_out) for source in self.data.train):
+            raise ValueError(f"eval.data {held_out.path} is also in data.train; name other data, or set eval.share")
         if self.tune.method == "freeze" and not self.tune.trainable:
             raise ValueError("tune.method freeze needs tune.trainable: which parameters are trained")
         if self.tune.method != "freeze" and self.tune.trainable:
             raise ValueError("tune.trainable is read by tune.method freeze only")
         return self
+
+
+def _same_rows(train: Source, held_out: Source) -> bool:
+    """Splits of a dataset are read from one path; a file has none."""
+    if is_hub_dataset(train.path) or train.path.startswith("sklearn:"):
+        splits = (train.split or "train", held_out.split or ("validation" if is_hub_dataset(train.path) else "test"))
+        return (train.path, train.config, splits[0]) == (held_out.path, held_out.config, splits[1])
+    return Path(train.path).resolve() == Path(held_out.path).resolve()

@@ -8,9 +8,12 @@ from typing import Any, get_type_hints
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from data.conversation import DataError
+from data.source import files_of
 from sft.recipe import (
     OTHER_METHODS,
     WHEEL,
+    Audit,
     Data,
     Eval,
     Export,
@@ -20,6 +23,7 @@ from sft.recipe import (
     RecipeError,
     Source,
     Train,
+    TrainSource,
     Tune,
     is_hub_id,
 )
@@ -119,12 +123,16 @@ def _check_tune(tune: Tune, data: Data) -> Tune:
 
 
 def _check_files(recipe: Recipe) -> None:
-    sources = [(f"data.train[{i}].path", source) for i, source in enumerate(recipe.data.train)]
+    sources: list[tuple[str, Source]] = [
+        (f"data.train[{i}].path", source) for i, source in enumerate(recipe.data.train)
+    ]
     if recipe.eval.data:
         sources.append(("eval.data.path", recipe.eval.data))
     for key, source in sources:
-        if not is_hub_id(source.path) and not Path(source.path).is_file():
-            raise RecipeError(f"{key}: no such file: {source.path}")
+        try:
+            files_of(source)
+        except DataError as error:
+            raise RecipeError(f"{key}: {error}") from error
     base, template = recipe.model.base, recipe.model.chat_template
     if not is_hub_id(base) and not WHEEL.fullmatch(base) and not Path(base).exists():
         raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
@@ -168,7 +176,8 @@ def _keys_at(location: tuple[Any, ...]) -> list[str]:
     """Valid keys of the section at a location of the recipe."""
     sections: dict[tuple[str, ...], type[BaseModel]] = {
         (): Recipe, ("model",): Model, ("model", "quantization"): Quantization, ("tune",): Tune, ("data",): Data,
-        ("data", "train"): Source, ("train",): Train, ("eval",): Eval, ("eval", "data"): Source, ("export",): Export,
+        ("data", "train"): TrainSource, ("data", "audit"): Audit, ("train",): Train,
+        ("eval",): Eval, ("eval", "data"): Source, ("export",): Export,
     }  # fmt: skip
     return list(sections[tuple(part for part in location if isinstance(part, str))].model_fields)
 

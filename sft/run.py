@@ -9,10 +9,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import psutil
 import torch
@@ -21,10 +21,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
-from sft.model import file_sha256, resolve_base
+from data.report import write_html
+from data.source import files_of
+from data.store import file_digests, file_sha256, text_sha256
+from sft.base import resolve_base
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
 
+S = TypeVar("S", bound=Source)
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -81,8 +85,6 @@ def manifest(
     parameters: int,
 ) -> dict[str, Any]:
     """What the run was made from."""
-    import hashlib
-
     sources = [*recipe.data.train, *([recipe.eval.data] if recipe.eval.data else [])]
     base = Path(resolve_base(recipe.model.base))
     weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
@@ -95,8 +97,8 @@ def manifest(
             "revision": recipe.model.revision,
             "sha256": {file.name: file_sha256(file) for file in weights},
         },
-        "data_sha256": {s.path: file_sha256(Path(s.path)) for s in sources if Path(s.path).is_file()},
-        "chat_template_sha256": hashlib.sha256(str(tokenizer.chat_template).encode()).hexdigest(),
+        "data_sha256": {path: sha256 for s in sources for path, sha256 in file_digests(files_of(s)).items()},
+        "chat_template_sha256": text_sha256(str(tokenizer.chat_template)),
         "seed": recipe.train.seed,
         "trainable_parameters": trainable,
         "parameters": parameters,
@@ -113,7 +115,28 @@ def write_json(path: Path, value: Any) -> None:
 def start_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
     (run / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(recipe)), encoding="utf-8")
     write_json(run / "manifest.json", facts)
-    write_json(run / "data_report.json", report)
+    write_report(report | {"recipe": run.name}, run)
+
+
+def write_report(report: dict[str, Any], folder: Path) -> None:
+    """data_report.json, and the same as a page: data_report.html."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "data_report.json", report)
+    write_html(report, folder / "data_report.html")
+
+
+def warnings_of(report: dict[str, Any], run: Path) -> Iterator[str]:
+    """What was found in the data and is trained on all the same, a line each."""
+    where = f"see {run / 'data_report.html'}"
+    counts = report["totals"]
+    if left_out := counts["left_out"] + counts["defects"]:
+        yield f"{left_out} of {counts['rows_read']} rows are left out: {where}"
+    leaks, duplicates = report["leaks"], report["duplicates"]
+    if leaked := leaks["rows"] - leaks["removed"]:
+        remedy = "data.leaks: remove leaves them out"
+        yield f"warning: {leaked} training rows stand in the held-out data ({remedy}): {where}"
+    if repeated := duplicates["exact_rows"]:
+        yield f"{repeated} rows repeat an earlier one (data.duplicates: remove leaves them out): {where}"
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -122,8 +145,9 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
     def absolute(name: str) -> str:
         return str(Path(name).absolute()) if Path(name).exists() else name
 
-    def moved(source: Source) -> Source:
-        return source.model_copy(update={"path": absolute(source.path)})
+    def moved(source: S) -> S:
+        path = source.path if not files_of(source) else str(Path(source.path).absolute())
+        return source.model_copy(update={"path": path})
 
     template = recipe.model.chat_template
     model = {"base": absolute(recipe.model.base), "chat_template": template and template.absolute()}
@@ -202,7 +226,7 @@ def plot_loss(run: Path) -> None:
 
 def model_card(recipe: Recipe, facts: dict[str, Any], report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
     """Markdown with the Hub's front matter: base, method, data by hash, and how to load the adapter."""
-    losses = [m["loss"] for m in metrics if "loss" in m]
+    losses, counts = [m["loss"] for m in metrics if "loss" in m], report["totals"]
     whole = recipe.tune.method in OTHER_METHODS
     use = "AutoModelForCausalLM.from_pretrained(FOLDER)" if whole else "PeftModel.from_pretrained(base, FOLDER)"
     data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
@@ -215,8 +239,8 @@ tags: [graft, {recipe.tune.method}, sft]
 ---
 # {recipe.model.base}, tuned by {recipe.tune.method}
 
-Trained by Graft on the task `{recipe.task}`: {report["examples"]} examples from {report["contexts"]} contexts,
-{report["trained_tokens"]} trained tokens. {facts["trainable_parameters"]:,} of {facts["parameters"]:,} parameters
+Trained by Graft on the task `{recipe.task}`: {counts["examples"]} examples from {counts["contexts"]} contexts,
+{counts["trained_tokens"]} trained tokens. {facts["trainable_parameters"]:,} of {facts["parameters"]:,} parameters
 were trained. Loss per trained token at the end: {sum(last) / max(1, len(last)):.4f}.
 
 Load it with `{use}`, and format prompts with the chat template of the tokenizer beside it.

@@ -28,6 +28,16 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         except OSError as error:  # a file that can't be read, a full disk, a model that is on no hub
             print(f"error: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except RuntimeError as error:
+            if not _out_of_memory(error):
+                raise
+            print(
+                f"error: {str(error).splitlines()[0]} Lower data.pack_tokens or data.max_length (eval.batch_tokens "
+                "where it answered), or set train.gradient_checkpointing: true",
+                file=sys.stderr,
+                flush=True,
+            )
+            raise SystemExit(2) from None
         except KeyboardInterrupt:
             raise SystemExit(130) from None
 
@@ -38,11 +48,18 @@ def quiet_libraries() -> None:
     """Only what a user can act on stays on the screen. Before the libraries are imported, which read these."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for every retry without a network
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|bitsandbytes|trl")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
 
 
 def shards_parameters() -> bool:

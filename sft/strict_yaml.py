@@ -57,6 +57,8 @@ def parse(text: str, name: str) -> Any:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
         raise YamlError(f"{name}{line}: {error.problem or error.context}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise YamlError(f"{name}: not a recipe's value: {str(error).splitlines()[0]}") from error
     except yaml.YAMLError as error:
         raise YamlError(f"{name}: {error}") from error
 

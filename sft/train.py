@@ -14,7 +14,7 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
-from sft.recipe import Recipe
+from sft.recipe import Recipe, RecipeError
 from sft.recipe_file import load_recipe
 from sft.session import shards_parameters, use_all_cores, user_errors
 
@@ -30,14 +30,17 @@ def main(
 ) -> None:
     """Train; the run folder holds the adapter and everything that later steps need."""
     if (recipe is None) == (resume is None):
-        raise typer.BadParameter("name a RECIPE, or a run to go on with: --resume RUN")
+        raise RecipeError("name a RECIPE, or a run to go on with: --resume RUN")
     if resume and overrides:
-        raise typer.BadParameter("--set changes the recipe, and --resume goes on with the run's own; start a new run")
+        raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
     path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
     loaded = load_recipe(path, overrides)
     if dry_run:
         from sft.dry_run import print_plan
+        from sft.run import agree_on_folder
 
+        if not resume:
+            agree_on_folder(loaded, path, probe=True)
         print_plan(loaded)
         return
     run = train(loaded, path, resume)
@@ -51,19 +54,21 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     from accelerate import PartialState
 
     from data.pack import make_packs
+    from sft.base import resolve_base
     from sft.checkpoint import SaveOnInterrupt, last_checkpoint
     from sft.examples import load_examples, load_held_out
-    from sft.model import (
-        check_length,
-        check_packs,
-        count_parameters,
-        load_base,
-        load_tokenizer,
-        resolve_base,
-        tune_model,
-    )
+    from sft.model import check_length, check_packs, count_parameters, load_base, load_tokenizer, tune_model
     from sft.monitor import Monitor
-    from sft.run import agree_on_folder, check_unchanged, finish_run, manifest, read_metrics, rewind_metrics, start_run
+    from sft.run import (
+        agree_on_folder,
+        check_unchanged,
+        finish_run,
+        manifest,
+        read_metrics,
+        rewind_metrics,
+        start_run,
+        warnings_of,
+    )
     from sft.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -75,7 +80,8 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
         resolve_base(recipe.model.base)
     check_length(recipe)
     tokenizer = load_tokenizer(recipe.model)
-    examples, report = load_examples(recipe, tokenizer)
+    with state.main_process_first():  # encoded once, the others read it from the cache folder
+        examples, report = load_examples(recipe, tokenizer)
     held_out = make_packs(load_held_out(recipe, tokenizer), recipe.data.share_prefixes, recipe.data.pack_tokens)
     model = load_base(recipe.model, state.device)
     check_packs(model, recipe)
@@ -93,12 +99,15 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
             rewind_metrics(run, int(checkpoint.name.split("-")[1]))
         else:
             start_run(run, recipe, facts, report)
+        counts = report["totals"]
         print(
-            f"{report['examples']} examples of {report['contexts']} contexts, {len(plan.steps)} steps; "
+            f"{counts['examples']} examples of {counts['contexts']} contexts, {len(plan.steps)} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; "
-            f"{report['flat_tokens_per_executed_token']} flat tokens per executed token; run folder {run}",
+            f"{counts['flat_tokens_per_executed_token']} flat tokens per executed token; run folder {run}",
             flush=True,
         )
+        for line in warnings_of(report, run):
+            print(line, flush=True)
     last = next((row for row in reversed(read_metrics(run)) if "loss" in row), None) if checkpoint else None
     trainer = PackTrainer(
         model,

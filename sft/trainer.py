@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from datasets import Dataset
+from peft import PeftModel
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -21,6 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from data.chat import Example
 from data.errors import UserError
 from data.pack import Pack, attention_mask, is_chain, make_packs, step_order
+from data.store import Examples
 from sft.recipe import Train
 
 
@@ -43,12 +45,12 @@ class StepPlan:
 
 
 def plan_steps(
-    examples: Sequence[Example], train: Train, share_prefixes: bool = True, pack_tokens: int | None = None
+    examples: Examples, train: Train, share_prefixes: bool = True, pack_tokens: int | None = None
 ) -> StepPlan:
-    contexts = [e.context for e in examples]
+    """The steps of all epochs, or the first max_steps of them."""
 
     def epoch(number: int) -> list[list[int]]:
-        return step_order(contexts, train.examples_per_step, train.seed, number)
+        return step_order(examples.contexts, train.examples_per_step, train.seed, number, examples.weights)
 
     steps = epoch(0)
     per_epoch = len(steps)
@@ -94,9 +96,10 @@ def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str,
 
 def virtual_tokens(model: nn.Module) -> int | None:
     """How far prompt learning shifts the hidden states; None for every other method."""
-    config = next(iter(getattr(model, "peft_config", {}).values()), None)
-    if config is None or not config.is_prompt_learning:
+    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
+    if not isinstance(tuned, PeftModel) or not tuned.active_peft_config.is_prompt_learning:
         return None
+    config = cast(Any, tuned.active_peft_config)
     in_cache = config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
     return 0 if in_cache else config.num_virtual_tokens
 
@@ -135,7 +138,7 @@ class PackTrainer(SFTTrainer):
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
-        if hasattr(getattr(model, "base_model", None), "update_and_allocate"):
+        if isinstance(model, PeftModel) and hasattr(model.base_model, "update_and_allocate"):
             self.add_callback(AllocateRanks())
         self.remove_callback(PrinterCallback)  # Monitor says it better
         if not one_dtype:

@@ -1,14 +1,19 @@
 """Scores follow the official SQuAD v2 script; intervals know that questions share passages."""
 
+import json
 import random
+from dataclasses import replace
+from functools import partial
 
+import numpy as np
 import pytest
 
-from data.chat import Conversation
-from eval.metrics import normalize_answer, squad_scores, token_f1
+from data.conversation import Conversation
+from eval.metrics import label_scores, normalize_answer, squad_scores, token_f1
 from eval.predict import Prediction
-from eval.run import limit_questions, score, write_results
+from eval.run import limit_questions, score, summarize, write_results
 from eval.stats import cluster_interval
+from eval.tasks import TASKS
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,27 @@ def test_f1_counts_repeated_tokens():
     assert token_f1("a b b c", "b b b") == pytest.approx(2 * (2 / 3) * (2 / 3) / (4 / 3))
 
 
+LABELS = ("comp.graphics", "misc.forsale", "C", "C++")
+
+
+@pytest.mark.parametrize(
+    ("gold", "predicted", "exact", "valid"),
+    [
+        ("misc.forsale", "misc.forsale", 1, 1),
+        ("misc.forsale", ' "Misc.Forsale".\n', 1, 1),
+        ("misc.forsale", "**misc.forsale**", 1, 1),
+        ("misc.forsale", "comp.graphics", 0, 1),
+        ("misc.forsale", "It is misc.forsale", 0, 0),
+        ("misc.forsale", "forsale", 0, 0),
+        ("misc.forsale", "", 0, 0),
+        ("C++", "c++.", 1, 1),
+        ("C++", "C", 0, 1),
+    ],
+)
+def test_label_scores(gold, predicted, exact, valid):
+    assert label_scores(LABELS, [gold], predicted) == {"exact": exact, "valid": valid}
+
+
 def rows(n: int) -> list[Conversation]:
     turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "x"})
     return [Conversation(turns, str(i), f"f:{i}", ("x",) if i % 2 else (), context=f"c{i // 4}") for i in range(n)]
@@ -49,13 +75,35 @@ def rows(n: int) -> list[Conversation]:
 def test_scores_are_split_by_answerability_and_carry_intervals():
     conversations = rows(40)
     predictions = [Prediction("x" if i % 4 else "unanswerable", 1, i != 3) for i in range(40)]
-    result = score("squad_v2", conversations, predictions)
+    result = summarize("squad_v2", score("squad_v2", conversations, predictions))
     assert result["scores"]["HasAns"]["exact"] == 100
     assert result["scores"]["NoAns"]["exact"] == 50
     assert result["scores"]["total"]["exact"] == 75
     low, high = result["scores"]["total"]["exact_95"]
     assert low <= 75 <= high
     assert result["cut_at_max_new_tokens"] == 1
+
+
+def test_any_score_of_a_task_gets_its_interval(monkeypatch):
+    monkeypatch.setitem(TASKS, "labels", replace(TASKS["instruct"], score=partial(label_scores, ["x", "y"])))
+    conversations = [Conversation(c.messages, c.id, c.where, ("x",), c.context) for c in rows(40)]
+    predictions = [Prediction("xyz?"[i % 4], 1, True) for i in range(40)]
+    total = summarize("labels", score("labels", conversations, predictions))["scores"]
+    assert total == {
+        "total": {"questions": 40, "exact": 25, "exact_95": [25, 25], "valid": 50, "valid_95": [50, 50]},
+    }
+
+
+def test_intervals_resample_groups_where_rows_have_one():
+    turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "x"})
+    alone = [Conversation(turns, str(i), f"f:{i}", ("x",), context=f"c{i}") for i in range(200)]
+    threads = [replace(c, group=f"thread {i // 10}") for i, c in enumerate(alone)]
+    predictions = [Prediction("x" if i // 10 % 2 else "y", 1, True) for i in range(200)]
+    (low, high), (thread_low, thread_high) = (
+        summarize("squad_v2", score("squad_v2", c, predictions))["scores"]["total"]["exact_95"]
+        for c in (alone, threads)
+    )
+    assert thread_high - thread_low > 1.8 * (high - low)
 
 
 def test_every_question_needs_a_prediction():
@@ -73,6 +121,16 @@ def test_interval_is_wider_where_questions_depend_on_their_passage():
     low, high = cluster_interval(values, clusters)
     alone_low, alone_high = cluster_interval(values, [str(i) for i in range(300)])
     assert high - low > 1.8 * (alone_high - alone_low)
+
+
+def test_interval_is_that_of_all_draws_at_once():
+    rng = random.Random(0)
+    values = [rng.random() for _ in range(3000)]
+    clusters = [str(rng.randrange(1500)) for _ in values]
+    names, index = np.unique(clusters, return_inverse=True)
+    draws = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=2000)
+    means = (draws @ np.bincount(index, weights=values)) / (draws @ np.bincount(index))
+    assert cluster_interval(values, clusters, resamples=2000) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -95,10 +153,10 @@ def test_limit_draws_over_many_contexts_and_the_same_each_time():
 
 
 def test_results_and_every_sample_are_written(tmp_path):
-    import json
-
     conversations, predictions = rows(6), [Prediction("x", 1, True)] * 6
-    write_results(tmp_path, score("squad_v2", conversations, predictions), conversations, predictions)
+    scored = score("squad_v2", conversations, predictions)
+    write_results(tmp_path, summarize("squad_v2", scored), scored)
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [s["id"] for s in samples] == [c.id for c in conversations]
+    assert [(s["exact"], s["f1"]) for s in samples] == [(float(i % 2), float(i % 2)) for i in range(6)]
     assert json.loads((tmp_path / "results.json").read_text())["questions"] == 6

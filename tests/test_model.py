@@ -1,17 +1,29 @@
 """Bases from every kind of name, quantized on CPU without breaking training, and each tuning method."""
 
+import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
-import sft.model
+import sft.base
 from data.chat import encode
 from data.pack import make_packs
-from sft.model import count_parameters, load_base, load_tokenizer, resolve_base, takes_packs, tune_model
-from sft.recipe import Model, Quantization, RecipeError, Tune
+from sft.base import resolve_base
+from sft.dry_run import training_flops
+from sft.model import (
+    check_length,
+    count_parameters,
+    load_base,
+    load_config,
+    load_tokenizer,
+    takes_packs,
+    tune_model,
+)
+from sft.recipe import Data, Model, Quantization, Recipe, RecipeError, Tune
 from sft.trainer import pack_loss
 from tests.conftest import SMOLLM
 
@@ -34,8 +46,12 @@ def test_wheel_model_is_written_once_as_safetensors(smollm: Path):
 
 def test_interrupted_writing_leaves_no_model_behind(tmp_path, monkeypatch):
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
-    monkeypatch.setattr(sft.model.AutoTokenizer, "from_pretrained", lambda *a, **k: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
+
+    def interrupt(*args: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sft.base.AutoTokenizer, "from_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         resolve_base(SMOLLM)
     assert list(tmp_path.iterdir()) == []
 
@@ -61,6 +77,76 @@ def test_folder_without_weights_says_what_it_holds(tmp_path, tiny):
     (tmp_path / "config.json").unlink()
     with pytest.raises(RecipeError, match=r"holds no config\.json"):
         resolve_base(str(tmp_path))
+
+
+def change_config(folder: Path, **values: object) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:5000])
+
+
+BROKEN: list[tuple[Callable[[Path], object], str]] = [
+    (lambda f: (f / "config.json").write_text("{"), "not a valid JSON file"),
+    (lambda f: (f / "config.json").write_text("[1]"), "model_type"),
+    (lambda f: change_config(f, model_type="frobnicate"), "frobnicate"),
+    (lambda f: change_config(f, model_type="t5"), "T5Config"),
+    (lambda f: change_config(f, hidden_size="big"), "hidden_size.*expected int"),
+    (lambda f: change_config(f, num_hidden_layers=3), r"the weight model\.layers\.2\.\S+,.* is not there \(9 such"),
+    (lambda f: change_config(f, intermediate_size=256), r"down_proj\S+ is stored as \(64, 128\).* \(64, 256\)"),
+    (lambda f: cut(f / "model.safetensors"), "deserializing header"),
+    (lambda f: (f / "model.safetensors").write_bytes(b""), "deserializing header"),
+    (lambda f: (f / "tokenizer.json").write_text("{}"), ": the tokenizer can't"),
+    (lambda f: (f / "tokenizer_config.json").write_text("{"), ": the tokenizer can't"),
+    (lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], ": the tokenizer can't"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BROKEN)))
+def test_broken_model_folder_is_one_line_that_names_it(case, tiny, tmp_path):
+    damage, reason = BROKEN[case]
+    folder = tmp_path / "base"
+    shutil.copytree(tiny, folder)
+    damage(folder)
+
+    def load(model: Model) -> None:
+        load_config(model)
+        load_tokenizer(model)
+        load_base(model, CPU)
+
+    with pytest.raises(RecipeError, match=f"model.base: {folder}.*{reason}") as caught:
+        load(Model(base=str(folder)))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"no model", b"GGUF" + bytes(60)])
+def test_gguf_that_is_none_is_one_line_and_leaves_nothing(content, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "x.gguf").write_bytes(content)
+    with pytest.raises(RecipeError, match=r"model\.base: .*x\.gguf can't be loaded: .*; name a folder"):
+        resolve_base(str(tmp_path / "x.gguf"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_hub_model_that_cannot_be_had_is_one_line(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(RecipeError, match="model.base: nobody/none-such can't be loaded: .*cached"):
+        load_config(Model(base="nobody/none-such"))
+
+
+def test_length_is_checked_where_the_model_has_a_limit(tmp_path):
+    def checked(kind: str, length: int) -> None:
+        AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+        (tmp_path / kind / "model.safetensors").touch()
+        data = Data.model_validate({"train": "none.json", "max_length": length})
+        check_length(Recipe(task="squad_v2", model=Model(base=str(tmp_path / kind)), data=data))
+
+    with pytest.raises(RecipeError, match=r"data\.max_length 4096 exceeds the 1024 positions"):
+        checked("gpt2", 4096)
+    for kind in ("bloom", "mamba"):  # ALiBi, state space
+        checked(kind, 4096)
 
 
 def test_real_model_knows_the_capital_of_france(smollm, tokenizer):
@@ -157,6 +243,25 @@ def test_linear_probe_leaves_the_input_embedding_alone(tiny):
     assert [n for n, p in model.named_parameters() if p.requires_grad] == ["lm_head.weight"]
 
 
+def test_training_flops_are_those_of_the_weights_that_take_part(tiny):
+    def flops(checkpointing: bool = False, **tune) -> float:
+        model = tune_model(AutoModelForCausalLM.from_pretrained(tiny), Tune.model_validate(tune), 0)
+        return training_flops(model, 1000, 10, checkpointing)
+
+    every = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny).parameters())
+    head = AutoModelForCausalLM.from_pretrained(tiny).lm_head.weight.numel()
+    body = every - head  # tied to the embedding
+    layer = body // 2
+    assert flops(method="full") == 6 * (body * 1000 + head * 10)
+    assert flops(method="full", checkpointing=True) == 8 * body * 1000 + 6 * head * 10
+    assert flops(method="lora", r=1, target_modules="all-linear") == pytest.approx(
+        4 * (body * 1000 + head * 10), rel=0.05
+    )
+    assert flops(method="linear_probe") == 2 * body * 1000 + 4 * head * 10
+    frozen_below = flops(method="freeze", trainable=[r"layers\.1\."])
+    assert frozen_below == pytest.approx(2 * layer * 1000 + 6 * layer * 1000 + 4 * head * 10, rel=0.1)
+
+
 def test_method_that_does_not_fit_the_base_is_a_clear_error(tiny):
     with pytest.raises(RecipeError, match="tune: .*no_such_layer"):
         tune_model(load_base(Model(base=str(tiny)), CPU), lora(target_modules=["no_such_layer"]), 0)
@@ -171,8 +276,6 @@ def test_sliding_windows_do_not_take_packs(tiny_qwen):
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "mistral"])
 def test_models_that_do_not_obey_the_mask_do_not_take_packs(kind):
-    from transformers import AutoConfig
-
     sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "vocab_size": 64}
     small = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **small)).eval()

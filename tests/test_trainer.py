@@ -1,18 +1,25 @@
 """One optimizer step: the same examples and the same loss, however many packs and processes share the work."""
 
+import json
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from data.chat import encode
 from data.pack import make_packs
+from sft.model import tune_model
 from sft.recipe import Train, Tune
-from sft.trainer import PackTrainer, plan_steps, shard_packs, training_arguments
+from sft.trainer import PackTrainer, plan_steps, shard_packs, training_arguments, virtual_tokens
+from tests.conftest import ROOT, stored, write_recipe
 
 
 @pytest.fixture
-def examples(questions, tokenizer):
-    return [encode(q, tokenizer, 1024) for q in questions[:24]]
+def examples(questions, tokenizer, tmp_path):
+    return stored(tmp_path, [encode(q, tokenizer, 1024) for q in questions[:24]])
 
 
 def test_plan_has_the_same_examples_in_a_step_with_and_without_sharing(examples):
@@ -37,10 +44,23 @@ def test_every_pack_counts_once_over_all_processes(examples, processes):
     assert sorted(counted) == sorted(id(pack) for pack in packs)
 
 
+@pytest.mark.parametrize(("method", "shift"), [("prompt_tuning", 4), ("prefix_tuning", 0), ("lora", None)])
+def test_virtual_tokens_are_counted_through_ddp(method, shift, tiny):
+    import torch.distributed as dist
+
+    more = {"r": 4, "target_modules": "all-linear"} if method == "lora" else {"num_virtual_tokens": 4}
+    tune = Tune.model_validate({"method": method} | more)
+    model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, 0)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        assert virtual_tokens(model) == virtual_tokens(wrapped) == shift
+    finally:
+        dist.destroy_process_group()
+
+
 def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **more) -> list[dict]:
     train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", **more)
-    from sft.model import tune_model
-
     tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"})
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
     plan = plan_steps(examples, train, share)
@@ -67,3 +87,31 @@ def test_evaluation_reports_the_mean_over_trained_tokens_and_changes_nothing(tin
     held = [r["eval_loss"] for r in evaluated if "eval_loss" in r]
     assert len(held) == 4
     assert held[-1] < held[0] < 12
+
+
+PROMPT_TUNING = {
+    "tune": "{method: prompt_tuning, num_virtual_tokens: 4}",
+    "data": "{train: data/samples/squad_train.json, max_contexts: 4, share_prefixes: false}",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
+def test_two_processes_give_the_same_losses_as_one(changes, tmp_path, tiny):
+    curves = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        recipe = write_recipe(
+            folder / "r.yaml", tiny, model=f"{{base: '{tiny}', quantization: {{load_in_4bit: true}}}}", **changes
+        )
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        port = ["--master_port", str(29600 + os.getpid() % 300)]
+        done = subprocess.run(
+            [*launch, *port, "sft/train.py", str(recipe)], capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        curves.append([(r["loss"], r["grad_norm"]) for r in rows])
+    assert len(curves[0]) == 4
+    for one, two in zip(*curves, strict=True):
+        assert one == pytest.approx(two, abs=1e-4)

