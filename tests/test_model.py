@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import sft.base
 from data.chat import encode
 from data.pack import make_packs
 from sft.base import resolve_base
@@ -50,7 +49,7 @@ def test_interrupted_writing_leaves_no_model_behind(tmp_path, monkeypatch):
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sft.base.AutoTokenizer, "from_pretrained", interrupt)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", interrupt)
     with pytest.raises(KeyboardInterrupt):
         resolve_base(SMOLLM)
     assert list(tmp_path.iterdir()) == []
