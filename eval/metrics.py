@@ -47,7 +47,9 @@ def squad_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
 
 
 def reference_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
-    """EM and F1 against the reference answers of instruction data."""
+    """EM and F1 against the reference answers of instruction data; without any (SQuAD among it), as SQuAD scores."""
+    if not answers:
+        return squad_scores(answers, predicted)
     return {
         "exact": max(exact_match(a, predicted) for a in answers),
         "f1": max(token_f1(a, predicted) for a in answers),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.conversation import Conversation
-from eval.metrics import label_scores, normalize_answer, squad_scores, token_f1
+from eval.metrics import label_scores, normalize_answer, reference_scores, squad_scores, token_f1
 from eval.predict import Prediction
 from eval.run import limit_questions, score, summarize, write_results
 from eval.stats import cluster_interval
@@ -160,3 +160,8 @@ def test_results_and_every_sample_are_written(tmp_path):
     assert [s["id"] for s in samples] == [c.id for c in conversations]
     assert [(s["exact"], s["f1"]) for s in samples] == [(float(i % 2), float(i % 2)) for i in range(6)]
     assert json.loads((tmp_path / "results.json").read_text())["questions"] == 6
+
+
+def test_unanswerable_question_among_instructions_is_scored_as_squad_does():
+    assert reference_scores((), "unanswerable") == {"exact": 1.0, "f1": 1.0}
+    assert reference_scores((), "Paris") == {"exact": 0.0, "f1": 0.0}
