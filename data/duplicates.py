@@ -114,6 +114,7 @@ class TextIndex:
                     self._keep(text)
 
 
+@lru_cache(maxsize=8)  # a row and its text are looked up in several indexes, one after the other
 def normalize(text: str) -> str:
     """Compatible characters unified (NFKC), lower case, white space collapsed."""
     return " ".join(unicodedata.normalize("NFKC", text).lower().split())

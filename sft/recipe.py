@@ -125,7 +125,7 @@ class Source(Section):
 
 class TrainSource(Source):
     weight: Annotated[Number, Field(gt=0)] = 1.0
-    """How often each of its rows occurs in an epoch: 2 is twice, 0.5 every second one, drawn anew each epoch."""
+    """How often each of its rows occurs in an epoch: 2 is twice, 0.5 every second one, the others in the next."""
 
 
 class Audit(Section):

@@ -18,12 +18,11 @@ import psutil
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedTokenizerBase
 
 from data.errors import UserError
 from data.report import write_html
 from data.source import files_of
-from data.store import file_digests, file_sha256, text_sha256
+from data.store import file_sha256
 from sft.base import resolve_base
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
@@ -78,14 +77,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def manifest(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    trainable: int,
-    parameters: int,
-) -> dict[str, Any]:
-    """What the run was made from."""
-    sources = [*recipe.data.train, *([recipe.eval.data] if recipe.eval.data else [])]
+def manifest(recipe: Recipe, report: dict[str, Any], trainable: int, parameters: int) -> dict[str, Any]:
+    """What the run was made from; of the data, what the report says was read."""
+    sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
     base = Path(resolve_base(recipe.model.base))
     weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     return {
@@ -97,8 +91,9 @@ def manifest(
             "revision": recipe.model.revision,
             "sha256": {file.name: file_sha256(file) for file in weights},
         },
-        "data_sha256": {path: sha256 for s in sources for path, sha256 in file_digests(files_of(s)).items()},
-        "chat_template_sha256": text_sha256(str(tokenizer.chat_template)),
+        "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
+        "data_revision": {source["name"]: source["revision"] for source in sources if source["revision"]},
+        "chat_template_sha256": report["tokenizer"]["chat_template_sha256"],
         "seed": recipe.train.seed,
         "trainable_parameters": trainable,
         "parameters": parameters,

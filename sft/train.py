@@ -92,7 +92,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
 
     run = resume or agree_on_folder(recipe, recipe_path)
     interrupt = SaveOnInterrupt()
-    facts = manifest(recipe, tokenizer, trainable, parameters)
+    facts = manifest(recipe, report, trainable, parameters)
     if state.is_main_process:
         if checkpoint:
             check_unchanged(run, facts)
