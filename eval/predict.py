@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import Example, encode_prompt, end_of_turn
+from data.chat import encode_prompt, end_of_turn
 from data.conversation import Conversation, DataError
 from data.errors import UserError
-from data.pack import attention_mask, build_pack
-from data.progress import Bar
+from data.progress import Bar, track
+from eval.generate import generate_ids, generate_one
+from eval.rows import takes_rows
 
 
 @dataclass(frozen=True)
@@ -36,38 +36,27 @@ def generate(
     batch_tokens: int,
     packed: bool = True,
 ) -> list[Prediction]:
-    """Greedy answers, in order. Prompts go in packs: what several share (a passage) is computed once, and nothing is
-    padded. `packed=False` generates one prompt at a time, for models that can't take a pack's mask."""
+    """Greedy answers, in order. What several prompts share (a passage) is computed once, and nothing is padded.
+    `packed=False` generates one prompt at a time, for models that can't take a pack's mask."""
     prompts = [encode_prompt(c.prompt, tokenizer) for c in conversations]
     limit = max_positions(model.config)
-    asked = {i for i, prompt in enumerate(prompts) if limit is None or len(prompt) + max_new_tokens <= limit}
+    asked = [i for i, prompt in enumerate(prompts) if limit is None or len(prompt) + max_new_tokens <= limit]
     stop = end_tokens(model, tokenizer)
-    answers: list[list[int]] = [[] for _ in prompts]
     model.eval()
-    bar = Bar("answer", len(asked))
-    batches = _batches({i: prompts[i] for i in asked}, batch_tokens) if packed else [[i] for i in sorted(asked)]
-    done = 0
-    with torch.inference_mode():
-        for batch in batches:
-            chosen = [prompts[i] for i in batch]
-            new = (
-                _generate_pack(model, chosen, stop, max_new_tokens)
-                if packed
-                else _generate_one(model, chosen, stop, max_new_tokens)
-            )
-            for i, tokens in zip(batch, new, strict=True):
-                answers[i] = tokens
-            done += len(batch)
-            bar.update(done)
-    bar.close()
+    chosen = [prompts[i] for i in asked]
+    if packed and takes_rows(model):
+        found = generate_ids(model, chosen, stop, max_new_tokens, batch_tokens)
+    else:
+        found = [generate_one(model, prompt, stop, max_new_tokens) for prompt in track(chosen, "answer")]
+    answers = dict(zip(asked, found, strict=True))
     return [
         Prediction(
             str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
             len(tokens),
             bool(tokens) and tokens[-1] in stop,
-            i in asked,
+            i in answers,
         )
-        for i, tokens in enumerate(answers)
+        for i, tokens in ((i, answers.get(i, [])) for i in range(len(prompts)))
     ]
 
 
@@ -93,71 +82,6 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> se
     configured = model.generation_config.eos_token_id
     listed = configured if isinstance(configured, list) else [configured]
     return {i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}
-
-
-def _batches(prompts: dict[int, list[int]], batch_tokens: int) -> list[list[int]]:
-    """Keys in batches of at most batch_tokens executed tokens (or one prompt); equal prefixes stand together."""
-    batches: list[list[int]] = []
-    size = 0
-    previous: list[int] = []
-    for i in sorted(prompts, key=lambda i: prompts[i]):
-        shared = next((n for n, (a, b) in enumerate(zip(previous, prompts[i], strict=False)) if a != b), len(previous))
-        size += len(prompts[i]) - shared
-        if not batches or size > batch_tokens:
-            batches.append([])
-            size = len(prompts[i])
-        batches[-1].append(i)
-        previous = prompts[i]
-    return batches
-
-
-def _generate_pack(model: PreTrainedModel, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
-    """One forward over the forest of prompts, then one row of new tokens a step, each seeing its own branch only."""
-    device = next(model.parameters()).device
-    pack = build_pack([[Example(ids, [0] * len(ids)) for ids in prompts]])
-    mask = attention_mask(pack, device)
-    cache = DynamicCache(config=model.config)
-    leaf = torch.tensor(pack.leaf, device=device)
-    logits = model(
-        input_ids=torch.tensor([pack.input_ids], device=device),
-        position_ids=torch.tensor([pack.position_ids], device=device),
-        attention_mask=mask,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=leaf,
-    ).logits[0]
-    answers: list[list[int]] = [[] for _ in prompts]
-    active = list(range(len(prompts)))
-    sees = mask[0, 0, leaf]  # [active, tokens so far]
-    position = torch.tensor([len(ids) for ids in prompts], device=device)
-    while True:
-        tokens = logits.argmax(-1).tolist()
-        for i, token in zip(active, tokens, strict=True):
-            answers[i].append(token)
-        goes_on = [n for n, i in enumerate(active) if answers[i][-1] not in stop and len(answers[i]) < max_new]
-        if not goes_on:
-            return answers
-        keep = torch.tensor(goes_on, device=device)
-        active = [active[n] for n in goes_on]
-        own = torch.eye(len(active), dtype=torch.bool, device=device)
-        sees = torch.cat([sees[keep], own], dim=1)
-        logits = model(
-            input_ids=torch.tensor([[answers[i][-1] for i in active]], device=device),
-            position_ids=position[keep][None],
-            attention_mask=sees[None, None],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits[0]
-        position = position[keep] + 1
-
-
-def _generate_one(model: PreTrainedModel, prompts: list[list[int]], stop: set[int], max_new: int) -> list[list[int]]:
-    ids = torch.tensor(prompts, device=next(model.parameters()).device)
-    out = cast(Any, model).generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new, do_sample=False,
-        eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True,
-    )  # fmt: skip
-    return [out[0, ids.shape[1] :].tolist()]
 
 
 def served_model(url: str, wanted: str | None) -> str:

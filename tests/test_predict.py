@@ -16,7 +16,7 @@ from sft.recipe import Model
 
 
 def test_packed_answers_equal_transformers_own_generate(smollm, tokenizer, questions):
-    model = load_base(Model(base=str(smollm)), torch.device("cpu"))
+    model = load_base(Model(base=str(smollm), dtype="float32"), torch.device("cpu"))
     chosen = questions[:10]
     packed = generate(model, tokenizer, chosen, max_new_tokens=12, batch_tokens=900)
     alone = generate(model, tokenizer, chosen, max_new_tokens=12, batch_tokens=900, packed=False)
@@ -25,7 +25,7 @@ def test_packed_answers_equal_transformers_own_generate(smollm, tokenizer, quest
 
 
 def test_answers_come_in_order_and_say_whether_they_ended(tiny, tokenizer, questions):
-    model = load_base(Model(base=str(tiny)), torch.device("cpu"))
+    model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
     forward = generate(model, tokenizer, questions[:20], 5, 600)
     backward = generate(model, tokenizer, questions[:20][::-1], 5, 4000)
     assert [p.text for p in forward] == [p.text for p in backward[::-1]]
@@ -36,7 +36,7 @@ def test_answers_come_in_order_and_say_whether_they_ended(tiny, tokenizer, quest
 def test_question_that_the_model_has_no_positions_for_is_not_asked_and_counts_as_wrong(
     tiny, tokenizer, questions, packed
 ):
-    model = load_base(Model(base=str(tiny)), torch.device("cpu"))
+    model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
     turns = ({"role": "user", "content": "word " * 2100}, {"role": "assistant", "content": UNANSWERABLE})
     asked = [questions[0], Conversation(turns, "long", "f:1"), questions[1]]  # an empty answer would be right for it
     predictions = generate(model, tokenizer, asked, 5, 600, packed)
