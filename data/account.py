@@ -99,8 +99,7 @@ def decoded(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     }
 
 
-def totals(sources: Sequence[SourceAccount], contexts: int, longest: int, ratio: float) -> dict[str, Any]:
-    tokens = sum(s.tokens for s in sources)
+def totals(sources: Sequence[SourceAccount], contexts: int, longest: int) -> dict[str, Any]:
     not_chosen = sum(s.ledger.left_out[reason] for s in sources for reason in NOT_CHOSEN)
     return {
         "rows_read": sum(s.ledger.rows for s in sources),
@@ -109,11 +108,9 @@ def totals(sources: Sequence[SourceAccount], contexts: int, longest: int, ratio:
         "not_chosen": not_chosen,
         "examples": sum(s.examples for s in sources),
         "contexts": contexts,
-        "tokens": tokens,
+        "tokens": sum(s.tokens for s in sources),
         "trained_tokens": sum(s.trained_tokens for s in sources),
         "longest_example_tokens": longest,
-        "executed_tokens": round(tokens / ratio),
-        "flat_tokens_per_executed_token": round(ratio, 3),
     }
 
 

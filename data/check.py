@@ -20,13 +20,10 @@ from data.chat import AUDITS, Example, TooLong, encode_turns, markers_in
 from data.compare import Comparison
 from data.conversation import Conversation, DataError, Ledger
 from data.draw import Counts, chosen_contexts, held_out_by_share
-from data.pack import count_executed, step_order
 from data.progress import track
 from data.source import SourceLike, read_rows
 from data.store import Examples, Writer
 from data.template import OVER_LIMITS
-
-RATIO_CONTEXTS = 20_000  # the sharing ratio is measured on at most so many
 
 
 class WeightedSource(SourceLike, Protocol):
@@ -50,8 +47,6 @@ class Rules:
     max_contexts: int | None = None
     unanswerable_share: float | None = None
     held_out_share: float | None = None
-    share_prefixes: bool = True
-    examples_per_step: int = 16
     seed: int = 0
 
 
@@ -155,14 +150,13 @@ class _Examination:
         rules, removed = self.rules, Counter[str]()
         for account in accounts:
             removed.update(account.ledger.left_out)
-        examples = Examples(folder)
         longest = max(self.lengths.values, default=0)
         return {
             "created_by": f"graft {version('graft')}",
             "task": rules.task,
             "max_length": rules.max_length,
             "stops": stops,
-            "totals": totals(accounts, len(set(examples.contexts)), longest, sharing_ratio(examples, rules)),
+            "totals": totals(accounts, len(set(Examples(folder).contexts)), longest),
             "sources": [account.report({}) for account in accounts],
             "held_out": other.report({}) if other else None,
             "lengths": {
@@ -178,22 +172,6 @@ class _Examination:
 def context_key(conversation: Conversation) -> str:
     """A short name of the text that conversations share."""
     return xxhash.xxh3_64_hexdigest(conversation.context.encode(errors="surrogatepass"))
-
-
-def sharing_ratio(examples: Examples, rules: Rules) -> float:
-    """Flat tokens for each token that training computes, over one occurrence of each example."""
-    if not rules.share_prefixes:
-        return 1.0
-    contexts, count = examples.contexts, len(set(examples.contexts))
-    below = f"{int(min(1, RATIO_CONTEXTS / max(1, count)) * (2**64 - 1)):016x}"
-    chosen = [i for i, context in enumerate(contexts) if context <= below]  # keys are hashes: this draws evenly
-    steps = step_order([contexts[i] for i in chosen], rules.examples_per_step, rules.seed, epoch=0)
-    flat = executed = 0
-    for step in steps:
-        rows = [examples[chosen[i]] for i in step]
-        flat += sum(len(e.ids) for e in rows)
-        executed += count_executed(rows)
-    return flat / executed if executed else 1.0
 
 
 def nothing_held_out(share: float | None) -> str:

@@ -9,12 +9,40 @@ import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Literal
 
 import torch
 
 from data.chat import Example
 
 LOOK_AHEAD = 64  # contexts that compete for the room left in a step
+# Time of a micro-batch in units of a token's: SmolLM2-135M on 2 CPU cores, see tests/benchmarks/throughput.py --growth
+FIXED_TOKENS = 32  # reading all weights once
+DENSE_TOKENS = 1000  # so many tokens spend as much on attention over T^2 as on all else
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the examples of a step become micro-batches.
+
+    pack_tokens: most tokens of one, so that memory is bounded; only a longer example makes a larger one.
+    attention: "dense" computes T^2 scores under a mask (SDPA, eager), "sparse" skips masked blocks (FlexAttention),
+    "causal" takes no mask, so every example stands alone.
+    """
+
+    share_prefixes: bool = True
+    pack_tokens: int = 512
+    attention: Literal["dense", "sparse", "causal"] = "dense"
+
+    def cost(self, tokens: int) -> float:
+        """Time of a micro-batch of so many tokens, in units of a token's time."""
+        return FIXED_TOKENS + tokens + (0 if self.attention == "sparse" else tokens * tokens / DENSE_TOKENS)
+
+    def joins(self, one: int, other: int, both: int) -> bool:
+        """Whether micro-batches of `one` and `other` tokens had better be a single one of `both` tokens."""
+        if self.attention == "causal" or both > self.pack_tokens:
+            return False
+        return self.cost(both) < self.cost(one) + self.cost(other)
 
 
 @dataclass
@@ -65,16 +93,13 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
     return pack
 
 
-def make_packs(examples: Sequence[Example], share_prefixes: bool, pack_tokens: int | None = None) -> list[Pack]:
+def make_packs(examples: Sequence[Example], layout: Layout = Layout()) -> list[Pack]:
     """Micro-batches that hold the examples once each.
 
-    pack_tokens: most tokens of a pack (one longer example still makes a pack); None: one tree a pack, the fastest on
-    a CPU, where the T^2 of attention costs more than a larger matrix product saves.
+    Examples join a tree, and trees a pack, where that saves time: attention over T^2 can cost more than a shared prefix
+    or one pass over the weights less saves. Trees fill packs best fit decreasing.
     """
-    trees = _trees(examples, share_prefixes, pack_tokens)
-    if pack_tokens is None:
-        return [build_pack([tree]) for tree in trees]
-    return [build_pack(bin) for bin in _fill(trees, pack_tokens)]
+    return [build_pack(trees) for trees in fill_packs(make_trees(examples, layout), layout)]
 
 
 def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -90,12 +115,18 @@ def is_chain(pack: Pack) -> bool:
 
 
 def step_order(
-    contexts: Sequence[str], examples_per_step: int, seed: int, epoch: int, weights: Sequence[float] | None = None
+    contexts: Sequence[str],
+    examples_per_step: int,
+    seed: int,
+    epoch: int,
+    weights: Sequence[float] | None = None,
+    max_branches: int | None = None,
 ) -> list[list[int]]:
     """Indices of the examples of each optimizer step of an epoch; each index occurs once, or `weights` times.
 
     A step holds at most examples_per_step, the same ones whether prefixes are shared or not. Contexts are shuffled and
-    stay whole, because one that two steps divide is computed twice; only a context larger than a step is divided.
+    stay whole, because one that two steps divide is computed twice; only one larger than a step, or than max_branches,
+    is divided.
     weights: occurrences of each example in an epoch. Of 2.3, two are sure and 30 % of the contexts occur once more:
     others in the next epoch, until all have had their turn.
     """
@@ -103,11 +134,12 @@ def step_order(
     for i, context in enumerate(contexts):
         groups.setdefault(weights[i] if weights else 1.0, {}).setdefault(context, []).append(i)
     rng = random.Random(f"{seed}/{epoch}")
+    most = min(examples_per_step, max_branches or examples_per_step)
     waiting = [
-        group[i : i + examples_per_step]
+        group[i : i + most]
         for weight, alike in groups.items()
         for group in _occurrences(list(alike.values()), weight, seed, epoch)
-        for i in range(0, len(group), examples_per_step)
+        for i in range(0, len(group), most)
     ]
     rng.shuffle(waiting)
     coming = iter(waiting)
@@ -116,23 +148,17 @@ def step_order(
     while window:
         step: list[int] = []
         left: list[list[int]] = []
+        used: set[str] = set()
         for group in window:
-            if len(step) + len(group) <= examples_per_step:
+            context = contexts[group[0]]
+            if len(step) + len(group) <= examples_per_step and not (max_branches and context in used):
                 step += group
+                used.add(context)
             else:
                 left.append(group)
         steps.append(step)
         window = left + list(islice(coming, LOOK_AHEAD - len(left)))
     return steps
-
-
-def count_executed(examples: Sequence[Example]) -> int:
-    """Tokens that are computed for the examples of a step where prefixes are shared."""
-    return sum(
-        len(example.ids) - (common_prefix(tree[i - 1].ids, example.ids) if i else 0)
-        for tree in _trees(examples, share_prefixes=True)
-        for i, example in enumerate(tree)
-    )
 
 
 def _occurrences(groups: list[list[int]], weight: float, seed: int, epoch: int) -> list[list[int]]:
@@ -142,37 +168,41 @@ def _occurrences(groups: list[list[int]], weight: float, seed: int, epoch: int) 
     return groups * whole + [turns[i % len(turns)] for i in range(epoch * more, (epoch + 1) * more)]
 
 
-def _trees(examples: Sequence[Example], share_prefixes: bool, pack_tokens: int | None = None) -> list[list[Example]]:
-    """The examples in order of their ids, divided where sharing a prefix does not pay or a pack is full."""
+def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
+    """The examples in order of their ids, divided where a longer common tree would cost more than it saves."""
     trees: list[list[Example]] = []
     size = 0
     for example in sorted(examples, key=lambda e: e.ids):
-        if share_prefixes and trees:
-            previous = trees[-1][-1].ids
-            shared = common_prefix(previous, example.ids)
-            # a short common prefix (a system prompt) saves less than attention over the joined trees costs
-            joins = 2 * shared >= min(len(previous), len(example.ids))
-            size += len(example.ids) - shared
-            if joins and (pack_tokens is None or size <= pack_tokens):
+        length = len(example.ids)
+        if layout.share_prefixes and trees:
+            both = size + length - common_prefix(trees[-1][-1].ids, example.ids)
+            if layout.joins(size, length, both):
                 trees[-1].append(example)
+                size = both
                 continue
         trees.append([example])
-        size = len(example.ids)
+        size = length
     return trees
 
 
-def _fill(trees: list[list[Example]], pack_tokens: int) -> list[list[list[Example]]]:
-    """Trees into bins of at most pack_tokens, best fit decreasing."""
-    sizes = {i: len(build_pack([tree]).input_ids) for i, tree in enumerate(trees)}
-    bins: list[tuple[int, list[list[Example]]]] = []
-    for i in sorted(sizes, key=lambda i: -sizes[i]):
-        fits = [b for b, (used, _) in enumerate(bins) if used + sizes[i] <= pack_tokens]
+def fill_packs(trees: list[list[Example]], layout: Layout) -> list[list[list[Example]]]:
+    """Trees into packs: the largest first, each into the fullest pack that it joins."""
+    packs: list[tuple[int, list[list[Example]]]] = []
+    for size, tree in sorted(((count_tokens(tree), tree) for tree in trees), key=lambda pair: -pair[0]):
+        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size, used + size)]
         if fits:
-            best = max(fits, key=lambda b: bins[b][0])
-            bins[best] = (bins[best][0] + sizes[i], [*bins[best][1], trees[i]])
+            best = max(fits, key=lambda i: packs[i][0])
+            packs[best] = (packs[best][0] + size, [*packs[best][1], tree])
         else:
-            bins.append((sizes[i], [trees[i]]))
-    return [trees for _, trees in bins]
+            packs.append((size, [tree]))
+    return [trees for _, trees in packs]
+
+
+def count_tokens(tree: Sequence[Example]) -> int:
+    """Tokens of the tree of examples that are in order of their ids."""
+    return sum(
+        len(example.ids) - (common_prefix(tree[i - 1].ids, example.ids) if i else 0) for i, example in enumerate(tree)
+    )
 
 
 def _close(pack: Pack, path: list[int]) -> None:

@@ -7,14 +7,16 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import Example, TooLong, check_template, encode_turns
 from data.check import Rules, examine, nothing_held_out, read_held_out
 from data.conversation import Conversation, DataError, Ledger
+from data.pack import Layout
 from data.progress import track
+from data.sharing import Sharing, measure_sharing
 from data.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
 from data.store import Examples, cache_key, file_digests, publish, text_sha256
 from eval.run import limit_questions
@@ -55,6 +57,7 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
             account |= {"sha256": sha256, "revision": source.revision}
         (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
         if report["stops"]:
+            report["totals"] |= sharing_totals(report, Examples(folder), recipe)
             raise _Stopped
 
     with TemporaryDirectory(prefix="graft-examples-") as scratch:
@@ -63,7 +66,10 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
         except _Stopped:
             return Examined(report | named, None)
         # read before the scratch folder goes: a mapped file outlives its name
-        return Examined(json.loads((folder / REPORT).read_text(encoding="utf-8")) | named, Examples(folder))
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8")) | named
+        examples = Examples(folder)
+        report["totals"] |= sharing_totals(report, examples, recipe)
+        return Examined(report, examples)
 
 
 def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, dict[str, Any]]:
@@ -72,6 +78,28 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[E
     if found.examples is None:
         raise DataError("", "\n".join(found.report["stops"]), "data")
     return found.examples, found.report
+
+
+def pack_tokens(recipe: Recipe, attention: Literal["dense", "sparse"]) -> int:
+    """Most tokens of a micro-batch: where the recipe leaves it open, few under a dense mask, whose cost is T^2."""
+    asked = recipe.data.pack_tokens
+    return (4096 if attention == "sparse" else 512) if asked == "auto" else asked
+
+
+def sharing_of(examples: Examples, recipe: Recipe, attention: Literal["dense", "sparse"] = "dense") -> Sharing:
+    """What sharing prefixes would do in the recipe's steps."""
+    layout = Layout(True, pack_tokens(recipe, attention), attention)
+    train = recipe.train
+    return measure_sharing(examples, layout, train.examples_per_step, train.seed, recipe.data.max_branches)
+
+
+def sharing_totals(report: dict[str, Any], examples: Examples, recipe: Recipe) -> dict[str, Any]:
+    """The report's figures on tokens that training computes; not kept in the cache, as they change with the steps."""
+    sharing = sharing_of(examples, recipe)
+    shared = sharing.pays if recipe.data.share_prefixes == "auto" else recipe.data.share_prefixes
+    ratio = sharing.ratio if shared else 1.0
+    executed = round(report["totals"]["tokens"] / ratio)
+    return {"executed_tokens": executed, "flat_tokens_per_executed_token": round(ratio, 3)}
 
 
 def rules_of(recipe: Recipe) -> Rules:
@@ -89,8 +117,6 @@ def rules_of(recipe: Recipe) -> Rules:
         max_contexts=data.max_contexts,
         unanswerable_share=data.unanswerable_share,
         held_out_share=recipe.eval.share,
-        share_prefixes=data.share_prefixes,
-        examples_per_step=recipe.train.examples_per_step,
         seed=recipe.train.seed,
     )
 

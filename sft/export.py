@@ -20,13 +20,13 @@ from data.progress import track
 from eval.predict import end_tokens
 from eval.run import limit_questions
 from eval.tasks import read_conversations
+from sft.attention import pack_inputs
 from sft.base import readable
 from sft.examples import encode_held_out, held_out_conversations, with_split
 from sft.load import adapter_folder, load_plain, load_run, run_recipe
 from sft.model import compute_dtype, default_device, is_quantized, load_base
 from sft.recipe import Recipe, Source
 from sft.run import RunError, check_writable, write_json
-from sft.trainer import pack_inputs
 
 
 class ParityError(UserError):
@@ -45,6 +45,9 @@ class Trace:
 def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool = False) -> dict[str, Any]:
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written."""
     recipe = run_recipe(run)
+    if default_device().type == "cpu":
+        # bfloat16 rounds activations as coarsely as weights: near ties would flip on both sides, merged right or not
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
     check_writable(out, "--out")
     out = out.resolve()
     # inside an empty folder that is there, which may be a mount or the current one; beside one to be made
@@ -59,7 +62,7 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
     if not conversations:
         raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
     chosen = limit_questions(conversations, recipe.export.prompts)
-    loaded = load_run(run)
+    loaded = load_run(run, recipe.model.dtype)
     tokenizer = loaded.tokenizer
     examples, too_long = encode_held_out(chosen, tokenizer, recipe.data.max_length)
     before = trace(loaded.model, examples, "adapter on base")
@@ -67,7 +70,7 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
     try:
         base = write_merged(run, recipe, aside)
         tokenizer.save_pretrained(aside)
-        # in the run's own compute dtype: only the weights' rounding differs
+        # in the same compute dtype: only the weights' rounding differs
         merged = load_plain(aside, compute_dtype(recipe.model, default_device()))
         after = trace(merged, examples, "merged model")
         parity = {
@@ -108,7 +111,7 @@ def write_merged(run: Path, recipe: Recipe, folder: Path) -> str:
     dequantize = is_quantized(recipe.model.quantization) and recipe.export.base == "dequantized"
     device = default_device()
     base = load_base(recipe.model if dequantize else recipe.model.model_copy(update={"quantization": None}), device)
-    if dequantize:
+    if getattr(base, "is_quantized", False) and dequantize:
         base = base.dequantize(dtype=compute_dtype(recipe.model, device))
     untouched = _fingerprints(base, dtype)
     with readable(str(adapter)):

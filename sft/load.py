@@ -62,9 +62,12 @@ def load_target(target: str, base: bool = False) -> Loaded:
     return Loaded(loaded, tokenizer, takes_packs(loaded))
 
 
-def load_run(run: Path) -> Loaded:
-    """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights."""
+def load_run(run: Path, dtype: str | None = None) -> Loaded:
+    """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights; computed in
+    `dtype` instead of the run's where that is named."""
     recipe = run_recipe(run)
+    if dtype:
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
     device = default_device()
     if (run / "model").is_dir():
         tokenizer = load_tokenizer(Model(base=str(run / "model")))

@@ -1,6 +1,7 @@
 """Base models and what of them is trained: load_base, then tune_model."""
 
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +21,11 @@ from data.chat import Example
 from data.pack import attention_mask, build_pack
 from eval.predict import max_positions
 from sft.base import readable, resolve_base
+from sft.flops import matmul_flops_per_s
 from sft.recipe import Model, Quantization, Recipe, RecipeError, Tune
 from sft.recipe_file import peft_types
+
+CPU = torch.device("cpu")
 
 
 def default_device() -> torch.device:
@@ -47,16 +51,23 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: Model, device: torch.device) -> PreTrainedModel:
-    """The base in the recipe's precision, frozen or not as loaded, in eval mode."""
+    """The base in the recipe's precision, frozen or not as loaded, in eval mode.
+
+    On a CPU 4-bit weights are dequantized once: the same values, without doing it in every forward and backward, as
+    there is no 4-bit product on CPUs. (bitsandbytes 0.50 would also repack them in the first eval forward, and multiply
+    by a kernel without autograd from then on.)
+    """
     loaded = load_weights(
         f"model.base: {model.base}",
         resolve_base(model.base),
         revision=model.revision,
         dtype=compute_dtype(model, device),
-        quantization_config=_bitsandbytes(model.quantization, device),
+        quantization_config=_bitsandbytes(model, device),
         device_map={"": device},
+        **({"use_kernels": True} if model.use_kernels and device.type == "cuda" else {}),
     )
-    keep_linear4bit_differentiable(loaded)
+    if model.quantization and model.quantization.load_in_4bit and device.type == "cpu":
+        loaded = loaded.dequantize(dtype=compute_dtype(model, device))
     loaded.config.use_cache = False
     return loaded
 
@@ -89,27 +100,22 @@ def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedMod
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
-    """float32 on CPU, where bfloat16 products measured half as fast without AMX; bfloat16 on CUDA."""
+    """model.dtype, where it is `auto` the fastest one that trains: bfloat16 on CUDA, on a CPU as measured."""
     if model.dtype == "auto":
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
+        return torch.bfloat16 if device.type == "cuda" or bfloat16_pays() else torch.float32
     return getattr(torch, model.dtype)
+
+
+@cache
+def bfloat16_pays() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones. CPUs that have the
+    instructions differ: one was measured at 0.5 times the speed, another at 4.4 times."""
+    rates = [matmul_flops_per_s(CPU, dtype, 0.05, 1024) for dtype in (torch.bfloat16, torch.float32)]
+    return rates[0] > 1.5 * rates[1]
 
 
 def is_quantized(quantization: Quantization | None) -> bool:
     return quantization is not None and (quantization.load_in_4bit or quantization.load_in_8bit)
-
-
-def keep_linear4bit_differentiable(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for inference.
-
-    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a weight in the first eval forward and from then on multiplies
-    by a kernel without autograd: training goes on with wrong or missing gradients and only a warning.
-    """
-    from bitsandbytes.nn import Linear4bit
-
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = False) -> PreTrainedModel:
@@ -137,15 +143,6 @@ def check_length(recipe: Recipe) -> None:
         raise RecipeError(
             f"data.max_length {recipe.data.max_length} exceeds the {positions} positions of "
             f"{recipe.model.base}; lower it"
-        )
-
-
-def check_packs(model: PreTrainedModel, recipe: Recipe) -> None:
-    """Raise RecipeError where the recipe makes packs and the base does not obey their mask."""
-    if (recipe.data.share_prefixes or recipe.data.pack_tokens) and not takes_packs(model):
-        raise RecipeError(
-            f"data.share_prefixes: {recipe.model.base} has layers without full attention, which a pack's mask can't "
-            "describe; set data.share_prefixes: false and leave data.pack_tokens out"
         )
 
 
@@ -184,13 +181,14 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _bitsandbytes(quantization: Quantization | None, device: torch.device) -> Any:
+def _bitsandbytes(model: Model, device: torch.device) -> Any:
+    quantization = model.quantization
     if quantization is None or not is_quantized(quantization):
         return None
     from transformers import BitsAndBytesConfig
 
-    default = "float32" if device.type == "cpu" else "bfloat16"
-    compute = getattr(torch, quantization.bnb_4bit_compute_dtype or default)
+    named = quantization.bnb_4bit_compute_dtype
+    compute = getattr(torch, named) if named else compute_dtype(model, device)
     return BitsAndBytesConfig(**{**quantization.model_dump(), "bnb_4bit_compute_dtype": compute})
 
 

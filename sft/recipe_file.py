@@ -114,10 +114,10 @@ def _check_tune(tune: Tune, data: Data) -> Tune:
         raise RecipeError("\n".join(_explain(e, ("tune",)) for e in error.errors())) from error
     except (ValueError, TypeError) as error:  # what a PEFT config refuses as a whole
         raise RecipeError(f"tune: method {tune.method}: {error}") from error
-    if built is not None and built.is_prompt_learning and (data.share_prefixes or data.pack_tokens):
+    if built is not None and built.is_prompt_learning and data.share_prefixes is True:
         raise RecipeError(
             f"tune.method {tune.method} puts virtual tokens before each example, which a pack of several has no place "
-            "for; set data.share_prefixes: false and leave data.pack_tokens out"
+            "for; set data.share_prefixes: auto or false"
         )
     return Tune(method=tune.method, trainable=tune.trainable, **values)
 

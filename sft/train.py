@@ -57,7 +57,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     from sft.base import resolve_base
     from sft.checkpoint import SaveOnInterrupt, last_checkpoint
     from sft.examples import load_examples, load_held_out
-    from sft.model import check_length, check_packs, count_parameters, load_base, load_tokenizer, tune_model
+    from sft.model import check_length, count_parameters, load_base, load_tokenizer, takes_packs, tune_model
     from sft.monitor import Monitor
     from sft.run import (
         agree_on_folder,
@@ -69,6 +69,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
         start_run,
         warnings_of,
     )
+    from sft.settle import apply_settled, settle, settle_compile, settle_dtype
     from sft.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())
@@ -79,16 +80,21 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     with state.main_process_first():  # a base that is not in the cache yet is written there once
         resolve_base(recipe.model.base)
     check_length(recipe)
+    recipe = settle_dtype(recipe, state.device)
     tokenizer = load_tokenizer(recipe.model)
     with state.main_process_first():  # encoded once, the others read it from the cache folder
         examples, report = load_examples(recipe, tokenizer)
-    held_out = make_packs(load_held_out(recipe, tokenizer), recipe.data.share_prefixes, recipe.data.pack_tokens)
+    held_out = load_held_out(recipe, tokenizer)
     model = load_base(recipe.model, state.device)
-    check_packs(model, recipe)
+    takes_mask = takes_packs(model)
     sharded = shards_parameters()
     model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
     trainable, parameters = count_parameters(model)
-    plan = plan_steps(examples, recipe.train, recipe.data.share_prefixes, recipe.data.pack_tokens)
+    longest, resumed = report["totals"]["longest_example_tokens"], resume is not None
+    recipe, layout, decided = settle(recipe, model, examples, takes_mask, longest, resumed)
+    plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
+    recipe, more = settle_compile(recipe, model, plan, resumed)
+    apply_settled(recipe, model, sharded)
 
     run = resume or agree_on_folder(recipe, recipe_path)
     interrupt = SaveOnInterrupt()
@@ -103,10 +109,10 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
         print(
             f"{counts['examples']} examples of {counts['contexts']} contexts, {len(plan.steps)} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; "
-            f"{counts['flat_tokens_per_executed_token']} flat tokens per executed token; run folder {run}",
+            f"{recipe.model.dtype}; run folder {run}",
             flush=True,
         )
-        for line in warnings_of(report, run):
+        for line in (*decided, *more, *warnings_of(report, run)):
             print(line, flush=True)
     last = next((row for row in reversed(read_metrics(run)) if "loss" in row), None) if checkpoint else None
     trainer = PackTrainer(
@@ -114,7 +120,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
         tokenizer,
         training_arguments(recipe.train, plan, run, state.device.type == "cuda"),
         plan,
-        held_out if recipe.train.eval_strategy != "no" else (),
+        make_packs(held_out, layout) if recipe.train.eval_strategy != "no" else (),
         [interrupt, *([Monitor(run, plan.steps_per_epoch, last)] if state.is_main_process else [])],
         one_dtype=sharded,
     )

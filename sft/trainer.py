@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType, extract_model_from_parallel
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from torch import nn
@@ -21,8 +21,9 @@ from trl import SFTConfig, SFTTrainer
 
 from data.chat import Example
 from data.errors import UserError
-from data.pack import Pack, attention_mask, is_chain, make_packs, step_order
+from data.pack import Layout, Pack, make_packs, step_order
 from data.store import Examples
+from sft.attention import pack_inputs
 from sft.recipe import Train
 
 
@@ -37,20 +38,18 @@ class StepPlan:
     examples: Sequence[Example]
     steps: Sequence[Sequence[int]]  # of all epochs
     steps_per_epoch: int
-    share_prefixes: bool
-    pack_tokens: int | None
+    layout: Layout
 
     def packs(self, step: int) -> list[Pack]:
-        return make_packs([self.examples[i] for i in self.steps[step]], self.share_prefixes, self.pack_tokens)
+        return make_packs([self.examples[i] for i in self.steps[step]], self.layout)
 
 
-def plan_steps(
-    examples: Examples, train: Train, share_prefixes: bool = True, pack_tokens: int | None = None
-) -> StepPlan:
+def plan_steps(examples: Examples, train: Train, layout: Layout, max_branches: int | None = None) -> StepPlan:
     """The steps of all epochs, or the first max_steps of them."""
 
     def epoch(number: int) -> list[list[int]]:
-        return step_order(examples.contexts, train.examples_per_step, train.seed, number, examples.weights)
+        size, weights = train.examples_per_step, examples.weights
+        return step_order(examples.contexts, size, train.seed, number, weights, max_branches)
 
     steps = epoch(0)
     per_epoch = len(steps)
@@ -59,7 +58,7 @@ def plan_steps(
     while len(steps) < total:
         steps += epoch(number)
         number += 1
-    return StepPlan(examples, steps[:total], per_epoch, share_prefixes, pack_tokens)
+    return StepPlan(examples, steps[:total], per_epoch, layout)
 
 
 def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[Pack, float]]:
@@ -75,33 +74,6 @@ def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tenso
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
     logits = model(**pack_inputs(model, pack, device), use_cache=False).logits[0]
     return functional.cross_entropy(logits.float(), torch.tensor(pack.target, device=device), reduction="sum")
-
-
-def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, torch.Tensor]:
-    """Arguments of the model's forward that give the logits [1, M, vocab] at the pack's sources."""
-    ids = torch.tensor([pack.input_ids], device=device)
-    source = torch.tensor(pack.source, device=device)
-    virtual = virtual_tokens(model)
-    if virtual is not None:  # PEFT puts the virtual tokens, their mask and positions in front
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": source + virtual}
-    inputs = {
-        "input_ids": ids,
-        "position_ids": torch.tensor([pack.position_ids], device=device),
-        "logits_to_keep": source,  # the head on answers only: a few percent of the tokens
-    }
-    if not is_chain(pack):
-        inputs["attention_mask"] = attention_mask(pack, device)
-    return inputs
-
-
-def virtual_tokens(model: nn.Module) -> int | None:
-    """How far prompt learning shifts the hidden states; None for every other method."""
-    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
-    if not isinstance(tuned, PeftModel) or not tuned.active_peft_config.is_prompt_learning:
-        return None
-    config = cast(Any, tuned.active_peft_config)
-    in_cache = config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
-    return 0 if in_cache else config.num_virtual_tokens
 
 
 class AllocateRanks(TrainerCallback):
@@ -227,7 +199,10 @@ class PackTrainer(SFTTrainer):
 
 def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> SFTConfig:
     """TrainingArguments of a run whose rows are optimizer steps."""
-    own = {"examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16"}
+    own = {
+        "examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16",
+        "attn_implementation", "compile_layers",
+    }  # fmt: skip
     every = {"save": train.save_strategy, "eval": train.eval_strategy}
     arguments = SFTConfig(
         **{

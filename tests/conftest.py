@@ -107,7 +107,7 @@ def write_recipe(path: Path, base: Path | str, **changes: str) -> Path:
     """A small runnable recipe; changes replace whole top-level sections, as YAML text."""
     sections = {
         "task": "squad_v2",
-        "model": f"{{base: '{base}'}}",
+        "model": f"{{base: '{base}', dtype: float32}}",
         "tune": "{method: lora, r: 4, lora_alpha: 8, target_modules: all-linear}",
         "data": "{train: data/samples/squad_train.json, max_contexts: 4}",
         "train": f"{{examples_per_step: 6, learning_rate: 1e-3, output_dir: '{path.parent / 'run'}'}}",

@@ -42,7 +42,10 @@ def mistakes(folder: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
         "no weights": ([f"model.base={empty}"], "holds no weights (*.safetensors)"),
         "too long for the model": (["data.max_length=9999"], "exceeds the 2048 positions"),
         "unknown method": (["tune.method=lorra"], "tune.method: 'lorra' is none of"),
-        "shared prompt tuning": (["tune={method: prompt_tuning, num_virtual_tokens: 4}"], "data.share_prefixes: false"),
+        "shared prompt tuning": (
+            ["tune={method: prompt_tuning, num_virtual_tokens: 4}", "data.share_prefixes=true"],
+            "data.share_prefixes: auto",
+        ),
     }
 
 

@@ -10,11 +10,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.chat import encode
-from data.pack import make_packs
+from data.pack import Layout, make_packs
 from sft.base import resolve_base
-from sft.dry_run import training_flops
+from sft.flops import training_flops
 from sft.model import (
+    bfloat16_pays,
     check_length,
+    compute_dtype,
     count_parameters,
     load_base,
     load_config,
@@ -162,7 +164,7 @@ def test_real_model_knows_the_capital_of_france(smollm, tokenizer):
 def gradients_after(evaluate: bool, questions, tokenizer, tiny) -> dict[str, torch.Tensor]:
     """LoRA gradients of a second step on a 4-bit base, with or without an evaluation between the steps."""
     model = tune_model(load_base(Model(base=str(tiny), quantization=NF4), CPU), lora(), seed=0)
-    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:6]], share_prefixes=True)
+    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:6]])
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for step in range(2):
         model.train()
@@ -188,13 +190,32 @@ def test_evaluating_a_4bit_base_does_not_change_the_gradients_after_it(questions
         assert torch.equal(gradient, evaluated[name]), name
 
 
-def test_4bit_weights_are_never_repacked_for_inference(tiny):
-    from bitsandbytes.nn import Linear4bit
+def test_on_a_cpu_4bit_weights_are_dequantized_once_to_the_values_that_nf4_holds(tiny):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    model = load_base(Model(base=str(tiny), quantization=NF4), CPU)
-    layers = [m for m in model.modules() if isinstance(m, Linear4bit)]
-    assert len(layers) == 14
-    assert not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    plain = load_base(Model(base=str(tiny), dtype="float32"), CPU)
+    model = load_base(Model(base=str(tiny), dtype="float32", quantization=NF4), CPU)
+    layer, other = model.model.layers[0].mlp.up_proj, plain.model.layers[0].mlp.up_proj
+    assert type(layer) is torch.nn.Linear
+    assert layer.weight.dtype == torch.float32
+    packed, state = quantize_4bit(other.weight.detach(), quant_type="nf4", compress_statistics=True)
+    assert torch.equal(layer.weight, dequantize_4bit(packed, state))
+    assert not torch.equal(layer.weight, other.weight)
+    assert torch.equal(model.lm_head.weight, plain.lm_head.weight)  # not quantized
+
+
+@pytest.mark.parametrize(
+    ("rates", "dtype"), [((2.0, 1.0), "bfloat16"), ((0.5, 1.0), "float32"), ((1.2, 1.0), "float32")]
+)
+def test_cpu_trains_in_bfloat16_where_its_products_are_measured_to_be_faster(rates, dtype, monkeypatch):
+    measured = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
+    monkeypatch.setattr("sft.model.matmul_flops_per_s", lambda device, dtype, seconds, size: measured[dtype])
+    bfloat16_pays.cache_clear()
+    try:
+        assert compute_dtype(Model(base="x"), CPU) == getattr(torch, dtype)
+        assert compute_dtype(Model(base="x", dtype="float16"), CPU) == torch.float16
+    finally:
+        bfloat16_pays.cache_clear()
 
 
 def test_adapter_is_drawn_from_the_seed(tiny):
@@ -222,10 +243,10 @@ PEFT_METHODS = [
 
 @pytest.mark.parametrize("tune", PEFT_METHODS, ids=lambda t: t.method)
 def test_method_trains_something_and_learns(tune, questions, tokenizer, tiny):
-    model = tune_model(load_base(Model(base=str(tiny)), CPU), tune, seed=0)
+    model = tune_model(load_base(Model(base=str(tiny), dtype="float32"), CPU), tune, seed=0)
     trainable, total = count_parameters(model)
     assert 0 < trainable <= total
-    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:3]], share_prefixes=False)
+    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:3]], Layout(False, attention="causal"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):

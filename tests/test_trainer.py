@@ -10,10 +10,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from data.chat import encode
-from data.pack import make_packs
+from data.pack import Layout, make_packs
+from sft.attention import virtual_tokens
 from sft.model import tune_model
 from sft.recipe import Train, Tune
-from sft.trainer import PackTrainer, plan_steps, shard_packs, training_arguments, virtual_tokens
+from sft.trainer import PackTrainer, plan_steps, shard_packs, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 
 
@@ -24,7 +25,7 @@ def examples(questions, tokenizer, tmp_path):
 
 def test_plan_has_the_same_examples_in_a_step_with_and_without_sharing(examples):
     train = Train(examples_per_step=7, num_train_epochs=2)
-    shared, flat = plan_steps(examples, train, True), plan_steps(examples, train, False)
+    shared, flat = plan_steps(examples, train, Layout(True)), plan_steps(examples, train, Layout(False))
     assert shared.steps == flat.steps
     assert (len(shared.steps), shared.steps_per_epoch) == (8, 4)
     assert {i for step in shared.steps[:4] for i in step} == set(range(24))
@@ -32,12 +33,12 @@ def test_plan_has_the_same_examples_in_a_step_with_and_without_sharing(examples)
 
 @pytest.mark.parametrize(("train", "steps"), [({"num_train_epochs": 0.5}, 2), ({"max_steps": 9}, 9), ({}, 4)])
 def test_plan_has_the_steps_that_the_recipe_asks_for(examples, train, steps):
-    assert len(plan_steps(examples, Train(examples_per_step=7, **train)).steps) == steps
+    assert len(plan_steps(examples, Train(examples_per_step=7, **train), Layout()).steps) == steps
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5])
 def test_every_pack_counts_once_over_all_processes(examples, processes):
-    packs = make_packs(examples, True)
+    packs = make_packs(examples)
     shares = [shard_packs(packs, rank, processes) for rank in range(processes)]
     assert len({len(share) for share in shares}) == 1
     counted = [id(pack) for share in shares for pack, weight in share if weight]
@@ -63,7 +64,7 @@ def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **
     train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", **more)
     tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"})
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
-    plan = plan_steps(examples, train, share)
+    plan = plan_steps(examples, train, Layout(share))
     trainer = PackTrainer(model, tokenizer, training_arguments(train, plan, tmp_path, False), plan, held_out)
     trainer.train()
     return trainer.state.log_history
@@ -80,7 +81,7 @@ def test_loss_curve_is_the_same_with_and_without_sharing(tiny, tokenizer, exampl
 
 
 def test_evaluation_reports_the_mean_over_trained_tokens_and_changes_nothing(tiny, tokenizer, examples, tmp_path):
-    held_out = make_packs(examples[:6], True)
+    held_out = make_packs(examples[:6])
     plain = run_losses(tiny, tokenizer, examples, tmp_path, True)
     evaluated = run_losses(tiny, tokenizer, examples, tmp_path, True, held_out, eval_strategy="steps", eval_steps=1)
     assert [r["loss"] for r in plain if "loss" in r] == [r["loss"] for r in evaluated if "loss" in r]
@@ -102,7 +103,10 @@ def test_two_processes_give_the_same_losses_as_one(changes, tmp_path, tiny):
         folder = tmp_path / str(processes)
         folder.mkdir()
         recipe = write_recipe(
-            folder / "r.yaml", tiny, model=f"{{base: '{tiny}', quantization: {{load_in_4bit: true}}}}", **changes
+            folder / "r.yaml",
+            tiny,
+            model=f"{{base: '{tiny}', dtype: float32, quantization: {{load_in_4bit: true}}}}",
+            **changes,
         )
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         port = ["--master_port", str(29600 + os.getpid() % 300)]

@@ -1,0 +1,84 @@
+"""A pack as a model's arguments, and the attention back ends behind its rule: k <= q < end[k] (see data/pack.py).
+
+sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
+eager            plain matrix products; on a CPU in bfloat16 1.7 times as fast as sdpa, while scores fit in memory
+flex_attention   a block mask, blocks that nobody sees cost nothing; CUDA (PyTorch has no CPU backward for it)
+"""
+
+from typing import Any, Literal, cast
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from transformers import PreTrainedModel
+
+from data.pack import Pack, attention_mask, is_chain
+
+Implementation = Literal["sdpa", "eager", "flex_attention"]
+EAGER_GIB = 2.0  # most memory for the scores of all layers
+LENGTHS = 256  # packs are filled up to a multiple for flex_attention, whose kernels are compiled for few lengths
+
+
+def choose_attention(model: PreTrainedModel, device: torch.device, tokens: int) -> Implementation:
+    """The fastest one for packs of at most so many tokens."""
+    text = model.config.get_text_config()
+    if device.type == "cuda":
+        drops = bool(text.to_dict().get("attention_dropout"))  # which FlexAttention refuses
+        return "flex_attention" if model._supports_flex_attn and not drops else "sdpa"
+    scores = text.num_hidden_layers * text.num_attention_heads * tokens**2
+    small = scores * 6 <= EAGER_GIB * 2**30  # fp32 before the softmax, bf16 after it
+    return "eager" if model.dtype == torch.bfloat16 and small else "sdpa"
+
+
+def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, Any]:
+    """Arguments of the model's forward that give the logits [1, M, vocab] at the pack's sources."""
+    source = torch.tensor(pack.source, device=device)
+    virtual = virtual_tokens(model)
+    if virtual is not None:  # PEFT puts the virtual tokens, their mask and positions in front
+        ids = torch.tensor([pack.input_ids], device=device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": source + virtual}
+    inner = extract_model_from_parallel(model, keep_torch_compile=False)
+    inputs = _inputs(pack, inner.config._attn_implementation, inner.get_input_embeddings().weight.dtype, device)
+    return inputs | {"logits_to_keep": source}  # the head on answers only: a few percent of the tokens
+
+
+def virtual_tokens(model: nn.Module) -> int | None:
+    """How far prompt learning shifts the hidden states; None for every other method."""
+    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
+    if not isinstance(tuned, PeftModel) or not tuned.active_peft_config.is_prompt_learning:
+        return None
+    config = cast(Any, tuned.active_peft_config)
+    in_cache = config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
+    return 0 if in_cache else config.num_virtual_tokens
+
+
+def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """input_ids, position_ids and attention_mask of the pack, as the implementation takes them."""
+    ids, positions, end = pack.input_ids, pack.position_ids, pack.end
+    mask: torch.Tensor | BlockMask | None = None
+    if implementation == "flex_attention":
+        more = -len(ids) % LENGTHS  # tokens that see themselves only and that nothing reads
+        end = [*end, *range(len(ids) + 1, len(ids) + 1 + more)]
+        ids, positions = [*ids, *[0] * more], [*positions, *[0] * more]
+        mask = block_mask(end, device)
+    elif not is_chain(pack):
+        mask = attention_mask(pack, device)
+        if implementation == "eager":
+            mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
+    inputs = {
+        "input_ids": torch.tensor([ids], device=device),
+        "position_ids": torch.tensor([positions], device=device),
+    }
+    return inputs if mask is None else {**inputs, "attention_mask": mask}
+
+
+def block_mask(end: list[int], device: torch.device) -> BlockMask:
+    """The rule as FlexAttention takes it."""
+    ends = torch.tensor(end, device=device)
+
+    def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return (k <= q) & (q < ends[k])
+
+    return create_block_mask(sees, None, None, len(end), len(end), device=device)

@@ -1,0 +1,73 @@
+"""Compile the decoder layers one by one, where a run is long enough to earn it back.
+
+One graph, with any length, serves all layers: compiling takes seconds instead of the minutes of a whole model.
+"""
+
+import os
+import shlex
+import shutil
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sft.flops import attention_flops, matmul_flops_per_s, training_flops
+from sft.trainer import StepPlan
+
+SAMPLED = 100
+# SmolLM2-135M on 2 CPU cores, see tests/benchmarks/throughput.py
+COMPILE_SECONDS = 15.0
+SAVED = {torch.float32: 0.06, torch.bfloat16: 0.2}  # share of the time of training
+EFFICIENCY = {torch.float32: 0.6, torch.bfloat16: 0.33}  # share of the matrix products' rate that whole steps reach
+
+
+def training_seconds(
+    model: PreTrainedModel, plan: StepPlan, checkpointing: bool, device: torch.device, dtype: torch.dtype
+) -> float:
+    """An estimate for the whole plan, without compilation; from at most SAMPLED steps."""
+    chosen = range(0, len(plan.steps), -(-len(plan.steps) // SAMPLED))
+    packs = [pack for step in chosen for pack in plan.packs(step)]
+    tokens, trained = sum(len(p.input_ids) for p in packs), sum(len(p.target) for p in packs)
+    pairs = sum(position + 1 for p in packs for position in p.position_ids)
+    flops = training_flops(model, tokens, trained, checkpointing) + attention_flops(model, pairs)
+    flops *= len(plan.steps) / len(chosen)
+    return flops / (EFFICIENCY.get(dtype, 0.3) * matmul_flops_per_s(device, dtype))
+
+
+def compile_pays(
+    seconds: float, device: torch.device, dtype: torch.dtype, obstacle: str | None = None
+) -> tuple[bool, str]:
+    """Whether a training of so many seconds gains by it on this machine, and why, in words."""
+    if device.type != "cpu" or dtype not in SAVED:
+        return False, "layers not compiled: the gain was measured on CPUs only; train.compile_layers: true does it"
+    saved = seconds * SAVED[dtype]
+    why = f"compiling the layers takes about {COMPILE_SECONDS:.0f} s and saves about {saved:.0f} s of {seconds:.0f} s"
+    if saved <= COMPILE_SECONDS:
+        return False, f"{why}: left out"
+    if obstacle:
+        return False, f"{why}: left out, because {obstacle}"
+    return True, why
+
+
+def missing_compiler() -> str | None:
+    """Why layers can't be compiled for the CPU; None where they can."""
+    wanted = os.environ.get("CXX", "g++")
+    return (
+        None
+        if shutil.which(shlex.split(wanted)[0])
+        else f"there is no C++ compiler: {wanted}; install it, or name one in CXX"
+    )
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """Those that are alike and don't split over devices; none where the architecture names none."""
+    names = set(cast(Any, model)._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile each decoder layer in place. Their parameters keep their names."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+    model.enable_input_require_grads()  # else the first layer, whose input has no gradient, needs a graph of its own

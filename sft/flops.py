@@ -1,0 +1,55 @@
+"""How many floating-point operations a training takes, and how many this machine does in a second.
+
+Weights that multiply are counted, not parameters: the input embedding is looked up, the head runs on trained tokens
+only, and frozen weights get no gradient. LoRA then takes 4 FLOPs a frozen weight and token, 6 a trained one.
+"""
+
+import time
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from sft.attention import virtual_tokens
+
+
+def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, checkpointing: bool) -> float:
+    """2 FLOPs a weight and token for each product it takes part in: the forward, the gradient of its input where
+    something before it is trained (with checkpointing a second forward as well), and its own where it is trained.
+
+    Without attention, see attention_flops.
+    """
+    embedding, head, body = split_weights(model)
+    # parameters are registered in the order of the forward pass; virtual tokens come last and are used first
+    reached = virtual_tokens(model) is not None or any(p.requires_grad for p in embedding)
+    flops = 0.0
+    for p in body:
+        flops += 2 * p.numel() * tokens * (1 + reached * (1 + checkpointing) + p.requires_grad)
+        reached = reached or p.requires_grad
+    return flops + sum(2 * p.numel() * trained_tokens * (1 + reached + p.requires_grad) for p in head)
+
+
+def attention_flops(model: PreTrainedModel, pairs: int) -> float:
+    """Of `pairs` (query, key) pairs that may see each other: 2 products of hidden size forward, 4 backward, a layer."""
+    config = model.config.get_text_config()
+    width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
+    return 12.0 * pairs * config.num_attention_heads * width * config.num_hidden_layers
+
+
+def split_weights(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """Parameters of the input embedding, of the head (the same where the two are tied), and all others."""
+    embedding = list(model.get_input_embeddings().parameters())
+    head = list(model.get_output_embeddings().parameters())
+    ends = {id(p) for p in (*embedding, *head)}
+    return embedding, head, [p for p in model.parameters() if id(p) not in ends]
+
+
+def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int = 2048) -> float:
+    """Measured with square matrices."""
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    float((a @ a)[0, 0])
+    start, count = time.monotonic(), 0
+    while time.monotonic() - start < seconds:
+        float((a @ a)[0, 0])  # reading an element waits for the device
+        count += 1
+    return 2 * size**3 * count / (time.monotonic() - start)

@@ -1,0 +1,123 @@
+"""What a recipe leaves to `auto`, decided once: the run's recipe.yaml holds it, and resuming repeats it."""
+
+from importlib.util import find_spec
+from typing import Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import PreTrainedModel
+
+from data.pack import Layout
+from data.store import Examples
+from sft.attention import choose_attention, virtual_tokens
+from sft.compile import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
+from sft.examples import pack_tokens, sharing_of
+from sft.fused_lora import fuse_lora
+from sft.model import compute_dtype
+from sft.recipe import OTHER_METHODS, Recipe, RecipeError
+from sft.trainer import StepPlan
+
+
+def settle_dtype(recipe: Recipe, device: torch.device) -> Recipe:
+    """model.dtype as the main process finds it. On a CPU, where nothing casts between layers, trained weights of the
+    base are float32, and so is all else then; of PEFT's methods LoRA is known to train in bfloat16."""
+    model, tune, train = recipe.model, recipe.tune, recipe.train
+    if model.use_kernels and not (device.type == "cuda" and find_spec("kernels")):
+        raise RecipeError("model.use_kernels: needs a GPU and `pip install kernels`; or set it to false")
+    mixed = tune.method != "lora" or bool(tune.peft.get("modules_to_save") or tune.peft.get("trainable_token_indices"))
+    half = compute_dtype(model, device)
+    if device.type == "cpu" and mixed and not train.bf16 and half != torch.float32:
+        if model.dtype != "auto" and (tune.method in (*OTHER_METHODS, "ln_tuning") or tune.method == "lora"):
+            raise RecipeError(
+                f"model.dtype {model.dtype}: weights of the base are trained in float32 on a CPU; use auto"
+            )
+        half = torch.float32 if model.dtype == "auto" else half
+    (agreed,) = broadcast_object_list([str(half).removeprefix("torch.")])
+    return recipe.model_copy(update={"model": model.model_copy(update={"dtype": agreed})})
+
+
+def settle(
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, takes_mask: bool, longest: int, resumed: bool = False
+) -> tuple[Recipe, Layout, list[str]]:
+    """share_prefixes, pack_tokens and attn_implementation; the layout of micro-batches; and lines that tell the user.
+
+    model: with its adapter. takes_mask: see takes_packs, of the base. longest: tokens of the longest example. resumed:
+    a decision that this machine can't follow is made anew. Raises RecipeError where the recipe asks for what can't be.
+    """
+    data, attention, lines = recipe.data, recipe.train.attn_implementation, list[str]()
+    if attention == "flex_attention" and model.device.type == "cpu":
+        if not resumed:
+            raise RecipeError("train.attn_implementation flex_attention: has no backward on a CPU; use auto or sdpa")
+        attention = "auto"
+        lines.append("flex_attention has no backward on this CPU: attention is chosen anew")
+    obstacle = _obstacle(recipe, model, takes_mask)
+    if obstacle:
+        if data.share_prefixes is True:
+            raise RecipeError(f"data.share_prefixes: {obstacle}; set data.share_prefixes: auto or false")
+        lines.append(f"prefixes are not shared: {obstacle}")
+        layout = Layout(False, pack_tokens(recipe, "dense"), "causal")
+        attention = model.config._attn_implementation if attention == "auto" else attention
+    else:
+        if attention == "auto":
+            longest_pack = max(pack_tokens(recipe, "dense"), longest)
+            attention = choose_attention(model, model.device, longest_pack)
+        kind: Literal["dense", "sparse"] = "sparse" if attention == "flex_attention" else "dense"
+        sharing = sharing_of(examples, recipe, kind)
+        share = sharing.pays if data.share_prefixes == "auto" else data.share_prefixes
+        layout = Layout(share, pack_tokens(recipe, kind), kind)
+        lines.append(
+            f"{sharing.ratio:.2f} flat tokens per executed token where prefixes are shared, which saves "
+            f"{1 - 1 / sharing.gain:.0%} of the time: {'on' if share else 'off'}"
+        )
+    decided = {"share_prefixes": layout.share_prefixes, "pack_tokens": layout.pack_tokens}
+    train = recipe.train.model_copy(update={"attn_implementation": attention})
+    return recipe.model_copy(update={"data": data.model_copy(update=decided), "train": train}), layout, lines
+
+
+def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str | None:
+    """Why a pack's mask would not reach the attention; None where it does."""
+    if virtual_tokens(model) is not None:
+        return f"tune.method {recipe.tune.method} puts virtual tokens before each example"
+    if not takes_mask:
+        return f"{recipe.model.base} has layers without full attention, which a pack's mask can't describe"
+    return None
+
+
+def settle_compile(
+    recipe: Recipe, model: PreTrainedModel, plan: StepPlan, resumed: bool = False
+) -> tuple[Recipe, list[str]]:
+    """train.compile_layers as the main process estimates it. Raises RecipeError where the recipe asks for it and it
+    can't be."""
+    train, device, lines = recipe.train, model.device, list[str]()
+    asked = train.compile_layers
+    obstacle = missing_compiler() if device.type == "cpu" else None
+    if not decoder_layers(model):
+        obstacle = f"{recipe.model.base} names no decoder layers"
+    if asked is True and obstacle:
+        if not resumed:
+            raise RecipeError(f"train.compile_layers: {obstacle}; or set it to false")
+        lines.append(f"layers are not compiled here: {obstacle}")
+    elif asked == "auto":
+        seconds = training_seconds(model, plan, train.gradient_checkpointing, device, model.dtype)
+        asked, why = broadcast_object_list([*compile_pays(seconds, device, model.dtype, obstacle)])
+        lines.append(why)
+    train = train.model_copy(update={"compile_layers": asked and not obstacle})
+    return recipe.model_copy(update={"train": train}), lines
+
+
+def apply_settled(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) -> None:
+    """Make the tuned model compute as the settled recipe says. `sharded`: FSDP and ZeRO-3 gather parameters where a
+    module's own forward asks for them."""
+    train = recipe.train
+    if model.config._attn_implementation != train.attn_implementation:
+        refused = f"train.attn_implementation: {recipe.model.base} does not take {train.attn_implementation}; use auto"
+        try:
+            model.set_attn_implementation(train.attn_implementation)
+        except ValueError as error:
+            raise RecipeError(refused) from error
+        if model.config._attn_implementation != train.attn_implementation:
+            raise RecipeError(refused)
+    if model.device.type == "cpu" and not sharded:  # on a GPU not measured
+        fuse_lora(model)
+    if train.compile_layers:
+        compile_layers(model)

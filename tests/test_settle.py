@@ -1,0 +1,214 @@
+"""What `auto` becomes: decided by measurement, told, and kept in the run's recipe."""
+
+import json
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+from data.chat import Example, encode
+from data.pack import Layout, make_packs
+from sft.attention import choose_attention
+from sft.compile import compile_pays, decoder_layers, missing_compiler, training_seconds
+from sft.fused_lora import fuse_lora
+from sft.model import takes_packs, tune_model
+from sft.recipe import Model, RecipeError, Tune
+from sft.recipe_file import load_recipe
+from sft.settle import apply_settled, settle, settle_compile, settle_dtype
+from sft.trainer import pack_loss, plan_steps
+from tests.conftest import save_tiny, stored, write_recipe
+from tests.test_commands import run
+
+CPU = torch.device("cpu")
+
+
+def lora(**more) -> Tune:
+    return Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"} | more)
+
+
+def tuned(folder, tune: Tune | None = None, dtype=torch.float32):
+    return tune_model(AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), tune or lora(), seed=0)
+
+
+@pytest.fixture
+def squad(questions, tokenizer, tmp_path):
+    rows = [encode(q, tokenizer, 1024) for q in questions[:36]]
+    return stored(tmp_path / "s", [Example(r.ids, r.loss_mask, f"{i // 6:016x}") for i, r in enumerate(rows)])
+
+
+@pytest.fixture
+def unrelated(tmp_path):
+    """Rows that share a short system prompt, as instructions do."""
+    rng = random.Random(0)
+    ids = [[*range(20, 40), *(rng.randrange(100, 9000) for _ in range(150))] for _ in range(40)]
+    return stored(tmp_path / "u", [Example(i, [0] * 160 + [1] * 10, f"{n:016x}") for n, i in enumerate(ids)])
+
+
+def test_prefixes_are_shared_where_that_pays_and_the_ratio_is_told(tiny, squad, unrelated, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
+    settled, layout, lines = settle(recipe, tuned(tiny), squad, True, 300)
+    assert settled.data.share_prefixes is layout.share_prefixes is True
+    assert "flat tokens per executed token" in lines[0]
+    assert lines[0].endswith("on")
+    settled, layout, lines = settle(recipe, tuned(tiny), unrelated, True, 300)
+    assert settled.data.share_prefixes is layout.share_prefixes is False
+    assert lines[0].endswith("off")
+
+
+def test_a_base_that_takes_no_mask_trains_unshared_and_says_so(tokenizer, squad, tmp_path):
+    config = Gemma3TextConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, sliding_window=8, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    windows = save_tiny(config, tmp_path / "windows", tokenizer)
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", windows))
+    settled, layout, lines = settle(recipe, tuned(windows), squad, takes_packs(tuned(windows)), 300)
+    assert settled.data.share_prefixes is False
+    assert layout.attention == "causal"
+    assert "prefixes are not shared" in lines[0]
+    asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share_prefixes": True})})
+    with pytest.raises(RecipeError, match="auto or false"):
+        settle(asked, tuned(windows), squad, False, 300)
+
+
+def test_virtual_tokens_leave_no_place_for_packs(tiny, squad, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
+    tune = Tune.model_validate({"method": "prompt_tuning", "num_virtual_tokens": 4})
+    _, layout, _ = settle(recipe, tuned(tiny, tune), squad, True, 300)
+    assert layout.attention == "causal"
+
+
+def test_attention_follows_device_and_precision(tiny):
+    model = tuned(tiny)
+    assert choose_attention(model, CPU, 1024) == "sdpa"
+    assert choose_attention(model, torch.device("cuda"), 1024) == "flex_attention"
+    half = tuned(tiny, dtype=torch.bfloat16)
+    assert choose_attention(half, CPU, 1024) == "eager"
+    assert choose_attention(half, CPU, 20_000) == "sdpa"  # the scores would take gigabytes
+
+
+def test_flex_attention_on_a_cpu_is_a_mistake_with_a_remedy(tiny, squad, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=flex_attention"])
+    with pytest.raises(RecipeError, match="no backward on a CPU; use auto or sdpa"):
+        settle(recipe, tuned(tiny), squad, True, 300)
+    settled, _, lines = settle(recipe, tuned(tiny), squad, True, 300, resumed=True)  # a run that began on a GPU
+    assert settled.train.attn_implementation == "sdpa"
+    assert "chosen anew" in lines[0]
+
+
+def test_run_keeps_what_was_decided(tiny, tmp_path):
+    recipe = write_recipe(tmp_path / "r.yaml", tiny)
+    run("train", recipe)
+    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert (kept.data.share_prefixes, kept.train.attn_implementation) == (True, "sdpa")
+    assert kept.train.compile_layers is False
+    assert kept.model.dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("tune", "dtype"),
+    [
+        ("{method: lora, target_modules: all-linear}", "bfloat16"),
+        ("{method: full}", "float32"),
+        ("{method: lora, target_modules: all-linear, modules_to_save: [lm_head]}", "float32"),
+        ("{method: ln_tuning}", "float32"),
+    ],
+)
+def test_bfloat16_on_a_cpu_is_for_lora(tiny, tmp_path, tune, dtype, monkeypatch):
+    monkeypatch.setattr("sft.model.bfloat16_pays", lambda: True)
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, model=f"{{base: '{tiny}'}}", tune=tune))
+    assert settle_dtype(recipe, CPU).model.dtype == dtype
+    if dtype == "float32":
+        with pytest.raises(RecipeError, match="use auto"):
+            settle_dtype(recipe.model_copy(update={"model": Model(base=str(tiny), dtype="bfloat16")}), CPU)
+
+
+def test_bfloat16_trains_from_end_to_end_as_float32_does_but_for_rounding(tiny, tmp_path):
+    curves = []
+    for dtype in ("float32", "bfloat16"):
+        (tmp_path / dtype).mkdir()
+        recipe = write_recipe(tmp_path / dtype / "r.yaml", tiny, model=f"{{base: '{tiny}', dtype: {dtype}}}")
+        run("train", recipe)
+        rows = (tmp_path / dtype / "run" / "metrics.jsonl").read_text().splitlines()
+        curves.append([json.loads(row)["loss"] for row in rows])
+    assert len(curves[0]) == 4
+    assert curves[0] != curves[1]
+    assert curves[0] == pytest.approx(curves[1], abs=0.01)
+    run("eval", tmp_path / "bfloat16" / "run")
+
+
+def test_kernels_without_a_gpu_are_a_mistake_with_a_remedy(tiny, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["model.use_kernels=true"])
+    with pytest.raises(RecipeError, match="pip install kernels"):
+        settle_dtype(recipe, CPU)
+
+
+def test_dtype_is_settled_by_name(tiny, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, model=f"{{base: '{tiny}'}}"))
+    assert settle_dtype(recipe, CPU).model.dtype in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize(("seconds", "pays"), [(20, False), (100_000, True)])
+def test_layers_are_compiled_where_the_run_is_long_enough(seconds, pays):
+    decided, why = compile_pays(seconds, CPU, torch.float32)
+    assert decided is pays
+    assert "s of " in why
+
+
+def test_without_a_compiler_training_goes_on_uncompiled_and_says_so(monkeypatch, tiny, squad, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    decided, why = compile_pays(100_000, CPU, torch.float32, missing_compiler())
+    assert not decided
+    assert "no-such-compiler" in why
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.compile_layers=true"])
+    with pytest.raises(RecipeError, match="no-such-compiler"):
+        settle_compile(recipe, tuned(tiny), plan_steps(squad, recipe.train, Layout()))
+
+
+def test_time_is_estimated_from_a_part_of_the_steps(tiny, squad, tmp_path, monkeypatch):
+    monkeypatch.setattr("sft.compile.matmul_flops_per_s", lambda device, dtype: 1e9)
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.num_train_epochs=40"])
+    plan = plan_steps(squad, recipe.train, Layout())
+    every = training_seconds(tuned(tiny), plan, False, CPU, torch.float32)
+    monkeypatch.setattr("sft.compile.SAMPLED", 12)
+    assert training_seconds(tuned(tiny), plan, False, CPU, torch.float32) == pytest.approx(every, rel=0.1)
+
+
+@pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
+def test_lora_layers_that_are_not_plain_stay_as_peft_made_them(tiny, change):
+    assert fuse_lora(tuned(tiny, lora(**change))) == 0
+
+
+def test_a_disabled_adapter_is_off_in_fused_layers_too(tiny, squad):
+    model = tuned(tiny)
+    ids = torch.tensor([squad[0].ids])
+    before = model(ids).logits
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert fuse_lora(model) == 14
+    assert not torch.allclose(before, model(ids).logits, atol=1e-3)
+    with model.disable_adapter():
+        assert torch.allclose(before, model(ids).logits, atol=1e-5)
+
+
+def test_compiled_layers_give_the_same_loss_and_gradients(tiny, squad, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=eager"])
+    packs = make_packs(squad[:12])
+    found = []
+    for compiled in (False, True):
+        train = recipe.train.model_copy(update={"compile_layers": compiled})
+        model = tuned(tiny)
+        apply_settled(recipe.model_copy(update={"train": train}), model)
+        loss = sum(pack_loss(model, pack, CPU) for pack in packs)
+        loss.backward()
+        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    assert len(found[0][1]) == 14
+    for name, gradient in found[0][1].items():
+        assert (gradient - found[1][1][name]).norm() <= 1e-4 * gradient.norm(), name
+
+
+def test_every_decoder_layer_is_found(tiny):
+    assert len(decoder_layers(tuned(tiny))) == 2
