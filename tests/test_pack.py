@@ -278,6 +278,24 @@ def test_flex_attention_sees_what_the_dense_mask_lets_it_see(questions, tokenize
     assert (logits[0] - logits[1]).abs().max() < tolerance
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU, and there is none")
+def test_flex_attention_trains_on_a_gpu_as_the_dense_mask_does(questions, tokenizer, tuned):
+    device = torch.device("cuda")
+    model = tuned.to(device)
+    (pack,) = make_packs([encode(q, tokenizer, 1024) for q in questions[:8]], Layout(True, 4096, "sparse"))
+    found = []
+    for implementation in ("sdpa", "flex_attention"):
+        model.get_base_model().set_attn_implementation(implementation)
+        model.zero_grad()
+        loss = pack_loss(model, pack, device)
+        loss.backward()
+        gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+        found.append((loss.item(), gradients))
+    tuned.to("cpu")
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
+    assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
+
+
 @needs_real("squad_v2/train.json.gz")
 def test_one_shared_step_on_real_squad_and_the_real_model_equals_the_flat_one(tokenizer):
     rows = read_squad(REAL_DATA / "squad_v2" / "train.json.gz")

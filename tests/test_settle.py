@@ -149,16 +149,19 @@ def test_dtype_is_settled_by_name(tiny, tmp_path):
     assert settle_dtype(recipe, CPU).model.dtype in ("float32", "bfloat16")
 
 
-@pytest.mark.parametrize(("seconds", "pays"), [(20, False), (100_000, True)])
-def test_layers_are_compiled_where_the_run_is_long_enough(seconds, pays):
-    decided, why = compile_pays(seconds, CPU, torch.float32)
+@pytest.mark.parametrize(
+    ("seconds", "dtype", "pays"),
+    [(20, torch.bfloat16, False), (100_000, torch.bfloat16, True), (100_000, torch.float32, False)],
+)
+def test_layers_are_compiled_where_that_was_seen_to_gain_and_the_run_is_long_enough(seconds, dtype, pays):
+    decided, why = compile_pays(seconds, CPU, dtype)
     assert decided is pays
     assert "s of " in why
 
 
 def test_without_a_compiler_training_goes_on_uncompiled_and_says_so(monkeypatch, tiny, squad, tmp_path):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    decided, why = compile_pays(100_000, CPU, torch.float32, missing_compiler())
+    decided, why = compile_pays(100_000, CPU, torch.bfloat16, missing_compiler())
     assert not decided
     assert "no-such-compiler" in why
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.compile_layers=true"])

@@ -84,6 +84,7 @@ def summarize(
         ms = by_system[name]
         rates = [m.questions / m.seconds for m in ms]
         median = ms[0].questions / rate[name]  # seconds
+        steady = statistics.median(m.steady_questions_per_s or m.questions / m.seconds for m in ms)
         summaries.append(Summary(
             system=name,
             dtype=ms[0].dtype,
@@ -96,7 +97,7 @@ def summarize(
             executed_tokens_per_s=ms[0].executed_tokens / median,
             trained_tokens_per_s=ms[0].trained_tokens / median,
             peak_memory_gib=max(m.peak_memory_gib for m in ms),
-            utilisation=flops.of(ms[0]) / median / gemm[ms[0].dtype],
+            utilisation=flops.of(ms[0]) / ms[0].questions * steady / gemm[ms[0].dtype],
             loss=statistics.median(last_third(m.losses) for m in ms),
             seconds=median,
             wall_seconds=statistics.median(m.wall_seconds for m in ms),
@@ -125,7 +126,8 @@ COLUMNS: list[tuple[str, Callable[[Summary], str]]] = [
 ]
 LEGEND = """\
 logical, executed, trained: tokens/s of the examples one by one, of what was computed for them (with padding), and of
-those that carry loss. FLOP use: useful FLOPs (see Flops in results.py) over the GEMM rate in the system's own dtype.
+those that carry loss. FLOP use: useful FLOPs (see Flops in results.py) over the GEMM rate in the system's own dtype;
+of Graft without the first step, in which layers are compiled.
 loss: mean over the last third of the steps. training s: without loading and saving; process s: with them.
 """
 

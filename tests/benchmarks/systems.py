@@ -113,19 +113,21 @@ def run(command: list[str], log: Path) -> tuple[float, float]:
     return time.perf_counter() - start, usage.ru_maxrss / 2**20
 
 
-def graft(model: dict[str, str], data: dict[str, bool]) -> Callable[[Path, Workload, Settings], list[str]]:
-    """`model` and `data` are added to these sections of the recipe; all else is Graft's default."""
+def graft(
+    model: dict[str, str] | None = None, data: dict[str, bool] | None = None, train: dict[str, bool] | None = None
+) -> Callable[[Path, Workload, Settings], list[str]]:
+    """What is added to these sections of the recipe; all else is Graft's default."""
 
     def command(folder: Path, workload: Workload, settings: Settings) -> list[str]:
         recipe = {
             "task": "squad_v2",
-            "model": {"base": settings.base, **model},
+            "model": {"base": settings.base, **(model or {})},
             "tune": {"method": "lora", "r": settings.r, "lora_alpha": settings.lora_alpha, "target_modules": "all-linear"},
-            "data": {"train": str(workload.squad), "max_length": workload.max_length, **data},
+            "data": {"train": str(workload.squad), "max_length": workload.max_length, **(data or {})},
             "train": {
                 "learning_rate": settings.learning_rate, "examples_per_step": settings.batch, "seed": settings.seed,
                 "num_train_epochs": 1, "max_steps": settings.max_steps, "save_strategy": "no",
-                "output_dir": str(folder / "run"),
+                "output_dir": str(folder / "run"), **(train or {}),
             },
         }  # fmt: skip
         (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False), encoding="utf-8")
@@ -242,12 +244,17 @@ def printed_example(log: str) -> tuple[list[int], list[int]]:
 BEST: dict[str, Any] = {
     "micro_batch": 2, "gradient_checkpointing": False, "train_sampling_strategy": "group_by_length",
 }  # fmt: skip
+COMPILED = {"compile_layers": True}  # by default only where a run is long enough
 BF16: dict[str, Any] = {"bf16": True, "model_init_kwargs": {"dtype": "bfloat16"}}
 
 SYSTEMS = {
-    "graft": System("Graft, defaults", graft({}, {}), read_graft, "tree"),
-    "graft-fp32": System("Graft, model.dtype: float32", graft({"dtype": "float32"}, {}), read_graft, "tree"),
-    "graft-flat": System("Graft, data.share_prefixes: false", graft({}, {"share_prefixes": False}), read_graft, "flat"),
+    "graft": System("Graft, defaults", graft(), read_graft, "tree"),
+    "graft-fp32": System("Graft, model.dtype: float32", graft({"dtype": "float32"}), read_graft, "tree"),
+    "graft-flat": System("Graft, data.share_prefixes: false", graft(data={"share_prefixes": False}), read_graft, "flat"),
+    "graft-compiled": System("Graft, compiled layers", graft(train=COMPILED), read_graft, "tree"),
+    "graft-fp32-compiled": System(
+        "Graft, model.dtype: float32, compiled layers", graft({"dtype": "float32"}, train=COMPILED), read_graft, "tree"
+    ),
     "trl": System(
         "TRL SFTTrainer, defaults: checkpointing, bf16 autocast over an fp32 base",
         trl(), read_trl, "padded", "bfloat16",
