@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-serve lint serve-cpu clean
+.PHONY: quickstart test test-slow test-serve lint serve-cpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/graft quickstart
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
 
 test-serve: $(VENV)/.serve-cpu
 	$(BIN)/python -m pytest -m serve

@@ -33,6 +33,8 @@ class Conversation:
     context: str = ""  # the text that several conversations may share (a passage, a post, a prompt)
     group: str = ""  # what a split must keep on one side, where that is more than the context: a thread
     label: str = ""  # of a classification
+    question: str = ""  # alone, without what the prompt puts around it: SQuAD
+    starts: tuple[int, ...] = ()  # where each of `answers` begins in `context`, in characters: SQuAD
 
     @property
     def prompt(self) -> tuple[Message, ...]:

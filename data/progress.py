@@ -3,6 +3,8 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TypeVar
 
 from rich.console import Console
@@ -10,6 +12,17 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 T = TypeVar("T")
 LINE_EVERY_S = 15.0
+_silent = ContextVar("silent", default=False)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars: for what is done many times over, each time in a moment."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
 
 
 class Bar:
@@ -19,7 +32,7 @@ class Bar:
         self.description, self.total, self.first = description, total, done
         self.start = self.shown = time.monotonic()
         self.bar: Progress | None = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not _silent.get():
             columns = (
                 TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                 TimeRemainingColumn(), TextColumn("{task.fields[note]}"),

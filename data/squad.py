@@ -98,8 +98,9 @@ def squad_conversation(row: Row, version: int, where: str) -> Conversation:
     if "id" in row and row["id"] in (None, ""):
         found = "null" if row["id"] is None else "empty text"
         raise DataError(where, f"id: {found}; give every question its own, or leave the key out of all", "id: none")
-    context, question = text(row["context"], "context", where), text(row["question"], "question", where)
-    texts = _answers(row["answers"], context, where)
+    context, question = text(row["context"], "context", where), text(row["question"], "question", where).strip()
+    spans = _answers(row["answers"], context, where)
+    texts = tuple(answer for answer, _ in spans)
     if row.get("is_impossible") is not None and bool(row["is_impossible"]) != (not texts):
         problem = (
             f"is_impossible: {shown(row['is_impossible'])} contradicts the number of answers, {len(texts)}; correct one"
@@ -112,18 +113,20 @@ def squad_conversation(row: Row, version: int, where: str) -> Conversation:
         messages=(
             {"role": "system", "content": INSTRUCTION_V2 if version == 2 else INSTRUCTION_V1},
             # the passage before the question: what several questions share is a common prefix and computed once
-            {"role": "user", "content": f"Passage: {context}\n\nQuestion: {question.strip()}"},
+            {"role": "user", "content": f"Passage: {context}\n\nQuestion: {question}"},
             {"role": "assistant", "content": min(texts, key=len, default=UNANSWERABLE)},
         ),
         id=where,
         where=where,
         answers=texts,
         context=context,
+        question=question,
+        starts=tuple(start for _, start in spans),
     )
 
 
-def _answers(answers: Any, context: str, where: str) -> tuple[str, ...]:
-    """Texts of the gold spans, each found at its offset: a list of spans, or the Hub's lists of texts and offsets."""
+def _answers(answers: Any, context: str, where: str) -> list[tuple[str, int]]:
+    """Text and offset of each gold span, found there: a list of spans, or the Hub's lists of texts and offsets."""
     try:
         if isinstance(answers, dict):
             spans = list(zip(answers["text"], answers["answer_start"], strict=True))
@@ -141,4 +144,4 @@ def _answers(answers: Any, context: str, where: str) -> tuple[str, ...]:
         if start < 0 or found != answer:
             problem = f"answers[{i}]: {shown(answer)} is not at answer_start {start} (there is {shown(found)})"
             raise DataError(where, f"{problem}; correct the offset or the text", "answer not at its offset")
-    return tuple(answer for answer, _ in spans)
+    return spans

@@ -2,13 +2,16 @@
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import DataError
+from data.errors import UserError
+from data.progress import track
 
 CACHED_PIECES = 256  # of at most LONGEST_CACHED characters each: some 50 MB at worst
 SHORTEST_CACHED, LONGEST_CACHED = 100, 20_000  # shorter ones cost no more than the look-up, longer ones too much memory
@@ -100,6 +103,46 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         if len(text) > 1 and text.strip("\u2581 \t\r\n") and not text.strip("\u2581 ").isalnum():
             tokens[text] = i
     return {text: i for text, i in tokens.items() if text.strip()}
+
+
+def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """Its tokenizers.Tokenizer. Raises UserError where it has none."""
+    if not tokenizer.is_fast:
+        name = type(tokenizer).__name__
+        raise UserError(f"{name} does not tell where in a text its tokens are; use a model with a fast tokenizer")
+    return tokenizer.backend_tokenizer
+
+
+def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of the fast tokenizer to which all text is text: `[SEP]` in a passage is no control token."""
+    parts = json.loads(fast_backend(tokenizer).to_str())
+    parts["truncation"] = parts["padding"] = None  # saved with some tokenizers: all-MiniLM cuts at 128
+    control = set(control_tokens(tokenizer).values())
+    for token in parts["added_tokens"]:
+        token["special"] = token["special"] or token["id"] in control
+    plain = Tokenizer.from_str(json.dumps(parts))
+    plain.encode_special_tokens = True  # from text, as text: the name is the library's
+    return plain
+
+
+def encode_texts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[list[dict[str, list[int]]], int]:
+    """[CLS] text [SEP] for an encoder, as input_ids (and token_type_ids, where it has them); and how many texts were
+    cut to max_length tokens. Text never becomes a control token."""
+    backend = plain_backend(tokenizer)
+    control = backend.num_special_tokens_to_add(False)
+    if max_length <= control:
+        raise UserError(f"max_seq_length {max_length} leaves no room beside {control} control tokens; raise it")
+    backend.enable_truncation(max_length)
+    with_types = "token_type_ids" in tokenizer.model_input_names
+    rows = []
+    cut = 0
+    for i in track(range(0, len(texts), 1000), "encode texts, in thousands"):
+        for encoding in backend.encode_batch(list(texts[i : i + 1000])):
+            cut += bool(encoding.overflowing)
+            rows.append({"input_ids": encoding.ids} | ({"token_type_ids": encoding.type_ids} if with_types else {}))
+    return rows, cut
 
 
 def any_of(texts: Any) -> re.Pattern[str] | None:

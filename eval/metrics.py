@@ -3,10 +3,14 @@
 import re
 import string
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import numpy as np
 
 from data.squad import UNANSWERABLE
 
+OTHER = ""  # predicted: no label at all, or one that no question has
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = set(string.punctuation)
 # quotes, emphasis and sentence marks, as models put them around a label; not all punctuation: C++ is not C
@@ -59,6 +63,24 @@ def reference_scores(answers: Sequence[str], predicted: str) -> dict[str, float]
 def normalize_label(text: str) -> str:
     """A label without case and without the quotes and sentence marks around it."""
     return text.strip(_AROUND_LABELS).casefold()
+
+
+def gold_label(row: Mapping[str, Any]) -> str:
+    return str(row["label"] or (row["gold"] or [""])[0])
+
+
+def predicted_labels(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
+    """Of each row the one of `labels` that was answered, or OTHER."""
+    known = {normalize_label(label): label for label in labels}
+    return [known.get(normalize_label(row["predicted"]), OTHER) if row["asked"] else OTHER for row in rows]
+
+
+def label_counts(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> np.ndarray:
+    """What `macro_f1` sums, of each row: [rows, 3 labels], whether each is hit, gold, predicted."""
+    names = np.array(labels)
+    gold = np.array([gold_label(row) for row in rows])[:, None] == names
+    predicted = np.array(predicted_labels(rows, labels))[:, None] == names
+    return np.hstack([gold & predicted, gold, predicted]).astype(float)
 
 
 def label_scores(labels: Collection[str], answers: Sequence[str], predicted: str) -> dict[str, float]:

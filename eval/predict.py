@@ -22,6 +22,7 @@ class Prediction:
     new_tokens: int
     finished: bool  # the model ended its turn; False: cut at max_new_tokens
     asked: bool = True  # False: prompt and answer may need more positions than the model has, so it counts as wrong
+    probability: float | None = None  # of the answer, where the system gives one
 
 
 class ServerError(UserError):

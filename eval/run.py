@@ -1,5 +1,6 @@
 """Predictions -> results.json and samples.jsonl: every question scored, with 95 % intervals."""
 
+import hashlib
 import json
 import random
 from collections.abc import Sequence
@@ -7,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.conversation import Conversation
+from eval.metrics import gold_label, label_counts
 from eval.predict import Prediction
-from eval.stats import cluster_interval
+from eval.stats import bootstrap_sums, cluster_interval, macro_f1
 from eval.tasks import TASKS
 
 
@@ -48,12 +52,25 @@ def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
     return {
         "task": task,
         "task_version": TASKS[task].version,
+        "evaluation_sha256": evaluation_sha256([s.conversation for s in scored]),
         "questions": len(scored),
         "contexts": len({s.conversation.context for s in scored}),
         "cut_at_max_new_tokens": sum(s.prediction.asked and not s.prediction.finished for s in scored),
         "too_long_for_model": sum(not s.prediction.asked for s in scored),
-        "scores": {name: _summary(part) for name, part in parts.items() if part},
+        "scores": {name: _summary(part, bool(TASKS[task].labels)) for name, part in parts.items() if part},
     }
+
+
+def evaluation_sha256(conversations: Sequence[Conversation]) -> str:
+    """Names what was asked: passages or posts, questions and gold answers in their order, however they are asked."""
+    digest = hashlib.sha256()
+    for c in conversations:
+        digest.update(json.dumps([c.context, c.question, c.answers, c.label]).encode())
+    return digest.hexdigest()
+
+
+def text_key(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
 
 
 def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) -> None:
@@ -63,11 +80,15 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
         for s in scored:
             row = {
                 "id": s.conversation.id,
+                "cluster": text_key(s.conversation.cluster),
                 "prompt": s.conversation.prompt[-1]["content"],
+                "question": s.conversation.question,
+                "label": s.conversation.label,
                 "gold": list(s.conversation.answers),
                 "predicted": s.prediction.text,
                 "finished": s.prediction.finished,
                 "asked": s.prediction.asked,
+                "probability": s.prediction.probability,
                 **s.scores,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -76,7 +97,7 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
     aside.replace(out / "results.json")
 
 
-def _summary(scored: Sequence[Scored]) -> dict[str, Any]:
+def _summary(scored: Sequence[Scored], labels: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {"questions": len(scored)}
     clusters = [s.conversation.cluster for s in scored]
     for name in scored[0].scores:
@@ -84,4 +105,21 @@ def _summary(scored: Sequence[Scored]) -> dict[str, Any]:
         low, high = cluster_interval(values, clusters)
         summary[name] = round(100 * sum(values) / len(values), 2)
         summary[f"{name}_95"] = [round(100 * low, 2), round(100 * high, 2)]
+    if labels:
+        summary |= _macro_f1(scored, clusters)
     return summary
+
+
+def _macro_f1(scored: Sequence[Scored], clusters: Sequence[str]) -> dict[str, Any]:
+    """Mean F1 over the labels that occur, and its interval."""
+    rows = [
+        {"label": s.conversation.label, "gold": s.conversation.answers, "predicted": p.text, "asked": p.asked}
+        for s in scored
+        for p in (s.prediction,)
+    ]
+    counts = label_counts(rows, sorted({gold_label(row) for row in rows}))
+    low, high = np.percentile(macro_f1(bootstrap_sums(counts, clusters, 10_000, 0)), [2.5, 97.5])
+    return {
+        "macro_f1": round(100 * float(macro_f1(counts.sum(axis=0))), 2),
+        "macro_f1_95": [round(100 * float(low), 2), round(100 * float(high), 2)],
+    }

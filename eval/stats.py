@@ -1,8 +1,16 @@
-"""Intervals. A score never stands alone."""
+"""Intervals, tests of two systems on the same items, and calibration. A score never stands alone.
 
-from collections.abc import Sequence
+Scores are from 0 to 1, one an item; `clusters` names for each item the passage or thread that it shares with others.
+Every random draw depends on its seed alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from statistics import NormalDist
 
 import numpy as np
+
+_Z = NormalDist().inv_cdf  # quantiles of the standard normal
 
 
 def cluster_interval(
@@ -26,6 +34,176 @@ def cluster_interval(
         means.append((draws @ sums) / (draws @ sizes))
     low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
     return float(low), float(high)
+
+
+def bootstrap_sums(columns: np.ndarray, clusters: Sequence[str], resamples: int = 10_000, seed: int = 0) -> np.ndarray:
+    """Sums of each column [items, K] in each resample of whole clusters: [resamples, K].
+
+    Columns of several systems, drawn together, make every difference between two systems a paired one. The draws are
+    those of `cluster_interval` with the same clusters and seed.
+    """
+    sums = _cluster_sums(columns, clusters)
+    count = len(sums)
+    rng, shares = np.random.default_rng(seed), np.full(count, 1 / count)
+    sizes = _pieces(resamples, max(1, 1_000_000 // count))
+    return np.concatenate([rng.multinomial(count, shares, size=size).astype(float) @ sums for size in sizes])
+
+
+def paired_cluster_bootstrap(
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[str], resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float, float, float]:
+    """Mean of a - b over the same items, its 95 % percentile interval (low, high), and the two-sided p.
+
+    Clusters are resampled for the interval and swapped for p, see `approximate_randomisation`. Source of pairing by
+    question and clustering by passage: Miller, Adding Error Bars to Evals (2024, arXiv 2411.00640).
+    """
+    differences = _paired(a, b)
+    low, high = cluster_interval(differences.tolist(), clusters, resamples, seed)
+    return float(differences.mean()), low, high, approximate_randomisation(a, b, clusters, None, resamples, seed)
+
+
+def approximate_randomisation(
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    clusters: Sequence[str],
+    statistic: Callable[[np.ndarray], np.ndarray] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """Two-sided p of the difference of two systems on the same items: how often swapping the systems on random whole
+    clusters gives one as large. Exactly 1 for a system against itself; at least 1 / (resamples + 1).
+
+    a and b: scores [items], or columns [items, K] of which `statistic` turns the sums [..., K] into the score [...];
+    without one the score is the mean. Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989); the
+    added 1 is Phipson and Smyth's (2010). Items of a cluster move together: alone they are not exchangeable.
+    """
+    _paired(a, b)
+    first, second = _cluster_sums(a, clusters), _cluster_sums(b, clusters)
+    unlike = (first - second)[(first != second).any(1)]  # swapping the others changes nothing
+    if not len(unlike):
+        return 1.0
+    score = statistic or (lambda sums: sums[..., 0])
+    both, base = (first + second).sum(0), second.sum(0)
+    # 1e-9: sums of f1 in another order differ in the last digits, and a tie must count
+    seen = abs(float(score(first.sum(0)) - score(base))) - 1e-9
+    rng, extreme = np.random.default_rng(seed), 0
+    for size in _pieces(resamples, max(1, 1_000_000 // len(unlike))):
+        mine = base + rng.integers(0, 2, (size, len(unlike)), dtype=np.uint8).astype(float) @ unlike
+        extreme += int((np.abs(score(mine) - score(both - mine)) >= seen).sum())
+    return (1 + extreme) / (1 + resamples)
+
+
+def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> tuple[float, int, int]:
+    """Two-sided exact p on paired 0/1 scores, how many items only a has right, and how many only b.
+
+    1 where no item is discordant. It takes items as independent: where several share a cluster it finds differences
+    that are none, see `approximate_randomisation`. Source: McNemar (1947), in its exact binomial form; Edwards' (1948)
+    correction approximates that one.
+    """
+    from scipy.stats import binomtest
+
+    differences = _paired(a, b)
+    only_a, only_b = int((differences > 0).sum()), int((differences < 0).sum())
+    discordant = only_a + only_b
+    return float(binomtest(only_a, discordant).pvalue) if discordant else 1.0, only_a, only_b
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p values in the order given: those below 5 % are significant together, with at most 5 % risk that any
+    of them is by chance. Source: Holm, A Simple Sequentially Rejective Multiple Test Procedure (1979)."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted
+
+
+def items_to_settle(
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[str], alpha: float = 0.05, power: float = 0.8
+) -> int | None:
+    """About how many items in all, clustered alike, would show the seen difference at `alpha` (two-sided) with `power`.
+
+    None where there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
+    2411.00640), clustered standard error of the paired differences, and power analysis.
+    """
+    differences = _paired(a, b)
+    mean = differences.mean()
+    if not mean or len(set(clusters)) < 2:
+        return None
+    variance = float((_cluster_sums(differences - mean, clusters) ** 2).sum()) / len(differences)
+    return max(1, math.ceil(variance * ((_Z(1 - alpha / 2) + _Z(power)) / mean) ** 2))
+
+
+def wilson_interval(successes: int, n: int) -> tuple[float, float]:
+    """95 % interval of a proportion of n independent items; sound near 0 and 1, where the bootstrap has no width.
+
+    Raises ValueError unless 0 <= successes <= n and n > 0. Source: Wilson (1927).
+    """
+    if not 0 <= successes <= n or n <= 0:
+        raise ValueError(f"{successes} successes of {n}: between 0 and n of at least 1 item are wanted")
+    share, z2 = successes / n, _Z(0.975) ** 2
+    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * n)) / n)
+    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+
+
+def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1); one value has no deviation: None."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def macro_f1(sums: np.ndarray) -> np.ndarray:
+    """Unweighted mean of the classes' F1, from counts [..., 3 L]: of each class its hits, then gold, then predicted.
+
+    A class that has neither counts as 0, as in scikit-learn with zero_division=0.
+    """
+    hits, gold, predicted = np.split(sums, 3, axis=-1)
+    return np.asarray((2 * hits / np.maximum(gold + predicted, 1)).mean(-1))
+
+
+def reliability_bins(
+    probabilities: Sequence[float], correct: Sequence[float], bins: int = 10
+) -> list[tuple[int, float, float]]:
+    """Items, mean probability and share of right answers in each bin ((i / bins, (i + 1) / bins], the first with 0);
+    an empty bin is (0, 0, 0). Source: Guo et al., On Calibration of Modern Neural Networks (2017, arXiv 1706.04599)."""
+    p, right = np.asarray(probabilities, dtype=float), np.asarray(correct, dtype=float)
+    if not len(p) or ((p < 0) | (p > 1)).any():
+        raise ValueError("probabilities: at least one, all of them from 0 to 1")
+    index = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    counts = np.bincount(index, minlength=bins)
+    means = [np.bincount(index, values, bins) / np.maximum(counts, 1) for values in (p, right)]
+    return list(zip(counts.tolist(), *(mean.tolist() for mean in means), strict=True))
+
+
+def expected_calibration_error(probabilities: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:
+    """Mean gap, 0 to 1, between the probability that answers are given and the share that is right, over bins of equal
+    width weighted by their items. Source: Guo et al. (2017)."""
+    found = reliability_bins(probabilities, correct, bins)
+    return sum(n * abs(confidence - right) for n, confidence, right in found) / len(probabilities)
+
+
+def brier(probabilities: Sequence[float], correct: Sequence[float]) -> float:
+    """Mean squared gap, 0 to 1, between the probability of an answer and whether it is right. Source: Brier (1950),
+    for the one event that the answer is right."""
+    return float((_paired(probabilities, correct) ** 2).mean())
+
+
+def _paired(a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray) -> np.ndarray:
+    """a - b. Raises ValueError unless both are scores of the same items."""
+    first, second = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    if first.shape != second.shape or not len(first):
+        raise ValueError(
+            f"{len(first)} and {len(second)} scores: two systems on the same items, at least one, are wanted"
+        )
+    return first - second
+
+
+def _cluster_sums(columns: Sequence[float] | np.ndarray, clusters: Sequence[str]) -> np.ndarray:
+    """Sums over each cluster's items, in sorted order of the clusters: [clusters, K]."""
+    values = np.asarray(columns, dtype=float).reshape(len(clusters), -1)
+    number = {cluster: i for i, cluster in enumerate(sorted(set(clusters)))}
+    index = np.array([number[cluster] for cluster in clusters])
+    order = np.argsort(index, kind="stable")
+    return np.asarray(np.add.reduceat(values[order], np.searchsorted(index[order], np.arange(len(number)))))
 
 
 def _pieces(total: int, most: int) -> list[int]:

@@ -16,12 +16,13 @@ class Task:
 
     version: int
     score: Callable[[Sequence[str], str], dict[str, float]]
+    labels: tuple[str, ...] = ()  # of a classification
 
 
 TASKS = {
     "squad_v2": Task(1, squad_scores),
     "squad_v1": Task(1, squad_scores),
-    "newsgroups": Task(1, partial(label_scores, NEWSGROUPS)),
+    "newsgroups": Task(1, partial(label_scores, NEWSGROUPS), NEWSGROUPS),
     "instruct": Task(1, reference_scores),
 }
 

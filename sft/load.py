@@ -10,9 +10,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import check_template
 from sft.base import readable
+from sft.baseline_recipe import BaselineRecipe
 from sft.model import default_device, load_base, load_tokenizer, load_weights, takes_packs
 from sft.recipe import WHEEL, Model, Recipe, is_hub_id
-from sft.recipe_file import load_recipe
+from sft.recipe_file import load_any_recipe, load_recipe
 from sft.run import RunError
 
 
@@ -48,6 +49,13 @@ def run_recipe(run: Path) -> Recipe:
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
     return load_recipe(run / "recipe.yaml", check_files=False)
+
+
+def run_any_recipe(run: Path) -> Recipe | BaselineRecipe:
+    """The same, or that of a baseline."""
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
+    return load_any_recipe(run / "recipe.yaml", check_files=False)
 
 
 def load_target(target: str, base: bool = False) -> Loaded:

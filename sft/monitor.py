@@ -51,7 +51,7 @@ class Monitor(TrainerCallback):
         if "loss" not in logs and "eval_loss" not in logs:
             return
         row: dict[str, Any] = {"step": state.global_step, "epoch": round(state.global_step / self.steps_per_epoch, 4)}
-        row |= {k: logs[k] for k in ("loss", "eval_loss", "grad_norm", "learning_rate") if k in logs}
+        row |= {k: v for k, v in logs.items() if k in ("loss", "grad_norm", "learning_rate") or k.startswith("eval_")}
         now = time.monotonic()
         row["seconds"] = round(now - self.start, 3)
         if "loss" in logs:

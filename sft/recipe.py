@@ -28,12 +28,12 @@ def is_hub_id(name: str) -> bool:
     return bool(HUB_ID.fullmatch(name)) and not name.endswith((".gguf", ".yaml")) and not Path(name).exists()
 
 
-def _source(value: Any) -> Any:
+def as_source(value: Any) -> Any:
     return {"path": value} if isinstance(value, str) else value
 
 
-def _sources(value: Any) -> Any:
-    return [_source(v) for v in value] if isinstance(value, list | tuple) else [_source(value)]
+def as_sources(value: Any) -> Any:
+    return [as_source(v) for v in value] if isinstance(value, list | tuple) else [as_source(value)]
 
 
 def _auto(value: Any) -> Any:
@@ -49,6 +49,8 @@ def _no_bool(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_no_bool)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
+MaxSteps = Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)]
+Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
 
 
@@ -153,7 +155,7 @@ class Audit(Section):
 
 
 class Data(Section):
-    train: Annotated[tuple[TrainSource, ...], BeforeValidator(_sources), Field(min_length=1)]
+    train: Annotated[tuple[TrainSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
     max_length: Count = 1024
     """Tokens of the longest example; a longer one stops the run, see too_long."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -185,7 +187,7 @@ class Train(Section):
     examples_per_step: Count = 16
     """Examples of one optimizer step, over all processes, whether they share prefixes or not."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
-    max_steps: Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)] = -1
+    max_steps: MaxSteps = -1
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
     warmup_steps: Annotated[Number, Field(ge=0)] = 0.0
@@ -212,13 +214,13 @@ class Train(Section):
     eval_strategy: Literal["no", "epoch", "steps"] = "no"
     """Held-out loss on eval.data during training."""
     eval_steps: Count = 100
-    seed: Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)] = 42
+    seed: Seed = 42
     output_dir: Path | None = None
     """The run folder; left out: runs/NAME-OF-RECIPE, numbered if it exists."""
 
 
 class Eval(Section):
-    data: Annotated[Source, BeforeValidator(_source)] | None = None
+    data: Annotated[Source, BeforeValidator(as_source)] | None = None
     """Held-out data: of held-out loss, `graft eval RUN` and the export's parity check."""
     share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Instead of data: hold out this share of data.train, by whole passages and threads, and don't train on it."""
@@ -266,7 +268,7 @@ class Recipe(Section):
         if self.eval.data and self.eval.share:
             raise ValueError("eval.data and eval.share exclude each other; keep one")
         held_out = self.eval.data
-        if held_out and any(_same_rows(source, held_out) for source in self.data.train):
+        if held_out and any(same_rows(source, held_out) for source in self.data.train):
             raise ValueError(f"eval.data {held_out.path} is also in data.train; name other data, or set eval.share")
         if self.tune.method == "freeze" and not self.tune.trainable:
             raise ValueError("tune.method freeze needs tune.trainable: which parameters are trained")
@@ -275,7 +277,7 @@ class Recipe(Section):
         return self
 
 
-def _same_rows(train: Source, held_out: Source) -> bool:
+def same_rows(train: Source, held_out: Source) -> bool:
     """Splits of a dataset are read from one path; a file has none."""
     if is_hub_dataset(train.path) or train.path.startswith("sklearn:"):
         splits = (train.split or "train", held_out.split or ("validation" if is_hub_dataset(train.path) else "test"))

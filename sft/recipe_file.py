@@ -2,33 +2,20 @@
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from data.conversation import DataError
 from data.source import files_of
-from sft.recipe import (
-    OTHER_METHODS,
-    WHEEL,
-    Audit,
-    Data,
-    Eval,
-    Export,
-    Model,
-    Quantization,
-    Recipe,
-    RecipeError,
-    Source,
-    Train,
-    TrainSource,
-    Tune,
-    is_hub_id,
-)
+from sft.baseline_recipe import FLOORS, PEFT_TASKS, STRATEGIES, BaselineRecipe
+from sft.recipe import OTHER_METHODS, WHEEL, Recipe, RecipeError, Source, Tune, is_hub_id
 from sft.strict_yaml import YamlError, parse
 
+R = TypeVar("R", bound=BaseModel)
 # names that users bring from elsewhere, and what stands for them here
 ELSEWHERE = {
     "train.per_device_train_batch_size": "use train.examples_per_step, the batch over all processes",
@@ -45,6 +32,16 @@ def load_recipe(path: Path, overrides: list[str] | None = None, check_files: boo
     """The recipe of a YAML file with `a.b=value` overrides. Raises RecipeError; loads neither model nor data.
 
     check_files=False: for a finished run, whose training data may be gone."""
+    recipe = load_any_recipe(path, overrides, check_files)
+    if isinstance(recipe, BaselineRecipe):
+        raise RecipeError(f"{path}: objective {recipe.objective}: a baseline; this takes the recipe of an adapter")
+    return recipe
+
+
+def load_any_recipe(
+    path: Path, overrides: list[str] | None = None, check_files: bool = True
+) -> Recipe | BaselineRecipe:
+    """The same, or the recipe of a baseline where the file names an `objective`."""
     if not path.is_file():
         raise RecipeError(f"{path}: no such recipe file")
     try:
@@ -57,21 +54,44 @@ def load_recipe(path: Path, overrides: list[str] | None = None, check_files: boo
         raise RecipeError(str(error)) from error
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    return check_recipe(tree, check_files)
+    return check_baseline(tree, check_files) if "objective" in tree else check_recipe(tree, check_files)
 
 
 def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(tree)
-        recipe = recipe.model_copy(update={"tune": _check_tune(recipe.tune, recipe.data)})
-    except ValidationError as error:
-        raise RecipeError("\n".join(_explain(e) for e in error.errors())) from error
+    recipe = _validate(Recipe, tree)
+    tune = recipe.tune
+    built, values = _check_tune(tune, OTHER_METHODS, "CAUSAL_LM")
+    if built is not None and built.is_prompt_learning and recipe.data.share_prefixes is True:
+        raise RecipeError(
+            f"tune.method {tune.method} puts virtual tokens before each example, which a pack of several has no place "
+            "for; set data.share_prefixes: auto or false"
+        )
+    recipe = recipe.model_copy(update={"tune": Tune(method=tune.method, trainable=tune.trainable, **values)})
+    if check_files:
+        _check_files(recipe)
+        template = recipe.model.chat_template
+        if template and not template.is_file():
+            raise RecipeError(f"model.chat_template: no such file: {template}")
+    return recipe
+
+
+def check_baseline(tree: dict[str, Any], check_files: bool = True) -> BaselineRecipe:
+    recipe = _validate(BaselineRecipe, tree)
+    _, values = _check_tune(recipe.tune, STRATEGIES, PEFT_TASKS[recipe.objective])
+    recipe = recipe.model_copy(update={"tune": recipe.tune.model_copy(update=values)})
     if check_files:
         _check_files(recipe)
     return recipe
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def _validate(kind: type[R], tree: dict[str, Any]) -> R:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(e, kind) for e in error.errors())) from error
+
+
+def dump_recipe(recipe: Recipe | BaselineRecipe) -> str:
     """YAML that load_recipe reads back as the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
@@ -83,25 +103,24 @@ def peft_types() -> dict[str, type]:
     return {kind.value.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 
 
-def _check_tune(tune: Tune, data: Data) -> Tune:
-    """The section with each value as its PEFT config declares it. Raises RecipeError."""
+def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tuple[Any, dict[str, Any]]:
+    """The PEFT config, None for one of our `own` methods; and each value as that config declares it. Raises
+    RecipeError."""
     allowed: dict[str, Any] = {}
-    if tune.method in OTHER_METHODS:
+    if tune.method in own:
         config = None
     else:
         methods = peft_types()
         if tune.method not in methods:
-            near = nearest(tune.method, [*methods, *OTHER_METHODS])
-            raise RecipeError(
-                f"tune.method: {tune.method!r} is none of {', '.join(sorted([*methods, *OTHER_METHODS]))}{near}"
-            )
+            near = nearest(tune.method, [*methods, *own])
+            raise RecipeError(f"tune.method: {tune.method!r} is none of {', '.join(sorted([*methods, *own]))}{near}")
         config = methods[tune.method]
         hints = get_type_hints(config)
         ours = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
         allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}
     for key in tune.peft:
         if key not in allowed:
-            near = nearest(key, [*allowed, "method", "trainable"])
+            near = nearest(key, [*allowed, *type(tune).model_fields])
             raise RecipeError(f"tune.{key}: unknown key of method {tune.method}{near}")
     fields: dict[str, Any] = {key: allowed[key] for key in tune.peft}
     settings = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
@@ -109,20 +128,14 @@ def _check_tune(tune: Tune, data: Data) -> Tune:
     try:
         checked = model.model_validate(tune.peft)
         values = {key: getattr(checked, key) for key in tune.peft}  # `no` is text in YAML and False here
-        built = config(task_type="CAUSAL_LM", **values) if config else None
+        return config(task_type=task_type, **values) if config else None, values
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(e, ("tune",)) for e in error.errors())) from error
+        raise RecipeError("\n".join(_explain(e, Recipe, ("tune",)) for e in error.errors())) from error
     except (ValueError, TypeError) as error:  # what a PEFT config refuses as a whole
         raise RecipeError(f"tune: method {tune.method}: {error}") from error
-    if built is not None and built.is_prompt_learning and data.share_prefixes is True:
-        raise RecipeError(
-            f"tune.method {tune.method} puts virtual tokens before each example, which a pack of several has no place "
-            "for; set data.share_prefixes: auto or false"
-        )
-    return Tune(method=tune.method, trainable=tune.trainable, **values)
 
 
-def _check_files(recipe: Recipe) -> None:
+def _check_files(recipe: Recipe | BaselineRecipe) -> None:
     sources: list[tuple[str, Source]] = [
         (f"data.train[{i}].path", source) for i, source in enumerate(recipe.data.train)
     ]
@@ -133,11 +146,9 @@ def _check_files(recipe: Recipe) -> None:
             files_of(source)
         except DataError as error:
             raise RecipeError(f"{key}: {error}") from error
-    base, template = recipe.model.base, recipe.model.chat_template
-    if not is_hub_id(base) and not WHEEL.fullmatch(base) and not Path(base).exists():
+    base = recipe.model.base
+    if base not in FLOORS and not is_hub_id(base) and not WHEEL.fullmatch(base) and not Path(base).exists():
         raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
-    if template and not template.is_file():
-        raise RecipeError(f"model.chat_template: no such file: {template}")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:
@@ -155,14 +166,14 @@ def _set(tree: dict[str, Any], override: str) -> None:
     node[last] = parse(text, f"--set {path}")
 
 
-def _explain(error: Any, root: tuple[str, ...] = ()) -> str:
+def _explain(error: Any, kind: type[BaseModel], root: tuple[str, ...] = ()) -> str:
     """One line: key, what was found, what is allowed, the nearest valid key."""
     location = (*root, *error["loc"])
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "extra_forbidden":
         if path in ELSEWHERE:
             return f"{path}: unknown key; {ELSEWHERE[path]}"
-        return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(location[:-1]))}"
+        return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(kind, location[:-1]))}"
     if error["type"] == "missing":
         return f"{path}: this key is required"
     message = error["msg"].removeprefix("Value error, ")
@@ -172,14 +183,20 @@ def _explain(error: Any, root: tuple[str, ...] = ()) -> str:
     return f"{path}: {message[0].lower()}{message[1:]}" + ("" if isinstance(found, dict) else f", found {found!r}")
 
 
-def _keys_at(location: tuple[Any, ...]) -> list[str]:
+def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Valid keys of the section at a location of the recipe."""
-    sections: dict[tuple[str, ...], type[BaseModel]] = {
-        (): Recipe, ("model",): Model, ("model", "quantization"): Quantization, ("tune",): Tune, ("data",): Data,
-        ("data", "train"): TrainSource, ("data", "audit"): Audit, ("train",): Train,
-        ("eval",): Eval, ("eval", "data"): Source, ("export",): Export,
-    }  # fmt: skip
-    return list(sections[tuple(part for part in location if isinstance(part, str))].model_fields)
+    for part in location:
+        if isinstance(part, str):
+            kind = next(_models_in(kind.model_fields[part].annotation))
+    return list(kind.model_fields)
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The section that a field's type holds: itself, or inside a tuple or an optional."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inner in get_args(annotation):
+        yield from _models_in(inner)
 
 
 def nearest(key: str, valid: list[str]) -> str:

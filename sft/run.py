@@ -24,10 +24,12 @@ from data.report import write_html
 from data.source import files_of
 from data.store import file_sha256
 from sft.base import resolve_base
+from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
 
 S = TypeVar("S", bound=Source)
+A = TypeVar("A", Recipe, BaselineRecipe)
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
 
 
@@ -35,7 +37,7 @@ class RunError(UserError):
     """A folder that is not the run, adapter or export that a command needs."""
 
 
-def agree_on_folder(recipe: Recipe, recipe_path: Path, probe: bool = False) -> Path:
+def agree_on_folder(recipe: Recipe | BaselineRecipe, recipe_path: Path, probe: bool = False) -> Path:
     """The run folder, made by the main process and told to the others: train.output_dir, or the first free one of
     runs/NAME, runs/NAME-2, ... `probe` makes nothing and only raises RecipeError where it could not be made."""
     wanted = recipe.train.output_dir
@@ -77,11 +79,14 @@ def environment() -> dict[str, Any]:
     }
 
 
-def manifest(recipe: Recipe, report: dict[str, Any], trainable: int, parameters: int) -> dict[str, Any]:
+def manifest(
+    recipe: Recipe | BaselineRecipe, report: dict[str, Any], trainable: int, parameters: int
+) -> dict[str, Any]:
     """What the run was made from; of the data, what the report says was read."""
     sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
-    base = Path(resolve_base(recipe.model.base))
-    weights = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    floor = isinstance(recipe, BaselineRecipe) and recipe.is_floor
+    base = None if floor else Path(resolve_base(recipe.model.base))
+    weights = sorted(base.glob("*.safetensors")) if base and base.is_dir() else []
     return {
         "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
         "commit": _commit(),
@@ -93,7 +98,7 @@ def manifest(recipe: Recipe, report: dict[str, Any], trainable: int, parameters:
         },
         "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
         "data_revision": {source["name"]: source["revision"] for source in sources if source["revision"]},
-        "chat_template_sha256": report["tokenizer"]["chat_template_sha256"],
+        **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.get("tokenizer")) else {}),
         "seed": recipe.train.seed,
         "trainable_parameters": trainable,
         "parameters": parameters,
@@ -107,7 +112,7 @@ def write_json(path: Path, value: Any) -> None:
     aside.replace(path)
 
 
-def start_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
+def start_run(run: Path, recipe: A, facts: dict[str, Any], report: dict[str, Any]) -> None:
     (run / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(recipe)), encoding="utf-8")
     write_json(run / "manifest.json", facts)
     write_report(report | {"recipe": run.name}, run)
@@ -134,7 +139,7 @@ def warnings_of(report: dict[str, Any], run: Path) -> Iterator[str]:
         yield f"{repeated} rows repeat an earlier one (data.duplicates: remove leaves them out): {where}"
 
 
-def with_absolute_paths(recipe: Recipe) -> Recipe:
+def with_absolute_paths(recipe: A) -> A:
     """The recipe as it can be read from any folder."""
 
     def absolute(name: str) -> str:
@@ -144,8 +149,9 @@ def with_absolute_paths(recipe: Recipe) -> Recipe:
         path = source.path if not files_of(source) else str(Path(source.path).absolute())
         return source.model_copy(update={"path": path})
 
-    template = recipe.model.chat_template
-    model = {"base": absolute(recipe.model.base), "chat_template": template and template.absolute()}
+    model: dict[str, Any] = {"base": absolute(recipe.model.base)}
+    if isinstance(recipe, Recipe) and recipe.model.chat_template:
+        model["chat_template"] = recipe.model.chat_template.absolute()
     evaluation = {"data": moved(recipe.eval.data)} if recipe.eval.data else {}
     return recipe.model_copy(
         update={
@@ -178,10 +184,10 @@ def check_unchanged(run: Path, facts: dict[str, Any]) -> None:
     """Raise RunError where base, data or template are no longer those that the run was started with."""
     then = json.loads((run / "manifest.json").read_text())
     for key in ("base", "data_sha256", "chat_template_sha256"):
-        if _digests(then[key]) != _digests(facts[key]):
+        if _digests(then.get(key)) != _digests(facts.get(key)):
             raise RunError(
                 f"{run}: {key} has changed since the run was started, so it can't go on as the same run: "
-                f"then {json.dumps(then[key])}, now {json.dumps(facts[key])}; start a new one"
+                f"then {json.dumps(then.get(key))}, now {json.dumps(facts.get(key))}; start a new one"
             )
 
 

@@ -14,8 +14,9 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
+from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import Recipe, RecipeError
-from sft.recipe_file import load_recipe
+from sft.recipe_file import load_any_recipe
 from sft.session import shards_parameters, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
@@ -34,7 +35,16 @@ def main(
     if resume and overrides:
         raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
     path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
-    loaded = load_recipe(path, overrides)
+    loaded = load_any_recipe(path, overrides)
+    if isinstance(loaded, BaselineRecipe):
+        from sft.bert import print_next, train_baseline
+
+        if dry_run:
+            raise RecipeError("--dry-run: estimates the training of an adapter; leave it out for a baseline")
+        run = train_baseline(loaded, path, resume)
+        if run:
+            print_next(loaded, run)
+        return
     if dry_run:
         from sft.dry_run import print_plan
         from sft.run import agree_on_folder
@@ -56,6 +66,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     from data.pack import make_packs
     from sft.base import resolve_base
     from sft.checkpoint import SaveOnInterrupt, last_checkpoint
+    from sft.cost import COST, Stopwatch
     from sft.examples import load_examples, load_held_out
     from sft.model import check_length, count_parameters, load_base, load_tokenizer, takes_packs, tune_model
     from sft.monitor import Monitor
@@ -68,6 +79,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
         rewind_metrics,
         start_run,
         warnings_of,
+        write_json,
     )
     from sft.settle import apply_settled, settle, settle_compile, settle_dtype
     from sft.trainer import PackTrainer, plan_steps, training_arguments
@@ -126,14 +138,17 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     )
     if last:
         trainer.executed_tokens, trainer.trained_examples = last["executed_tokens"], last["examples"]
+    watch = Stopwatch()
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if interrupt.stopped:
         if state.is_main_process:
             print(f"stopped and saved; go on with: graft train --resume {run}")
         raise SystemExit(130)
     trainer.check_finite()
-    trainer.save_model(str(run / ("adapter" if hasattr(model, "peft_config") else "model")))
+    weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
+    trainer.save_model(str(weights))
     if state.is_main_process:
+        write_json(run / COST, watch.cost(weights, trainable, parameters))
         finish_run(run, recipe, facts, report)
     return run if state.is_main_process else None
 

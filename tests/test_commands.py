@@ -183,9 +183,9 @@ def test_scores_are_printed_by_the_names_that_the_task_gives(capsys):
 
 def test_server_is_asked_what_the_run_holds_out(trained, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("sft.evaluate.served_model", lambda url, wanted: "m")
+    monkeypatch.setattr("sft.answer.served_model", lambda url, wanted: "m")
     monkeypatch.setattr(
-        "sft.evaluate.ask_server",
+        "sft.answer.ask_server",
         lambda url, name, questions, *more: [seen.append(q) or Prediction("x", 1, True) for q in questions],
     )
     run("eval", "http://127.0.0.1:1/v1", "--run", trained, "--out", tmp_path / "served")

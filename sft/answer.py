@@ -1,0 +1,112 @@
+"""How a system is asked: a language model by writing or by likelihood, a baseline by its head."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data.conversation import Conversation
+from data.source import read_all
+from data.squad import UNANSWERABLE
+from eval.likelihood import classify_by_likelihood, no_answer_differences
+from eval.metrics import squad_scores
+from eval.predict import Prediction, ask_server, generate, served_model
+from eval.run import limit_questions
+from eval.spans import tune_threshold
+from eval.tasks import TASKS
+from sft.baseline_recipe import BaselineRecipe
+from sft.examples import with_split
+from sft.load import is_url, load_target
+from sft.recipe import Eval, Recipe, RecipeError
+from sft.run import RunError
+
+Answerer = Callable[[Sequence[Conversation]], list[Prediction]]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put. `labels`: choose among the task's labels by likelihood instead of writing an answer.
+    `shots`: solved examples of the run's training data before each question. `threshold_from`: so many
+    training questions choose how likely "unanswerable" must be, against what was written, to be the answer instead."""
+
+    max_new_tokens: int | None = None
+    labels: bool = False
+    shots: int = 0
+    threshold_from: int = 0
+    concurrency: int = 16
+    served: str | None = None
+
+
+def model_answerer(
+    target: str, task: str, base: bool, settings: Eval, asking: Asking, known: Sequence[Conversation] = ()
+) -> Answerer:
+    """The answers of a language model, loaded here or behind a server. known: training questions for the threshold."""
+    length = asking.max_new_tokens or settings.max_new_tokens
+    if asking.threshold_from and task != "squad_v2":
+        raise RecipeError(f"--threshold-from: task {task} has no questions without answer; leave it out")
+    if is_url(target):
+        if asking.labels or asking.threshold_from:
+            raise RecipeError(f"{target}: a server tells no likelihoods; leave --labels and --threshold-from out")
+        served = served_model(target, asking.served)
+        return lambda asked: ask_server(target, served, asked, length, asking.concurrency)
+    labels = TASKS[task].labels
+    if asking.labels and not labels:
+        raise RecipeError(f"--labels: task {task} has no labels to choose from; leave it out")
+    loaded = load_target(target, base)
+    model, tokenizer, tokens = loaded.model, loaded.tokenizer, settings.batch_tokens
+    if asking.labels:
+        return lambda asked: classify_by_likelihood(model, tokenizer, asked, labels, tokens, loaded.packed)
+
+    def write(asked: Sequence[Conversation]) -> list[Prediction]:
+        return generate(model, tokenizer, asked, length, tokens, loaded.packed)
+
+    if not asking.threshold_from:
+        return write
+
+    def differences(asked: Sequence[Conversation], written: Sequence[Prediction]) -> list[float]:
+        return no_answer_differences(model, tokenizer, asked, written, tokens, loaded.packed)
+
+    questions = limit_questions(known, asking.threshold_from)
+    written = write(questions)
+    exact = [squad_scores(c.answers, p.text)["exact"] for c, p in zip(questions, written, strict=True)]
+    nulls = [squad_scores(c.answers, "")["exact"] for c in questions]
+    threshold, reached = tune_threshold(differences(questions, written), exact, nulls)
+    print(
+        f"unanswerable where its log-likelihood exceeds the answer's by {threshold:.3f}: EM {100 * reached:.1f} on "
+        f"{len(questions)} training questions, which chose it ({100 * sum(exact) / len(exact):.1f} without)",
+        flush=True,
+    )
+
+    def write_or_not(asked: Sequence[Conversation]) -> list[Prediction]:
+        found = write(asked)
+        return [
+            replace(p, text=UNANSWERABLE) if difference > threshold else p
+            for p, difference in zip(found, differences(asked, found), strict=True)
+        ]
+
+    return write_or_not
+
+
+def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, asking: Asking) -> Answerer:
+    if base or asking != Asking(concurrency=asking.concurrency):
+        raise RecipeError(
+            f"{run}: a baseline answers by its head; --base, --labels, --shots, --threshold-from, --max-new-tokens and "
+            "--model don't apply"
+        )
+    if recipe.objective == "mlm":
+        raise RecipeError(f"{run}: continued pre-training answers nothing; name {run}/model as model.base of a recipe")
+    if recipe.is_floor:
+        from sft.floor import load_floor
+
+        return load_floor(recipe, run / "model")
+    from sft.head import CHOSEN, load_answerer
+
+    if not (run / CHOSEN).is_file():
+        raise RunError(f"{run}: is not finished; go on with `graft train --resume {run}`")
+    return load_answerer(run, recipe)
+
+
+def training_questions(recipe: Recipe | BaselineRecipe | None) -> list[Conversation]:
+    """All rows of a run's data.train. Raises RecipeError without a run."""
+    if recipe is None:
+        raise RecipeError("--shots, --threshold-from: take training questions; score a run, or name one with --run")
+    return [c for s in recipe.data.train for c in read_all(with_split(s, "train"), recipe.task)]

@@ -1,0 +1,100 @@
+"""One question or one text, from the command line: `graft ask`, `graft classify`."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from scipy.special import log_softmax, softmax
+
+from data.conversation import Conversation
+from data.newsgroups import INSTRUCTION, NEWSGROUPS
+from data.squad import INSTRUCTION_V1, squad_conversation
+from data.tokens import encode_texts
+from data.windows import make_windows
+from eval.likelihood import answer_logprobs
+from eval.predict import generate
+from sft.answer import Asking, baseline_answerer
+from sft.baseline_recipe import BaselineRecipe
+from sft.encoder import load_encoder, load_tokenizer, load_trained, predict
+from sft.head import CHOSEN, read_spans
+from sft.load import load_target, run_any_recipe
+from sft.recipe import Recipe, RecipeError
+
+SQUAD = ("squad_v1", "squad_v2")
+
+
+def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str]:
+    """Lines with the answer of the untrained base and of the run; of an extractive run the n best quotes too."""
+    recipe = run_any_recipe(run)
+    if recipe.task not in SQUAD:
+        raise RecipeError(f"{run}: its task is {recipe.task}; it answers no questions on a passage")
+    row = {"id": "question", "context": context, "question": question, "answers": []}
+    asked = squad_conversation(row, 2, "question")
+    if isinstance(recipe, Recipe):
+        if recipe.task == "squad_v1":
+            asked = replace(asked, messages=({"role": "system", "content": INSTRUCTION_V1}, *asked.messages[1:]))
+        for name, base in (("before", True), ("after", False)):
+            yield f"{name} training: {_generated(run, recipe, asked, base)}"
+    elif recipe.is_floor:
+        yield baseline_answerer(run, recipe, False, Asking())([asked])[0].text
+    else:
+        yield from _quotes(run, recipe, asked, n_best)
+
+
+def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
+    """Lines "label  probability", the likeliest first."""
+    recipe = run_any_recipe(run)
+    if recipe.task != "newsgroups":
+        raise RecipeError(f"{run}: its task is {recipe.task}; it classifies no texts")
+    if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
+        system, user = {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}
+        asked = Conversation((system, user, {"role": "assistant", "content": ""}), "text", "text", context=text)
+        yield baseline_answerer(run, recipe, False, Asking())([asked])[0].text
+        return
+    labels, probabilities = _label_probabilities(run, recipe, text)
+    for i in np.argsort(-probabilities)[:top]:
+        yield f"{labels[i]:26} {probabilities[i]:.3f}"
+
+
+def _generated(run: Path, recipe: Recipe, asked: Conversation, base: bool) -> str:
+    loaded = load_target(str(run), base)
+    settings = recipe.eval
+    length, tokens = settings.max_new_tokens, settings.batch_tokens
+    return generate(loaded.model, loaded.tokenizer, [asked], length, tokens, loaded.packed)[0].text
+
+
+def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int) -> Iterator[str]:
+    if not (run / CHOSEN).is_file():
+        raise RecipeError(f"{run}: is not finished; go on with `graft train --resume {run}`")
+    tokenizer, data = load_tokenizer(recipe.model), recipe.data
+    windows = make_windows([asked], tokenizer, data.max_seq_length, data.doc_stride, data.max_query_length)
+    before = load_encoder(recipe.model, recipe.objective, recipe.train.seed)
+    chosen = json.loads((run / CHOSEN).read_text())
+    for name, model in (("before", before), ("after", load_trained(run, recipe.objective, recipe.model, ()))):
+        (answer,), _ = read_spans(model, recipe, [asked], windows, tokenizer, False)
+        yield f"{name} training: {answer.text}"
+        if name == "after":
+            threshold = chosen["null_threshold"]
+            if threshold is not None and recipe.task == "squad_v2" and answer.null_difference > threshold:
+                yield "by the threshold chosen in training: unanswerable"
+            for text, probability in answer.n_best[:n_best]:
+                yield f"  {probability:.3f}  {text or '(no answer)'}"
+
+
+def _label_probabilities(run: Path, recipe: Recipe | BaselineRecipe, text: str) -> tuple[list[str], np.ndarray]:
+    if isinstance(recipe, Recipe):
+        loaded = load_target(str(run))
+        prompt = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
+        tokens = recipe.eval.batch_tokens
+        found = answer_logprobs(loaded.model, loaded.tokenizer, [prompt], [NEWSGROUPS], tokens, loaded.packed)
+        return list(NEWSGROUPS), softmax(np.array(found[0]))
+    if not (run / CHOSEN).is_file():
+        raise RecipeError(f"{run}: is not finished; go on with `graft train --resume {run}`")
+    labels = json.loads((run / CHOSEN).read_text())["labels"]
+    tokenizer = load_tokenizer(recipe.model)
+    rows, _ = encode_texts([text], tokenizer, recipe.data.max_seq_length)
+    model = load_trained(run, recipe.objective, recipe.model, labels)
+    (logits,) = predict(model, rows, tokenizer.pad_token_id, ("logits",), False)[0]
+    return labels, np.exp(log_softmax(logits))

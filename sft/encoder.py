@@ -1,0 +1,179 @@
+"""An encoder with a task head: load it, choose what of it is trained, and ask it.
+
+The heads are transformers' own: AutoModelForSequenceClassification, ...ForQuestionAnswering, ...ForMaskedLM.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from data.progress import Bar
+from sft.base import readable, resolve_base
+from sft.baseline_recipe import PEFT_TASKS, BaselineTune, EncoderModel
+from sft.recipe import RecipeError
+from sft.recipe_file import peft_types
+
+HEADS = {
+    "classification": "AutoModelForSequenceClassification",
+    "extractive_qa": "AutoModelForQuestionAnswering",
+    "mlm": "AutoModelForMaskedLM",
+    "nsp": "BertForPreTraining",
+}
+BATCH_TOKENS = 8192  # of a batch of predictions, padding included
+
+
+def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
+    """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for."""
+    with readable(f"model.base: {model.base}: the tokenizer"):
+        folder = resolve_base(model.base)
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
+    if not tokenizer.is_fast:
+        raise RecipeError(f"model.base: {model.base}: no fast tokenizer, which maps tokens to characters; convert it")
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str] = ()) -> PreTrainedModel:
+    """The encoder in float32 with a new head, drawn by the seed; a head that the base brings is taken. Raises
+    RecipeError where a weight of the encoder itself is missing."""
+    set_seed(seed)
+    numbers = {label: i for i, label in enumerate(labels)}
+    names = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers} if labels else {}
+    with readable(f"model.base: {model.base}"):
+        folder = resolve_base(model.base)
+        config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False, **names)
+        loaded, found = getattr(transformers, HEADS[head]).from_pretrained(
+            folder, config=config, revision=model.revision, use_safetensors=True, trust_remote_code=False,
+            dtype=torch.float32, output_loading_info=True,
+        )  # fmt: skip
+    inside = f"{loaded.base_model_prefix}."
+    missing = sorted(k for k in found["missing_keys"] if k.startswith(inside) and ".pooler." not in k)
+    if missing:
+        raise RecipeError(
+            f"model.base: {model.base}: the weight {missing[0]} is not there ({len(missing)} such weights); "
+            "name a whole encoder such as bert-base-uncased"
+        )
+    return cast(PreTrainedModel, loaded)
+
+
+def check_positions(model: EncoderModel, max_seq_length: int) -> None:
+    """Raise RecipeError where an input may need more positions than the encoder has."""
+    with readable(f"model.base: {model.base}"):
+        config = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
+    most = config.to_dict().get("max_position_embeddings")
+    if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
+        most -= 2  # their positions begin behind that of padding
+    if most is not None and max_seq_length > most:
+        raise RecipeError(
+            f"data.max_seq_length {max_seq_length} exceeds the {most} positions of {model.base}; lower it"
+        )
+
+
+def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, seed: int) -> PreTrainedModel:
+    """The model whose trainable parameters are those that the method starts with."""
+    set_seed(seed)  # PEFT draws the adapter's initial weights
+    if tune.method in ("full", "gradual_unfreezing"):  # the latter freezes before the first step
+        return model
+    if tune.method == "freeze":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(re.search(pattern, name) for pattern in tune.trainable))
+        if not any(p.requires_grad for p in model.parameters()):
+            raise RecipeError(f"tune.trainable: no parameter matches {', '.join(tune.trainable)}")
+        return model
+    if tune.method == "linear_probe":
+        model.base_model.requires_grad_(False)
+        return model
+    from peft import get_peft_model
+
+    kind, settings = peft_types()[tune.method], dict(tune.peft)
+    if objective == "extractive_qa" and settings.get("target_modules") == "all-linear":
+        settings.setdefault("exclude_modules", ["qa_outputs"])  # the new head is trained whole, as a classifier's is
+    config = kind(task_type=PEFT_TASKS[objective], **settings)
+    try:
+        return cast(PreTrainedModel, get_peft_model(model, config))
+    except ValueError as error:
+        raise RecipeError(f"tune: {error}") from error
+
+
+def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
+    """Depth of each parameter by name: 0 the head and pooler, 1 the uppermost layer, ..., the embeddings; and the
+    deepest."""
+    layers = model.config.num_hidden_layers
+    found = {}
+    for name, _ in model.named_parameters():
+        layer = re.search(r"\.layers?\.(\d+)\.", name)
+        if layer:
+            found[name] = layers - int(layer[1])
+        else:
+            found[name] = layers + 1 if "embeddings" in name else 0
+    return found, layers + 1
+
+
+def load_trained(folder: Path, objective: str, base: EncoderModel, labels: Sequence[str]) -> PreTrainedModel:
+    """What a run saved: whole weights in model/, or an adapter on its base. In eval mode."""
+    if (folder / "model").is_dir():
+        return load_encoder(EncoderModel(base=str(folder / "model")), objective, 0, labels).eval()
+    from peft import PeftModel
+
+    adapter = folder / "adapter"
+    with readable(str(adapter)):
+        model = PeftModel.from_pretrained(load_encoder(base, objective, 0, labels), str(adapter))
+    return cast(PreTrainedModel, model.eval())
+
+
+@torch.inference_mode()
+def predict(
+    model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_id: int, outputs: Sequence[str], bf16: bool
+) -> list[tuple[np.ndarray, ...]]:
+    """The named outputs of each row (float32), in order; per token ones without padding. Rows of like length share a
+    batch of at most BATCH_TOKENS."""
+    model.eval()
+    device = next(model.parameters()).device
+    found: list[tuple[np.ndarray, ...]] = [()] * len(rows)
+    bar = Bar("predict", len(rows))
+    done = 0
+    for batch in _batches([len(r["input_ids"]) for r in rows]):
+        padded = pad([rows[i] for i in batch], pad_id)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            output = model(**{name: tensor.to(device) for name, tensor in padded.items()})
+        values = [output[name].float().cpu().numpy() for name in outputs]
+        for j, i in enumerate(batch):
+            length = len(rows[i]["input_ids"])
+            found[i] = tuple(v[j, :length] if v.shape[1:2] == padded["input_ids"].shape[1:] else v[j] for v in values)
+        done += len(batch)
+        bar.update(done)
+    bar.close()
+    return found
+
+
+def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+    """Rows of token ids as tensors (rows, longest), padded on the right, with their attention mask."""
+    longest = max(len(r["input_ids"]) for r in rows)
+
+    def tensor(name: str, fill: int) -> torch.Tensor:
+        return torch.tensor([[*r[name], *[fill] * (longest - len(r[name]))] for r in rows])
+
+    batch = {"input_ids": tensor("input_ids", pad_id)}
+    batch["attention_mask"] = torch.tensor(
+        [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
+    )
+    if "token_type_ids" in rows[0]:
+        batch["token_type_ids"] = tensor("token_type_ids", 0)
+    return batch
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the last one is the longest of its batch
+        if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch

@@ -1,0 +1,193 @@
+"""An encoder's training: transformers' Trainer with a head's rows, its own evaluation, and a schedule of layers."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from sft.baseline_recipe import BaselineRecipe
+from sft.checkpoint import SaveOnInterrupt, last_checkpoint
+from sft.encoder import depths
+from sft.head import Head
+from sft.model import bfloat16_pays
+from sft.monitor import Monitor
+from sft.recipe import RecipeError
+from sft.run import read_metrics, rewind_metrics
+from sft.trainer import TrainingDiverged
+
+
+class Unfreeze(TrainerCallback):
+    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): the head first, then a layer more at a time from the
+    top; all of them after `share` of the steps."""
+
+    def __init__(self, model: PreTrainedModel, share: float) -> None:
+        self.depth, self.deepest = depths(model)
+        self.share = share
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        done = min(1.0, state.global_step / max(1.0, self.share * state.max_steps))
+        for name, parameter in kwargs["model"].named_parameters():
+            parameter.requires_grad_(self.depth[name.removeprefix("module.")] <= int(done * self.deepest))
+
+
+class EncoderTrainer(Trainer):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        recipe: BaselineRecipe,
+        head: Head,
+        run: Path,
+        main: bool,
+        resume: Path | None,
+    ) -> None:
+        self.recipe, self.head, self.run = recipe, head, run
+        self.resume_from = last_checkpoint(resume) if resume else None
+        self.last: dict[str, Any] = {}
+        if self.resume_from:
+            if main:
+                rewind_metrics(run, int(self.resume_from.name.split("-")[1]))
+            self.last = next((row for row in reversed(read_metrics(run)) if "loss" in row), {})
+        self.executed_tokens = self.last.get("executed_tokens", 0)
+        self.trained_examples = self.last.get("examples", 0)
+        self.interrupt = SaveOnInterrupt()
+        callbacks: list[TrainerCallback] = [self.interrupt]
+        per_epoch = -(-len(head.rows) // recipe.train.examples_per_step)
+        if main:
+            callbacks.append(Monitor(run, per_epoch, self.last))
+        if recipe.tune.method == "gradual_unfreezing":
+            callbacks.append(Unfreeze(model, recipe.tune.unfreeze_share))
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=cast(Any, head.rows),
+            eval_dataset=cast(Any, head.rows),  # not read: evaluate() scores the head's own slice
+            data_collator=cast(Any, head.collate),
+            callbacks=callbacks,
+        )
+        self.remove_callback(PrinterCallback)
+        # the heads' losses are means over the batch; Trainer would multiply them by the number of processes
+        self.model_accepts_loss_kwargs = False
+
+    def run_to_end(self) -> None:
+        """Train. Raises SystemExit(130) after Ctrl-C, once a checkpoint is saved."""
+        self.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
+        if self.interrupt.stopped:
+            if self.args.process_index == 0:
+                print(f"stopped and saved; go on with: graft train --resume {self.run}")
+            raise SystemExit(130)
+
+    def chosen(self) -> dict[str, Any]:
+        """What the head chose, the step of the weights that stay, and its scores on the slice that chose it."""
+        best = self.state.best_model_checkpoint
+        model, bf16 = cast(nn.Module, self.model), self.args.bf16
+        step = int(best.rsplit("-", 1)[1]) if best else self.state.global_step
+        scores = self.head.score_dev(model, bf16) if self.recipe.data.dev_share else {}
+        return {**self.head.choose(model, bf16), "step": step, "dev": scores}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss of step {self.state.global_step + 1} is {loss}; lower train.learning_rate"
+            )
+        counts = torch.tensor([inputs["attention_mask"].sum(), len(inputs["input_ids"])], device=loss.device)
+        tokens, examples = self.accelerator.reduce(counts, reduction="sum").tolist()
+        self.executed_tokens += tokens
+        self.trained_examples += examples
+        return loss
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        """The head's slice of the training data; each process scores all of it, so that all choose alike."""
+        scores = self.head.score_dev(cast(nn.Module, self.model), self.args.bf16)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        cast(nn.Module, self.model).train()
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
+        super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW; with tune.layer_decay a layer's rate is that of the layer above it times the decay."""
+        if self.optimizer is not None or self.recipe.tune.layer_decay == 1.0:
+            return super().create_optimizer(model)
+        target = cast(PreTrainedModel, model or self.model)
+        depth, _ = depths(target)
+        decayed = set(self.get_decay_parameter_names(target))
+        groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
+        for name, parameter in target.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault((depth[name], name in decayed), []).append(parameter)
+        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+        self.optimizer = kind(
+            [
+                {
+                    "params": parameters,
+                    "lr": self.args.learning_rate * self.recipe.tune.layer_decay**level,
+                    "weight_decay": self.args.weight_decay if with_decay else 0.0,
+                }
+                for (level, with_decay), parameters in groups.items()
+            ],
+            **settings,
+        )
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        cast(Any, self.model).save_pretrained(output_dir, state_dict=state_dict)  # without training_args.bin, a pickle
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run folder says it."""
+
+
+def settle_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
+    if recipe.train.bf16 is not None:
+        return recipe
+    fast = device.type == "cuda" or bfloat16_pays()
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"bf16": fast})})
+
+
+def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, cuda: bool) -> TrainingArguments:
+    """Raises RecipeError where a step can't be divided over the processes."""
+    train = recipe.train
+    if train.examples_per_step % processes:
+        raise RecipeError(
+            f"train.examples_per_step {train.examples_per_step} is no multiple of the {processes} processes; change it"
+        )
+    per_epoch = -(-rows // train.examples_per_step)
+    steps = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
+    strategy = "no" if train.eval_strategy == "no" or not recipe.data.dev_share else "steps"
+    every = per_epoch if train.eval_strategy == "epoch" else train.eval_steps
+    own = {
+        "examples_per_step", "num_train_epochs", "max_steps", "output_dir", "eval_strategy", "eval_steps", "bf16",
+        "metric_for_best_model",
+    }  # fmt: skip
+    best = train.metric_for_best_model
+    arguments = TrainingArguments(
+        **train.model_dump(exclude=own),
+        output_dir=str(run),
+        max_steps=steps,
+        per_device_train_batch_size=train.examples_per_step // processes,
+        bf16=bool(train.bf16),
+        use_cpu=not cuda,
+        eval_strategy=strategy,
+        eval_steps=every,
+        save_strategy=strategy,
+        save_steps=every,
+        load_best_model_at_end=best is not None,
+        metric_for_best_model=best,
+        greater_is_better=best != "loss" if best else None,
+        train_sampling_strategy="group_by_length",  # rows of a step are of like length, so that little is padding
+        ddp_find_unused_parameters=recipe.tune.method == "gradual_unfreezing",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+        report_to="none",
+        logging_nan_inf_filter=False,
+    )
+    arguments._n_gpu = 1
+    return arguments

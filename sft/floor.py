@@ -1,0 +1,107 @@
+"""Floors: systems without a pre-trained model, which a fine-tuned one must beat to be worth its cost.
+
+TF-IDF with a linear classifier, the most frequent label, always "unanswerable", and a quote by lexical overlap.
+"""
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.naive_bayes import ComplementNB
+from sklearn.svm import LinearSVC
+
+from data.conversation import Conversation
+from data.squad import UNANSWERABLE
+from eval.predict import Prediction
+from sft.baseline_recipe import BaselineRecipe
+
+FACTS, WEIGHTS = "floor.json", "floor.safetensors"
+LONGEST = 4  # words of an answer by overlap
+WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")
+
+
+def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Path) -> None:
+    """Write what answering needs: as JSON and safetensors, never as a pickle."""
+    folder.mkdir(parents=True)
+    base = recipe.model.base
+    facts: dict[str, Any] = {}
+    if base == "floor:majority":
+        facts["label"] = min(Counter(c.label for c in train).most_common(), key=lambda pair: (-pair[1], pair[0]))[0]
+    elif base == "floor:overlap":
+        documents = {c.context for c in train}
+        counts = Counter(word for text in documents for word in set(_words(text)))
+        facts |= {"documents": len(documents), "counts": dict(counts.most_common(50_000))}
+    elif base.startswith("sklearn:"):
+        vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+        x = vectorizer.fit_transform([c.context for c in train])
+        classifier: Any = LinearSVC(C=0.5, random_state=recipe.train.seed)
+        if base == "sklearn:complement_nb":
+            classifier = ComplementNB(alpha=0.1)
+        classifier.fit(x, [c.label for c in train])
+        linear = isinstance(classifier, LinearSVC)
+        weights = classifier.coef_ if linear else classifier.feature_log_prob_  # of each class and word
+        bias = classifier.intercept_ if linear else np.zeros(len(weights))
+        arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
+        # coef_ is in column order, whose bytes safetensors would write as if they were rows
+        save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
+        facts |= {"labels": [str(c) for c in classifier.classes_], "words": _in_order(vectorizer.vocabulary_)}
+    (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+
+
+def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conversation]], list[Prediction]]:
+    facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    base = recipe.model.base
+    if base == "floor:majority":
+        return lambda asked: [Prediction(facts["label"], 0, True) for _ in asked]
+    if base == "floor:unanswerable":
+        return lambda asked: [Prediction(UNANSWERABLE, 0, True) for _ in asked]
+    if base == "floor:overlap":
+        return lambda asked: [Prediction(_by_overlap(c, facts), 0, True) for c in asked]
+    arrays = load_file(folder / WEIGHTS)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, vocabulary={word: i for i, word in enumerate(facts["words"])})
+    vectorizer.idf_ = arrays["idf"]
+
+    def classify(asked: Sequence[Conversation]) -> list[Prediction]:
+        scores = vectorizer.transform([c.context for c in asked]) @ arrays["weights"].T + arrays["bias"]
+        return [Prediction(facts["labels"][i], 0, True) for i in scores.argmax(axis=1)]
+
+    return classify
+
+
+def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
+    """The run of at most LONGEST words without a word of the question that is nearest to its rare words: each adds its
+    inverse document frequency over its distance (the distance-based baseline of Richardson et al. 2013, MCTest)."""
+
+    def idf(word: str) -> float:
+        return math.log((facts["documents"] + 1) / (facts["counts"].get(word, 0) + 1))
+
+    asked = {word for word in _words(conversation.question) if idf(word) > 1}
+    found = [(m.group().lower(), m.start(), m.end()) for m in WORD.finditer(conversation.context)]
+    places = [(i, idf(word)) for i, (word, _, _) in enumerate(found) if word in asked]
+    best, answer = -math.inf, ""
+    for first in range(len(found)):
+        for last in range(first, min(first + LONGEST, len(found))):
+            words = [word for word, _, _ in found[first : last + 1]]
+            text = conversation.context[found[first][1] : found[last][2]]
+            if asked & set(words) or idf(words[0]) < 2 or idf(words[-1]) < 2 or re.search(r"[.;:!?]\s|\n", text):
+                continue
+            near = sum(weight / (1 + min(abs(i - first), abs(i - last))) for i, weight in places)
+            score = near + 0.1 * sum(map(idf, words)) / len(words)
+            if score > best:
+                best, answer = score, text
+    return answer or UNANSWERABLE
+
+
+def _words(text: str) -> list[str]:
+    return [m.group().lower() for m in WORD.finditer(text)]
+
+
+def _in_order(vocabulary: dict[str, int]) -> list[str]:
+    return sorted(vocabulary, key=vocabulary.__getitem__)

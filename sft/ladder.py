@@ -1,0 +1,289 @@
+"""One recipe over tuning methods, score against cost: `graft ladder RECIPE --methods lora,full --out DIR`.
+
+Each rung is trained and scored in processes of its own, so that its peak memory is its own, into DIR/METHOD. DIR gets
+ladder.json (all numbers), ladder.md and ladder.png.
+"""
+
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sft.baseline_recipe import BaselineRecipe
+from sft.recipe import Model, Recipe, RecipeError
+from sft.recipe_file import dump_recipe, load_any_recipe, nearest
+
+AnyRecipe = Recipe | BaselineRecipe
+Row = dict[str, Any]
+
+LLM = ("linear_probe", "prompt_tuning", "ia3", "lora", "qlora", "dora", "full")
+ENCODER = ("linear_probe", "prompt_tuning", "ia3", "lora", "dora", "gradual_unfreezing", "full")
+VARIANT_OF = {"qlora": "lora", "dora": "lora", "gradual_unfreezing": "full"}  # they share their settings
+# The learning rate that a method wants, over LoRA's; other adapters as LoRA. full: a tenth (Schulman et al., LoRA
+# Without Regret, Thinking Machines 2025). ia3, prompt_tuning: 8e-3 and 3e-2 in PEFT's guides, whose LoRA has 1e-3.
+# linear_probe: a guess; the loss of one linear layer is convex and bears more.
+RATES = {"full": 0.1, "gradual_unfreezing": 0.1, "freeze": 0.1, "linear_probe": 3.0, "ia3": 8.0, "prompt_tuning": 30.0}
+COST = ("trainable_parameters", "parameters", "train_peak_memory_gib", "train_seconds", "disk_mib")
+
+
+def ladder(
+    recipe_path: Path, methods: Sequence[str], overrides: list[str], out: Path, rates: Sequence[str] = ()
+) -> list[Row]:
+    """A row for each method (none named: all that suit the recipe's kind of base); `failed` is None or the reason.
+    `rates`: METHOD=VALUE, instead of the recipe's learning rate times the method's factor.
+
+    What is finished in `out` is not done again, so the same call goes on with a ladder that broke off. Raises
+    RecipeError before the first rung, KeyboardInterrupt on Ctrl-C, after the report of the rungs until then.
+    """
+    from sft.model import load_config
+    from sft.run import check_writable
+
+    recipe = load_any_recipe(recipe_path, overrides)
+    chosen = _check(recipe, recipe_path, methods)
+    given = _rates(rates, chosen)
+    check_writable(out, "--out")
+    kind = str(load_config(Model(base=recipe.model.base, revision=recipe.model.revision)).model_type)
+    rungs: dict[str, AnyRecipe | RecipeError] = {}
+    for method in chosen:
+        changes = rung_overrides(method, recipe, kind, out / method, given.get(method))
+        try:
+            rungs[method] = rung = load_any_recipe(recipe_path, [*overrides, *changes])
+        except RecipeError as error:
+            rungs[method] = error
+            continue
+        kept = out / f"{method}.yaml"
+        if (out / method).exists() and not (kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(rung)):
+            raise RecipeError(
+                f"{out / method} was made by other settings than this ladder's; remove it, or name another --out"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    rows: list[Row] = []
+    try:
+        for method, made in rungs.items():
+            rows.append(_climb(method, made, out))
+    except KeyboardInterrupt:
+        command = ["graft", "ladder", str(recipe_path), "--out", str(out), "--methods", ",".join(chosen)]
+        command += [word for text in overrides for word in ("--set", text)]
+        command += [word for text in rates for word in ("--rate", text)]
+        print(f"stopped; go on with: {shlex.join(command)}", flush=True)
+        raise
+    finally:
+        report(rows, out)
+    return rows
+
+
+def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: float | None = None) -> list[str]:
+    """What --set would be told to make this method's rung of a recipe, whose base is of the model_type `kind`. Every
+    rung but qlora starts from the unquantized base, so that they differ in the method alone."""
+    changes: dict[str, Any] = {
+        "tune": _tune(method, recipe, kind),
+        "train.learning_rate": rate or rate_of(method, recipe),
+        "train.output_dir": str(run),
+    }
+    if isinstance(recipe, Recipe):
+        own = recipe.model.quantization
+        nf4 = own.model_dump(mode="json") if own and own.load_in_4bit else {"load_in_4bit": True}
+        changes["model.quantization"] = nf4 if method == "qlora" else None
+        if method == "prompt_tuning" and recipe.data.share_prefixes is True:  # virtual tokens stand before each example
+            changes["data.share_prefixes"] = "auto"
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
+
+
+def rate_of(method: str, recipe: AnyRecipe) -> float:
+    """The recipe's learning rate, taken from its own method to this one."""
+    return float(f"{recipe.train.learning_rate * RATES.get(method, 1.0) / RATES.get(recipe.tune.method, 1.0):.3g}")
+
+
+def _tune(method: str, recipe: AnyRecipe, kind: str) -> dict[str, Any]:
+    """The rung's section `tune`: the recipe's own settings where they are of this method, else usual ones."""
+    from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
+
+    family, own = VARIANT_OF.get(method, method), recipe.tune.method
+    tune: dict[str, Any] = {}
+    if family == VARIANT_OF.get(own, own):
+        tune = recipe.tune.model_dump(mode="json")
+    elif family == "lora":
+        tune = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+    elif method == "prompt_tuning":
+        tune = {"num_virtual_tokens": 20}
+    elif method == "ia3" and kind not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
+        # most bases that PEFT does not know took their modules' names from BERT or Llama
+        encoder = isinstance(recipe, BaselineRecipe)
+        modules = ["key", "value", "output.dense"] if encoder else ["k_proj", "v_proj", "down_proj"]
+        tune = {"target_modules": modules, "feedforward_modules": modules[2:]}
+    if family == "lora":
+        if isinstance(recipe, BaselineRecipe) and tune.get("target_modules") == "all-linear":
+            # PEFT trains this head whole, and all-linear would adapt it too, which PEFT 0.21 refuses
+            tune.setdefault("exclude_modules", ["qa_outputs"])
+        return tune | {"method": "lora", "use_dora": method == "dora"}
+    return tune | {"method": method}
+
+
+def _check(recipe: AnyRecipe, path: Path, methods: Sequence[str]) -> list[str]:
+    """The methods, each once. Raises RecipeError where the recipe can't be a ladder, or a method is not its kind's."""
+    if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
+        reason = f"{recipe.model.base} has no weights to tune" if recipe.is_floor else "objective mlm has no score"
+        raise RecipeError(f"{path}: {reason}; a ladder needs an LLM's recipe, or an encoder's with another objective")
+    if recipe.eval.data is None and recipe.eval.share is None:
+        raise RecipeError(f"{path}: a ladder needs eval.data or eval.share to score on")
+    known = ENCODER if isinstance(recipe, BaselineRecipe) else LLM
+    for method in methods:
+        if method not in (*known, recipe.tune.method):
+            raise RecipeError(f"--methods {method}: none of {', '.join(known)}{nearest(method, list(known))}")
+    return list(dict.fromkeys(methods or known))
+
+
+def _rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in texts:
+        method, _, value = text.partition("=")
+        try:
+            found[method] = float(value)
+        except ValueError:
+            found[method] = 0.0
+        if method not in methods or not 0 < found[method] < float("inf"):
+            raise RecipeError(f"--rate {text}: write METHOD=VALUE, a positive number for one of {', '.join(methods)}")
+    return found
+
+
+def _climb(method: str, rung: AnyRecipe | RecipeError, out: Path) -> Row:
+    """Train and score one rung, as far as that is not done: its row, and a line of it on the screen."""
+    if isinstance(rung, RecipeError):
+        print(f"{method}: failed: {rung}", flush=True)
+        return {"method": method, "learning_rate": None, "failed": str(rung)}
+    row: Row = {"method": method, "learning_rate": rung.train.learning_rate, "failed": None}
+    run, log, start = out / method, out / f"{method}.log", time.monotonic()
+    commands = _left_to_do(rung, out / f"{method}.yaml", run)
+    for command in commands:
+        code = run_logged(command, log)
+        if code:
+            lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+            said = f"ended by signal {-code}" if code < 0 else lines[-1].strip().removeprefix("error: ")
+            print(f"{method}: failed after {time.monotonic() - start:.0f} s: {said}", flush=True)
+            print(*(f"    {line}" for line in lines[-3:]), f"    all of it: {log}", sep="\n", flush=True)
+            return row | {"failed": said}
+    row |= _measured(run)
+    seconds = f"{time.monotonic() - start:.0f} s" if commands else "finished before"
+    print(f"{method}: {seconds}, {row['metric']} {row['score']:.1f}", flush=True)
+    return row
+
+
+def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
+    """Commands that train a rung, anew or from its checkpoint, and score it."""
+    if (run / "eval" / "results.json").is_file():
+        return []
+    score = [sys.executable, "-m", "sft.cli", "eval", str(run), "--out", str(run / "eval")]
+    if (run / "cost.json").is_file():
+        return [score]
+    script = "bert.py" if isinstance(rung, BaselineRecipe) else "train.py"
+    train = [sys.executable, str(Path(__file__).with_name(script))]
+    if any(run.glob("checkpoint-*/trainer_state.json")):
+        return [[*train, "--resume", str(run)], score]
+    if run.exists():  # it failed before its first checkpoint, and training writes into no folder that holds something
+        shutil.rmtree(run)
+    path.write_text(dump_recipe(rung), encoding="utf-8")
+    return [[*train, str(path)], score]
+
+
+def run_logged(command: Sequence[str], log: Path) -> int:
+    """The exit code; what the command prints goes to the end of the log. Ctrl-C reaches the command too: it is given
+    the time to save its checkpoint, until a second Ctrl-C."""
+    with log.open("a", encoding="utf-8") as file:
+        print("$", shlex.join(command), file=file, flush=True)
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            print("\nstopping; a rung that trains saves a checkpoint", flush=True)
+            process.wait()
+            raise
+        finally:
+            process.kill()  # does nothing to one that has ended
+
+
+def _measured(run: Path) -> Row:
+    """Score and cost of a finished rung."""
+    from sft.evaluate import column_of
+    from sft.run import read_metrics
+
+    results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
+    cost = json.loads((run / "cost.json").read_text(encoding="utf-8"))
+    total = results["scores"]["total"]
+    row = {"metric": column_of("exact", results), "score": total["exact"], "score_95": total["exact_95"]}
+    row |= {key: cost[key] for key in COST} | {"questions": results["questions"], "run": str(run)}
+    row["trainable_percent"] = 100 * cost["trainable_parameters"] / cost["parameters"]
+    # of a resumed run cost.json knows the last part only; the metrics count on
+    row["train_seconds"] = max([cost["train_seconds"], *(m["seconds"] for m in read_metrics(run)[-1:])])
+    return row
+
+
+def report(rows: Sequence[Row], out: Path) -> None:
+    """ladder.json, ladder.md, ladder.png; the table on the screen, and what to do next."""
+    (out / "ladder.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    headings, lines = table_of(rows)
+    marked = [headings, ["---"] + ["--:"] * (len(headings) - 1), *lines]
+    text = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in marked)
+    (out / "ladder.md").write_text(text, encoding="utf-8")
+    table = Table(title=str(out), title_justify="left")
+    for i, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if 0 < i < 9 else "left")
+    for line in lines:
+        table.add_row(*(cell.replace("[", r"\[") for cell in line))  # no markup
+    screen = Console()
+    (screen if screen.is_terminal else Console(width=140)).print(table)  # a file is as wide as it likes
+    done = [row for row in rows if not row["failed"]]
+    if done:
+        plot(done, out / "ladder.png")
+    if len(done) > 1:
+        print("next:", shlex.join(["graft", "compare", *(r["run"] for r in done), "--out", str(out / "compare")]))
+
+
+def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings, and the cells of each row; why a rung failed stands in a last column."""
+    done = [row for row in rows if not row["failed"]]
+    headings = ["method", done[0]["metric"] if done else "score", "95 %", "trained", "% of all", "peak GiB", "train s"]
+    headings += ["disk MiB", "rate", *(["failed"] if len(done) < len(rows) else [])]
+    lines = []
+    for row in rows:
+        cells = ["-"] * 7
+        if not row["failed"]:
+            cells = [f"{row['score']:.1f}", "{:.1f} - {:.1f}".format(*row["score_95"])]
+            cells += [f"{row['trainable_parameters']:,}", f"{row['trainable_percent']:.3g}"]
+            cells += [f"{row['train_peak_memory_gib']:.2f}", f"{row['train_seconds']:.0f}", f"{row['disk_mib']:.1f}"]
+        rate = f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-"
+        reason = f"failed: {' '.join(row['failed'].split())}" if row["failed"] else ""
+        lines.append([row["method"], *cells, rate, reason][: len(headings)])
+    return headings, lines
+
+
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Score with its interval, and peak memory, each against the trained parameters."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (scores, memory) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    for i, row in enumerate(rows):
+        x, y, gib = (row[key] for key in ("trainable_parameters", "score", "train_peak_memory_gib"))
+        low, high = row["score_95"]
+        scores.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3, color=f"C{i}")
+        memory.plot(x, gib, "o", color=f"C{i}")
+        side, offset = (("left", (7, 5)), ("left", (7, -13)), ("right", (-7, 5)))[i % 3]  # lora, qlora, dora lie close
+        for axes, at in ((scores, y), (memory, gib)):
+            axes.annotate(row["method"], (x, at), offset, textcoords="offset points", ha=side, color=f"C{i}")
+    for axes, label in ((scores, f"{rows[0]['metric']}, percent, 95 % interval"), (memory, "peak memory in GiB")):
+        axes.set(xlabel="trained parameters", ylabel=label, xscale="log")
+        axes.margins(x=0.3, y=0.1)  # room for the labels
+        axes.grid(alpha=0.3)
+    memory.set_ylim(bottom=0)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)

@@ -1,0 +1,191 @@
+"""Continued pre-training: an encoder goes on reading raw text, that of its future task, before it learns the task.
+
+graft train recipes/minilm_mlm.yaml
+
+Devlin et al. 2019 (BERT), section 3.1. Masks are drawn anew whenever a row is read (Liu et al. 2019, section 4.1).
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.conversation import Conversation
+from data.progress import track
+from data.tokens import plain_backend
+from sft.base import readable, resolve_base
+from sft.baseline_data import Split
+from sft.baseline_recipe import BaselineRecipe, EncoderModel
+from sft.encoder import load_encoder, load_tokenizer
+from sft.model import default_device
+from sft.recipe import RecipeError
+
+SCORED_ROWS = 8  # held-out rows of a batch: of 512 tokens over 30,522 words, their float32 logits take 0.5 GB
+TARGETS = ("labels", "next_sentence_label")
+Row = dict[str, Any]
+Block = list[int]  # token ids of consecutive text, without control tokens
+
+
+class MaskedLM:
+    """A head (sft/head.py) that fills masked tokens in; with pretraining.next_sentence it also tells whether the second
+    part of a row follows the first. The held-out rows are masked once, by the seed: their perplexities are comparable.
+    """
+
+    def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
+        self.recipe, self.tokenizer = recipe, load_tokenizer(recipe.model)
+        self.pairs = recipe.pretraining.next_sentence
+        self.perplexity_before: float | None = None  # None: no data.dev_share, nothing to measure it on
+        if None in (self.tokenizer.mask_token, self.tokenizer.cls_token, self.tokenizer.sep_token):
+            raise RecipeError(
+                f"model.base: {recipe.model.base}: its tokenizer lacks a mask, cls or sep token; "
+                "name an encoder such as bert-base-uncased"
+            )
+        if self.pairs:
+            check_next_sentence(recipe.model)
+        self.notes: list[str] = []
+        self.rows = self._read(split.train, "trained on")
+        self.dev_rows = self._read(split.dev, "held out") if split.dev else []
+        probability = recipe.pretraining.mlm_probability
+        self.masking = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=probability)
+        once = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=probability, seed=recipe.train.seed)
+        in_order = sorted(self.dev_rows, key=lambda row: len(row["input_ids"]))  # rows of like length: little padding
+        self.dev = [mask(in_order[i : i + SCORED_ROWS], once) for i in range(0, len(in_order), SCORED_ROWS)]
+
+    def load(self) -> PreTrainedModel:
+        base, bf16 = self.recipe.model, bool(self.recipe.train.bf16)
+        model = load_encoder(base, "nsp" if self.pairs else "mlm", self.recipe.train.seed)
+        if is_drawn(model):
+            self.notes.append(
+                f"{base.base} has no head for masked tokens: it is drawn at random over the input embeddings, "
+                "and the perplexity before training is that of a random head, not of what the encoder knows"
+            )
+        if self.dev:
+            scores = self.score_dev(cast(torch.nn.Module, model).to(default_device()), bf16)
+            self.perplexity_before = scores["perplexity"]
+            masked = sum(int((batch["labels"] != -100).sum()) for batch in self.dev)
+            self.notes.append(f"perplexity before training {scores['perplexity']:.1f}, on {masked} held-out tokens")
+        return model
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        return mask(rows, self.masking)  # no seed: from PyTorch's generator, which checkpoints keep
+
+    @torch.inference_mode()
+    def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:
+        """ "loss": mean negative log-likelihood of the masked tokens, in nats; "perplexity": its exponential, no
+        percentage; with next_sentence "next_sentence_accuracy" from 0 to 100."""
+        model.eval()
+        device = next(model.parameters()).device
+        nll, asked, right = 0.0, 0, 0
+        for batch in track(self.dev, "fill masks in"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                output = model(**{name: t.to(device) for name, t in batch.items() if name not in TARGETS})
+            labels = batch["labels"].to(device)
+            chosen = labels != -100
+            logits = output["prediction_logits" if self.pairs else "logits"][chosen].float()
+            nll += float(cross_entropy(logits, labels[chosen], reduction="sum"))
+            asked += int(chosen.sum())
+            if self.pairs:
+                guessed = output["seq_relationship_logits"].argmax(dim=1).cpu()
+                right += int((guessed == batch["next_sentence_label"]).sum())
+        scores = {"loss": nll / asked, "perplexity": float(np.exp(nll / asked))}
+        return scores | ({"next_sentence_accuracy": 100 * right / len(self.dev_rows)} if self.pairs else {})
+
+    def choose(self, model: torch.nn.Module, bf16: bool) -> dict[str, Any]:
+        after = self.score_dev(model, bf16)["perplexity"] if self.dev else None
+        return {"perplexity_before": self.perplexity_before, "perplexity_after": after}
+
+    def _read(self, conversations: Sequence[Conversation], name: str) -> list[Row]:
+        """Rows of all posts; how many and of what goes to the notes. Raises RecipeError where there is none."""
+        length, seed = self.recipe.data.max_seq_length, self.recipe.train.seed
+        room = length - (3 if self.pairs else 2)
+        posts = [p for p in cut_posts([c.context for c in conversations], self.tokenizer, room) if p]
+        if self.pairs:
+            rows = [make_row(self.tokenizer, a, b) | {TARGETS[1]: label} for a, b, label in pair_up(posts, seed)]
+        else:
+            rows = [make_row(self.tokenizer, block) for post in posts for block in post]
+        if not rows:
+            raise RecipeError(
+                f"the {len(conversations)} posts {name} have too little text for a row (two posts for "
+                "pretraining.next_sentence); name more data in data.train, or change data.dev_share"
+            )
+        kind = "pairs of text" if self.pairs else "blocks"
+        empty = len(conversations) - len(posts)
+        left_out = f"; without text and left out: {empty}" if empty else ""
+        self.notes.append(f"{name}: {len(rows)} {kind} of at most {length} tokens from {len(posts)} posts{left_out}")
+        return rows
+
+
+def check_next_sentence(model: EncoderModel) -> None:
+    with readable(f"model.base: {model.base}"):
+        folder = resolve_base(model.base)
+        kind = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False).model_type
+    if kind != "bert":
+        raise RecipeError(
+            f"pretraining.next_sentence: {model.base} is of type {kind}, and BERT alone has a head for it; "
+            "set it to false, or name a BERT"
+        )
+
+
+def is_drawn(model: PreTrainedModel) -> bool:
+    """Whether the head is new: transformers draws its weights and leaves its bias at zero, which no training does.
+    (config.architectures is what its author says, not what the files hold.)"""
+    head: Any = model.get_output_embeddings()
+    return head.bias is not None and not head.bias.any()
+
+
+def cut_posts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[list[Block]]:
+    """Each text's blocks of at most `room` tokens, in order and without loss; none of an empty text. Text never becomes
+    a control token."""
+    backend = plain_backend(tokenizer)
+    posts = []
+    for i in track(range(0, len(texts), 1000), "encode posts, in thousands"):
+        for encoding in backend.encode_batch_fast(list(texts[i : i + 1000]), add_special_tokens=False):
+            ids = encoding.ids
+            posts.append([ids[at : at + room] for at in range(0, len(ids), room)])
+    return posts
+
+
+def pair_up(posts: Sequence[Sequence[Block]], seed: int) -> Iterator[tuple[Block, Block, int]]:
+    """Both halves of each block and 0; half of the time, another post's second half instead and 1. A block of a single
+    token has no halves. None at all where only one post has any. Drawn once, as Devlin et al. do."""
+    draw = random.Random(seed)
+    halves = [[(b[: len(b) // 2], b[len(b) // 2 :]) for b in post if len(b) > 1] for post in posts]
+    halves = [post for post in halves if post]
+    for i, post in enumerate(halves if len(halves) > 1 else ()):
+        for first, second in post:
+            foreign = draw.random() < 0.5
+            if foreign:
+                other = draw.randrange(len(halves) - 1)
+                second = draw.choice(halves[other + (other >= i)])[1]  # any post but the i-th
+            yield first, second, int(foreign)
+
+
+def make_row(tokenizer: PreTrainedTokenizerBase, *parts: Block) -> Row:
+    """[CLS] part [SEP], or [CLS] part [SEP] part [SEP] with token types 0 and 1."""
+    ids, types, control = [tokenizer.cls_token_id], [0], [1]
+    for number, part in enumerate(parts):
+        ids += [*part, tokenizer.sep_token_id]
+        types += [number] * (len(part) + 1)
+        control += [*[0] * len(part), 1]
+    row = {"input_ids": ids, "special_tokens_mask": control}
+    with_types = len(parts) > 1 or "token_type_ids" in tokenizer.model_input_names
+    return row | ({"token_type_ids": types} if with_types else {})
+
+
+def mask(rows: Sequence[Row], masking: DataCollatorForLanguageModeling) -> dict[str, torch.Tensor]:
+    """Tensors (rows, longest) with masks, and `labels`: the masked tokens' ids, -100 elsewhere. At least one token of
+    each row is masked, as in Devlin et al.'s code: of a step on few short posts the loss would else be 0 / 0."""
+    batch: dict[str, torch.Tensor] = dict(masking(list(rows)))
+    tokenizer = masking.tokenizer
+    control = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id])
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        if bool((labels == -100).all()):
+            places = (~torch.isin(ids, control)).nonzero().flatten()
+            i = places[torch.randint(len(places), (), generator=masking.generator)]
+            labels[i] = ids[i]
+            ids[i] = tokenizer.mask_token_id
+    return batch

@@ -1,0 +1,79 @@
+"""How a system is asked: few-shot, by likelihood of labels, with a no-answer threshold."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from data.errors import UserError
+from data.squad import UNANSWERABLE
+from sft.answer import Asking
+from sft.evaluate import evaluate
+from sft.recipe_file import load_recipe
+from sft.train import train
+from tests.conftest import SAMPLES, write_recipe
+
+
+def run_of(base: Path, folder: Path, **changes: str) -> Path:
+    path = write_recipe(folder / "recipe.yaml", base, **changes)
+    run = train(load_recipe(path, ["train.max_steps=1", "train.save_strategy=no"]), path)
+    assert run is not None
+    return run
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def news_run(tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("news")
+    return run_of(
+        tiny, folder, task="newsgroups", data=f"{{train: {SAMPLES / 'newsgroups.jsonl'}, max_length: 2048, max_contexts: 8}}",
+        eval="{share: 0.2, limit: 6, max_new_tokens: 3}",
+    )  # fmt: skip
+
+
+def test_labels_by_likelihood_are_always_valid_and_have_probabilities(news_run, tmp_path):
+    results = evaluate(str(news_run), tmp_path / "a", asking=Asking(labels=True))
+    assert results["scorer"] == "labels"
+    assert results["scores"]["total"]["valid"] == 100
+    assert all(0 < row["probability"] <= 1 for row in rows_of(tmp_path / "a"))
+    cost = results["system"]
+    assert cost["trainable_parameters"] < cost["parameters"]
+    assert cost["train_cpu_seconds"] > 0
+
+
+def test_untuned_base_costs_no_training(news_run, tmp_path):
+    results = evaluate(str(news_run), tmp_path / "a", base=True)
+    assert results["name"].endswith("base zero-shot")
+    assert results["system"]["train_seconds"] == results["system"]["trainable_parameters"] == 0
+
+
+def test_shots_stand_before_each_question_and_change_nothing_else(news_run, tmp_path):
+    plain = evaluate(str(news_run), tmp_path / "a")
+    shots = evaluate(str(news_run), tmp_path / "b", asking=Asking(shots=2))
+    assert shots["name"] == f"{plain['name']} 2-shot"
+    assert shots["evaluation_sha256"] == plain["evaluation_sha256"]
+    assert [row["id"] for row in rows_of(tmp_path / "a")] == [row["id"] for row in rows_of(tmp_path / "b")]
+
+
+def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
+    run = run_of(tiny, tmp_path)
+    evaluate(str(run), tmp_path / "a", asking=Asking(threshold_from=8))
+    assert "on 8 training questions" in capsys.readouterr().out
+    # a random model quotes nothing right, and a quarter of the questions have no answer: never to answer is best
+    assert {row["predicted"] for row in rows_of(tmp_path / "a")} <= {UNANSWERABLE, ""}
+
+
+@pytest.mark.parametrize(
+    ("asking", "message"),
+    [
+        (Asking(labels=True), "--labels: task squad_v2 has no labels"),
+        (Asking(shots=10_000), "shots"),
+    ],
+)
+def test_what_a_task_can_not_be_asked_is_an_error(asking, message, tiny, tmp_path):
+    run = run_of(tiny, tmp_path)
+    with pytest.raises(UserError, match=message):
+        evaluate(str(run), tmp_path / "a", asking=asking)

@@ -1,0 +1,235 @@
+"""Baselines: encoders under each strategy, what chooses their checkpoint and threshold, and that it is never the test."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from eval.compare import CompareError, compare
+from sft.answer import Asking
+from sft.ask import ask_run, classify_text
+from sft.baseline_data import baseline_questions, read_split
+from sft.baseline_recipe import BaselineRecipe
+from sft.bert import train_baseline
+from sft.encoder import depths, load_encoder
+from sft.encoder_trainer import Unfreeze
+from sft.evaluate import evaluate
+from sft.recipe import RecipeError
+from sft.recipe_file import check_baseline, load_recipe
+from sft.run import read_metrics
+from tests.conftest import SAMPLES
+
+NEWS, SQUAD = SAMPLES / "newsgroups.jsonl", SAMPLES / "squad_train.json"
+
+
+def recipe(objective: str, base: Path | str, out: Path, **changes: dict) -> BaselineRecipe:
+    news = objective != "extractive_qa"
+    tree = {
+        "objective": objective,
+        "task": "newsgroups" if news else "squad_v2",
+        "model": {"base": str(base)},
+        "data": {"train": str(NEWS if news else SQUAD), "max_seq_length": 64 if news else 384, "dev_share": 0.15},
+        "train": {
+            "examples_per_step": 16, "learning_rate": 1e-3, "num_train_epochs": 1, "bf16": False,
+            "output_dir": str(out), "max_steps": 3,
+        },
+        "eval": {"share": 0.2} if news else {"data": str(SAMPLES / "squad_dev.json"), "limit": 20},
+    }  # fmt: skip
+    for section, values in changes.items():
+        tree[section] = tree.get(section, {}) | values  # type: ignore[operator]
+    return check_baseline(tree)
+
+
+def trained(recipe: BaselineRecipe) -> Path:
+    run = train_baseline(recipe, Path("test.yaml"))
+    assert run is not None
+    return run
+
+
+@pytest.mark.parametrize("objective", ["classification", "extractive_qa"])
+@pytest.mark.parametrize(
+    "tune",
+    [
+        {"method": "full"},
+        {"method": "gradual_unfreezing", "layer_decay": 0.9},
+        {"method": "lora", "r": 2, "target_modules": "all-linear"},
+        pytest.param({"method": "linear_probe"}, marks=pytest.mark.slow),
+        pytest.param({"method": "ia3"}, marks=pytest.mark.slow),
+        pytest.param({"method": "prompt_tuning", "num_virtual_tokens": 2}, marks=pytest.mark.slow),
+        pytest.param({"method": "prefix_tuning", "num_virtual_tokens": 2}, marks=pytest.mark.slow),
+    ],
+    ids=lambda tune: tune["method"],
+)
+def test_each_strategy_trains_its_part_and_is_scored(objective, tune, tiny_bert, tmp_path):
+    run = trained(recipe(objective, tiny_bert, tmp_path / "run", tune=tune))
+    results = evaluate(str(run), tmp_path / "eval")
+    assert results["questions"] == 20 if objective == "extractive_qa" else results["questions"] > 20
+    cost = json.loads((run / "cost.json").read_text())
+    assert 0 < cost["trainable_parameters"] <= cost["parameters"]
+    assert (cost["trainable_parameters"] == cost["parameters"]) == (tune["method"] in ("full", "gradual_unfreezing"))
+    assert results["system"]["method"] == tune["method"]
+    assert results["latency_ms"]["p50"] > 0
+
+
+def test_linear_probe_leaves_the_encoder_as_it_was(tiny_bert, tmp_path):
+    run = trained(recipe("classification", tiny_bert, tmp_path / "run", tune={"method": "linear_probe"}))
+    before, after = load_file(tiny_bert / "model.safetensors"), load_file(run / "model" / "model.safetensors")
+    shared = [name for name in after if name in before and "pooler" not in name]
+    assert len(shared) > 30
+    assert all(torch.equal(before[name], after[name]) for name in shared)
+    assert not torch.equal(after["classifier.bias"], torch.zeros(20))
+
+
+def test_gradual_unfreezing_goes_from_the_head_to_the_embeddings(tiny_bert):
+    from sft.baseline_recipe import EncoderModel
+
+    model = load_encoder(EncoderModel(base=str(tiny_bert)), "classification", 0, ("a", "b"))
+    depth, deepest = depths(model)
+    assert depth["classifier.weight"] == 0
+    assert depth["bert.encoder.layer.1.output.dense.weight"] == 1
+    assert depth["bert.encoder.layer.0.output.dense.weight"] == 2
+    assert depth["bert.embeddings.word_embeddings.weight"] == deepest == 3
+
+    class State:
+        max_steps = 12
+
+    trained_depths = []
+    for State.global_step in range(12):
+        Unfreeze(model, 0.5).on_step_begin(None, State, None, model=model)
+        trained_depths.append(max(depth[n] for n, p in model.named_parameters() if p.requires_grad))
+    assert trained_depths == [0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3, 3]
+
+
+def test_checkpoint_and_threshold_never_see_the_test_set(tiny_bert, tmp_path):
+    """The held-out data may be other questions, wrong ones, or not there at all: the run is the same, bit by bit."""
+    squad = json.loads((SAMPLES / "squad_dev.json").read_text())
+    for article in squad["data"]:
+        for paragraph in article["paragraphs"]:
+            for question in paragraph["qas"]:
+                question |= {"answers": [], "is_impossible": True}
+    (tmp_path / "none.json").write_text(json.dumps(squad))
+    found = []
+    for name, held_out in (("a", str(SAMPLES / "squad_dev.json")), ("b", str(tmp_path / "none.json")), ("c", None)):
+        changed = recipe("extractive_qa", tiny_bert, tmp_path / name, train={"metric_for_best_model": "exact"})
+        source = changed.eval.model_copy(update={"data": changed.eval.data and held_out and changed.eval.data.model_copy(
+            update={"path": held_out})})  # fmt: skip
+        run = trained(changed.model_copy(update={"eval": source}))
+        found.append((load_file(run / "model" / "model.safetensors"), (run / "chosen.json").read_text()))
+    for weights, chosen in found[1:]:
+        assert chosen == found[0][1]
+        assert all(torch.equal(value, weights[name]) for name, value in found[0][0].items())
+
+
+def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path):
+    settings = recipe("classification", "sklearn:linear_svc", tmp_path)
+    split, test = read_split(settings), baseline_questions(settings)
+    clusters = [{c.cluster for c in part} for part in (split.train, split.dev, test)]
+    assert all(clusters)
+    assert not (clusters[0] & clusters[1])
+    assert not (clusters[0] & clusters[2])
+    assert not (clusters[1] & clusters[2])
+    rows = len(split.train) + len(split.dev) + len(test)
+    assert rows == len(NEWS.read_text().splitlines())
+
+
+def test_the_best_checkpoint_is_restored(tiny_bert, tmp_path):
+    best = {"metric_for_best_model": "loss", "eval_strategy": "steps", "eval_steps": 1, "max_steps": 6}
+    run = trained(recipe("classification", tiny_bert, tmp_path / "run", train=best | {"learning_rate": 3e-2}))
+    losses = {row["step"]: row["eval_loss"] for row in read_metrics(run) if "eval_loss" in row}
+    chosen = json.loads((run / "chosen.json").read_text())
+    assert losses[chosen["step"]] == min(losses.values())
+    assert chosen["dev"]["loss"] == pytest.approx(min(losses.values()), abs=1e-6)
+
+
+def test_resumed_run_equals_the_undisturbed_one(tiny_bert, tmp_path, monkeypatch):
+    steps = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "logging_steps": 1}
+    whole = trained(recipe("classification", tiny_bert, tmp_path / "whole", train=steps))
+    broken = recipe("classification", tiny_bert, tmp_path / "broken", train=steps)
+    from sft.encoder_trainer import EncoderTrainer
+
+    original = EncoderTrainer.training_step
+
+    def stop_in_third(self, *args, **kwargs):
+        if self.state.global_step == 2:
+            self.interrupt.asked = True
+        return original(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(EncoderTrainer, "training_step", stop_in_third)
+        with pytest.raises(SystemExit):
+            train_baseline(broken, Path("test.yaml"))
+    assert train_baseline(broken, Path("test.yaml"), tmp_path / "broken") == tmp_path / "broken"
+    weights = [load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "broken")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+    losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (whole, tmp_path / "broken")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4
+
+
+def test_one_question_is_answered_before_and_after_training(tiny_bert, tmp_path):
+    run = trained(recipe("extractive_qa", tiny_bert, tmp_path / "run"))
+    text = "The population of Shenzhen is approximately 13 million."
+    lines = list(ask_run(run, "What is the population of Shenzhen?", text, 2))
+    assert lines[0].startswith("before training: ")
+    assert lines[1].startswith("after training: ")
+    assert lines[1].removeprefix("after training: ") in text
+    assert len(lines) in (4, 5)
+
+
+def test_one_text_is_classified_with_probabilities(tiny_bert, tmp_path):
+    run = trained(recipe("classification", tiny_bert, tmp_path / "run"))
+    lines = list(classify_text(run, "The pitcher threw a no-hitter.", 20))
+    assert len(lines) == 20
+    assert sum(float(line.split()[1]) for line in lines) == pytest.approx(1, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("task", "squad_v2", "objective classification is for task newsgroups"),
+        ("model", {"base": "floor:overlap"}, "model.base floor:overlap is no floor of task newsgroups"),
+        ("train", {"metric_for_best_model": "f1"}, "train.metric_for_best_model f1: of objective classification"),
+        ("train", {"learning_rat": 1}, "train.learning_rat: unknown key, did you mean learning_rate"),
+        ("tune", {"method": "gradual"}, "tune.method: 'gradual' is none of"),
+        ("tune", {"method": "lora", "rr": 1}, "tune.rr: unknown key of method lora, did you mean r"),
+        ("tune", {"method": "freeze"}, "tune.trainable says what"),
+        ("data", {"dev_share": 1}, "data.dev_share: input should be less than 1"),
+    ],
+)
+def test_mistake_in_a_baseline_recipe_is_named(section, values, message, tmp_path):
+    tree = recipe("classification", "sklearn:linear_svc", tmp_path).model_dump(mode="json")
+    tree[section] = {**tree[section], **values} if isinstance(values, dict) else values
+    with pytest.raises(RecipeError, match=message):
+        check_baseline(tree)
+
+
+def test_question_that_fills_the_window_is_refused(tiny_bert, tmp_path):
+    with pytest.raises(RecipeError, match="data.max_query_length 400 leaves no room"):
+        recipe("extractive_qa", tiny_bert, tmp_path, data={"max_query_length": 400})
+
+
+def test_commands_of_adapters_say_that_a_recipe_is_a_baseline(tmp_path):
+    with pytest.raises(RecipeError, match="objective classification: a baseline"):
+        load_recipe(Path("recipes/minilm_newsgroups.yaml"))
+    run = trained(recipe("classification", "floor:majority", tmp_path / "run"))
+    with pytest.raises(RecipeError, match="a baseline answers by its head"):
+        evaluate(str(run), tmp_path / "eval", asking=Asking(labels=True))
+
+
+def test_scored_runs_of_different_kinds_are_compared_on_the_same_questions(tiny_bert, tmp_path):
+    folders = []
+    for name, base in (("bert", tiny_bert), ("tfidf", "sklearn:complement_nb")):
+        run = trained(recipe("classification", base, tmp_path / name))
+        evaluate(str(run), run / "eval")
+        folders.append(run)
+    report = compare(folders, tmp_path / "report")
+    assert [system["name"] for system in report["systems"]] == ["bert", "tfidf"]
+    assert report["systems"][0]["cost"]["train_seconds"] > 0
+    assert report["systems"][0]["classes"] is not None
+    assert (tmp_path / "report" / "report.html").stat().st_size > 10_000
+    other = recipe("classification", "floor:majority", tmp_path / "other", eval={"limit": 5})
+    evaluate(str(trained(other)), tmp_path / "other" / "eval")
+    with pytest.raises(CompareError, match="evaluation_sha256"):
+        compare([folders[0], tmp_path / "other"], tmp_path / "report")

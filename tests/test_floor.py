@@ -1,0 +1,61 @@
+"""Floors: what a fine-tuned model must beat, stored without pickles."""
+
+import json
+
+import pytest
+from sklearn.feature_extraction.text import TfidfVectorizer
+from sklearn.naive_bayes import ComplementNB
+from sklearn.svm import LinearSVC
+
+from data.squad import UNANSWERABLE
+from sft.baseline_data import baseline_questions, read_split
+from sft.evaluate import evaluate
+from sft.floor import load_floor
+from tests.conftest import REAL_DATA, needs_real
+from tests.test_bert import recipe, trained
+
+
+@pytest.mark.parametrize(
+    ("base", "classifier"),
+    [("sklearn:linear_svc", LinearSVC(C=0.5, random_state=42)), ("sklearn:complement_nb", ComplementNB(alpha=0.1))],
+)
+def test_tfidf_answers_as_scikit_learn_does(base, classifier, tmp_path):
+    settings = recipe("classification", base, tmp_path / "run", data={"dev_share": 0})
+    run = trained(settings)
+    train, test = read_split(settings).train, baseline_questions(settings)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    classifier.fit(vectorizer.fit_transform([c.context for c in train]), [c.label for c in train])
+    expected = classifier.predict(vectorizer.transform([c.context for c in test]))
+    assert [p.text for p in load_floor(settings, run / "model")(test)] == list(expected)
+    assert not list(run.rglob("*.pkl")) + list(run.rglob("*.joblib"))
+
+
+@pytest.mark.slow
+@needs_real("20newsgroups/train.jsonl.gz")
+@pytest.mark.parametrize("base", ["sklearn:linear_svc", "sklearn:complement_nb"])
+def test_tfidf_reaches_its_known_accuracy_on_the_stripped_by_date_split(base, tmp_path):
+    news = REAL_DATA / "20newsgroups"
+    settings = recipe(
+        "classification", base, tmp_path / "run", data={"train": str(news / "train.jsonl.gz"), "dev_share": 0},
+        eval={"data": str(news / "test.jsonl.gz"), "share": None},
+    )  # fmt: skip
+    results = evaluate(str(trained(settings)), tmp_path / "eval")
+    assert results["questions"] > 5000
+    assert results["scores"]["total"]["exact"] == pytest.approx(70, abs=1.5)
+
+
+def test_always_unanswerable_scores_the_unanswerable_share(tmp_path):
+    settings = recipe("extractive_qa", "floor:unanswerable", tmp_path / "run", eval={"limit": None})
+    results = evaluate(str(trained(settings)), tmp_path / "eval")
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
+    share = sum(not row["gold"] for row in rows) / len(rows)
+    assert results["scores"]["total"]["exact"] == pytest.approx(100 * share, abs=0.01)
+    assert {row["predicted"] for row in rows} == {UNANSWERABLE}
+
+
+def test_overlap_quotes_words_next_to_those_of_the_question(tmp_path):
+    settings = recipe("extractive_qa", "floor:overlap", tmp_path / "run")
+    results = evaluate(str(trained(settings)), tmp_path / "eval")
+    rows = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
+    assert results["scores"]["HasAns"]["f1"] > 0
+    assert all(row["predicted"] in row["prompt"] or row["predicted"] == UNANSWERABLE for row in rows)

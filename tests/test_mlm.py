@@ -1,0 +1,234 @@
+"""Continued pre-training reads every token once, masks as BERT does, and hands its weights on."""
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoConfig, BertConfig, DistilBertConfig, set_seed
+
+from data.conversation import Conversation
+from data.tokens import plain_backend
+from sft.baseline_data import Split
+from sft.baseline_recipe import BaselineRecipe
+from sft.bert import train_baseline
+from sft.encoder import load_encoder
+from sft.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
+from sft.recipe import RecipeError
+from sft.run import read_metrics
+from tests.test_windows import bert_tokenizer
+
+POSTS = "data/samples/newsgroups.jsonl"
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+
+
+def save(model, folder: Path) -> str:
+    model.save_pretrained(folder)
+    bert_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory) -> str:
+    """A random two-layer sentence encoder, without a head for masked tokens, with the real tokenizer."""
+    set_seed(0)
+    config = BertConfig(vocab_size=len(bert_tokenizer()), **SIZES)
+    return save(transformers.BertModel(config), tmp_path_factory.mktemp("models") / "tiny-bert")
+
+
+def recipe_of(base: str, out: Path | None = None, **sections) -> BaselineRecipe:
+    train = {"max_steps": 2, "examples_per_step": 8, "bf16": False, "eval_strategy": "no", "logging_steps": 1}
+    train |= {"output_dir": out} | sections.pop("train", {})
+    data = {"train": POSTS, "max_seq_length": 64, "max_query_length": 8, "dev_share": 0.1} | sections.pop("data", {})
+    fixed = {"objective": "mlm", "task": "newsgroups", "model": {"base": base}}
+    return BaselineRecipe.model_validate(fixed | {"data": data, "train": train} | sections)
+
+
+def post(text: str, number: int = 0) -> Conversation:
+    return Conversation(({"role": "user", "content": "?"},), str(number), "f: 1", context=text, label="sci.med")
+
+
+def split_of(train: list[str], dev: list[str] = ()) -> Split:  # type: ignore[assignment]
+    return Split([post(t, i) for i, t in enumerate(train)], [post(t, i) for i, t in enumerate(dev)], {})
+
+
+@cache
+def words(count: int) -> str:
+    return " ".join(["alpha beta gamma delta"] * (count // 4))
+
+
+def train(recipe: BaselineRecipe) -> tuple[Path, dict, list[dict]]:
+    run = train_baseline(recipe, Path("recipes/tiny.yaml"))
+    return run, json.loads((run / "chosen.json").read_text()), read_metrics(run)
+
+
+def test_long_posts_become_blocks_without_loss_and_text_stays_text():
+    tokenizer = bert_tokenizer()
+    text = "hello [MASK] of many words [SEP] and so on " * 20
+    blocks, empty = cut_posts([text, " \n"], tokenizer, 10)
+    assert empty == []
+    assert max(map(len, blocks)) == 10
+    assert [i for b in blocks for i in b] == plain_backend(tokenizer).encode(text, add_special_tokens=False).ids
+    control = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id}
+    assert not control & {i for b in blocks for i in b}
+    row = make_row(tokenizer, blocks[0])
+    assert row["input_ids"] == [tokenizer.cls_token_id, *blocks[0], tokenizer.sep_token_id]
+    assert row["special_tokens_mask"] == [1, *[0] * 10, 1]
+
+
+def test_posts_are_not_joined_and_empty_ones_are_counted(bert):
+    head = MaskedLM(recipe_of(bert), split_of(["alpha", "", "beta", words(100)], ["gamma"]))
+    assert [len(row["input_ids"]) for row in head.rows] == [3, 3, 64, 40]
+    assert "4 blocks of at most 64 tokens from 3 posts; without text and left out: 1" in head.notes[0]
+    with pytest.raises(RecipeError, match="too little text"):
+        MaskedLM(recipe_of(bert), split_of(["", " "]))
+
+
+def test_training_masks_anew_but_the_held_out_slice_is_masked_once(bert):
+    recipe = recipe_of(bert)
+    head, again = (MaskedLM(recipe, split_of([words(200)], [words(400), "delta"])) for _ in range(2))
+    first, second = head.collate(head.rows), head.collate(head.rows)
+    assert not torch.equal(first["labels"], second["labels"])
+    for a, b in zip(head.dev, again.dev, strict=True):
+        assert all(torch.equal(a[name], b[name]) for name in a)
+    model = head.load()
+    assert head.score_dev(model, False) == head.score_dev(model, False)
+    assert head.score_dev(model, False)["perplexity"] == head.perplexity_before
+
+
+def test_masks_follow_the_probability_and_spare_control_tokens(bert):
+    head = MaskedLM(recipe_of(bert, pretraining={"mlm_probability": 0.3}), split_of([words(40_000)]))
+    set_seed(1)
+    batch = head.collate(head.rows)
+    whole = [row["input_ids"] for row in head.rows]
+    chosen = batch["labels"] != -100
+    asked = [row[i] for row, places in zip(whole, chosen.tolist(), strict=True) for i in range(len(row)) if places[i]]
+    assert batch["labels"][chosen].tolist() == asked
+    assert not {head.tokenizer.cls_token_id, head.tokenizer.sep_token_id} & set(asked)
+    assert sum(map(len, whole)) * 0.28 < len(asked) < sum(map(len, whole)) * 0.31
+    shown = batch["input_ids"][chosen]
+    assert 0.78 < (shown == head.tokenizer.mask_token_id).float().mean() < 0.82  # Devlin et al. 2019: 80 %
+    assert 0.08 < (shown == batch["labels"][chosen]).float().mean() < 0.12  # 10 % stay
+
+
+def test_a_row_of_one_token_always_has_a_loss(bert):
+    head = MaskedLM(recipe_of(bert, pretraining={"mlm_probability": 0.001}), split_of(["alpha", "☃"], ["beta"]))
+    batch = head.collate(head.rows)
+    assert (batch["labels"] != -100).sum(1).tolist() == [1, 1]
+    assert batch["input_ids"][:, 1].tolist() == [head.tokenizer.mask_token_id] * 2
+    assert math.isfinite(head.score_dev(head.load(), False)["loss"])
+
+
+def test_the_loss_is_the_mean_over_masked_tokens(bert):
+    head = MaskedLM(recipe_of(bert), split_of(["alpha"], [words(40), words(300), "gamma"]))
+    model = head.load()
+    total = count = 0.0
+    for batch in head.dev:
+        with torch.no_grad():
+            n = int((batch["labels"] != -100).sum())
+            total, count = total + float(model(**batch).loss) * n, count + n
+    scores = head.score_dev(model, False)
+    assert scores["loss"] == pytest.approx(total / count, rel=1e-5)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+
+
+def test_a_missing_head_is_told_and_tied_to_the_embeddings(bert, tmp_path):
+    head = MaskedLM(recipe_of(bert), split_of(["alpha"], ["beta"]))
+    model = head.load()
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert any("random head" in note for note in head.notes)
+    with torch.no_grad():
+        model.get_output_embeddings().bias[7] = 0.1  # as after any training
+    trained = MaskedLM(recipe_of(save(model, tmp_path / "mlm")), split_of(["alpha"], ["beta"]))
+    trained.load()
+    assert not any("random head" in note for note in trained.notes)
+
+
+def test_without_a_held_out_slice_nothing_is_measured(bert):
+    head = MaskedLM(recipe_of(bert, data={"dev_share": 0}), split_of(["alpha"]))
+    assert head.choose(head.load(), False) == {"perplexity_before": None, "perplexity_after": None}
+
+
+def test_halves_pair_with_their_own_or_another_posts():
+    posts = [[[10 * n + 1, 10 * n + 2, 10 * n + 3], [10 * n + 4, 10 * n + 5]] for n in range(1, 301)] + [[[7]]]
+    pairs = list(pair_up(posts, 3))
+    assert pairs == list(pair_up(posts, 3)) != list(pair_up(posts, 4))
+    assert len(pairs) == 600  # a block of one token has no halves
+    for first, second, label in pairs:
+        assert label == int(first[0] // 10 != second[0] // 10)
+    assert {p[1][0] // 10 == p[0][0] // 10 for p in pairs if p[2] == 0} == {True}
+    assert 250 < sum(p[2] for p in pairs) < 350
+    assert list(pair_up(posts[:1], 3)) == []
+
+
+def test_next_sentence_rows_fit_and_are_typed(bert):
+    recipe = recipe_of(bert, pretraining={"next_sentence": True})
+    head = MaskedLM(recipe, split_of([words(101 * n) for n in range(1, 5)], [words(80), words(90)]))
+    tokenizer = head.tokenizer
+    assert max(len(row["input_ids"]) for row in head.rows) == 64
+    for row in head.rows:
+        first = row["input_ids"].index(tokenizer.sep_token_id) + 1
+        assert row["token_type_ids"] == [0] * first + [1] * (len(row["input_ids"]) - first)
+        assert row["input_ids"].count(tokenizer.sep_token_id) == 2
+    batch = head.collate(head.rows)
+    assert batch["next_sentence_label"].tolist() == [row["next_sentence_label"] for row in head.rows]
+    assert 0 <= head.score_dev(head.load(), False)["next_sentence_accuracy"] <= 100
+    with pytest.raises(RecipeError, match="two posts"):
+        MaskedLM(recipe, split_of([words(40)]))
+
+
+def test_next_sentence_needs_a_bert(tmp_path):
+    config = DistilBertConfig(vocab_size=len(bert_tokenizer()), dim=32, hidden_dim=64, n_layers=1, n_heads=2)
+    base = save(transformers.DistilBertForMaskedLM(config), tmp_path / "distil")
+    with pytest.raises(RecipeError, match="is of type distilbert.*name a BERT"):
+        MaskedLM(recipe_of(base, pretraining={"next_sentence": True}), split_of(["alpha"]))
+    head = MaskedLM(recipe_of(base), split_of(["alpha"], ["beta"]))
+    assert head.score_dev(head.load(), False)["loss"] > 0
+
+
+def test_pretraining_lowers_perplexity_and_classification_goes_on_from_it(bert, tmp_path):
+    settings = {"max_steps": 12, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 6}
+    settings |= {"metric_for_best_model": "loss", "save_total_limit": 1}
+    run, chosen, metrics = train(recipe_of(bert, tmp_path / "mlm", train=settings))
+    assert chosen["perplexity_after"] < chosen["perplexity_before"]
+    assert chosen["dev"]["perplexity"] == chosen["perplexity_after"]
+    assert [row["step"] for row in metrics if "eval_perplexity" in row] == [6, 12]
+
+    told = recipe_of(str(run / "model"), tmp_path / "classifier", objective="classification")
+    pretrained = transformers.BertForMaskedLM.from_pretrained(run / "model").bert.encoder.layer[1].output.dense.weight
+    taken = load_encoder(told.model, "classification", 0, ("a", "b")).bert.encoder.layer[1].output.dense.weight
+    assert torch.equal(pretrained, taken)
+    _, chosen, _ = train(told)
+    assert chosen["step"] == 2
+    assert 0 <= chosen["dev"]["accuracy"] <= 100
+
+
+@pytest.mark.slow
+def test_next_sentence_trains_and_hands_on_its_pooler(bert, tmp_path):
+    recipe = recipe_of(bert, tmp_path / "nsp", pretraining={"next_sentence": True}, train={"learning_rate": 0.01})
+    run, chosen, _ = train(recipe)
+    assert chosen["perplexity_after"] < chosen["perplexity_before"]
+    assert 0 <= chosen["dev"]["next_sentence_accuracy"] <= 100
+    assert AutoConfig.from_pretrained(run / "model").architectures == ["BertForPreTraining"]
+    classifier = recipe_of(str(run / "model"), tmp_path / "classifier", objective="classification")
+    assert train(classifier)[1]["step"] == 2
+
+
+@pytest.mark.slow
+def test_equal_seeds_give_equal_losses(bert, tmp_path):
+    runs = [train(recipe_of(bert, tmp_path / name, train={"max_steps": 3}))[2] for name in "ab"]
+    other = train(recipe_of(bert, tmp_path / "c", train={"max_steps": 3, "seed": 7}))[2]
+    losses = [[row["loss"] for row in metrics if "loss" in row] for metrics in (*runs, other)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+    assert losses[0] != losses[2]
+
+
+def test_the_collator_does_not_change_rows(bert):
+    head = MaskedLM(recipe_of(bert), split_of([words(80)]))
+    before = json.dumps(head.rows)
+    mask(head.rows, head.masking)
+    assert json.dumps(head.rows) == before
