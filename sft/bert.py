@@ -28,6 +28,8 @@ def main(recipe: RecipePath = None, overrides: Overrides = None, resume: Resume 
     """Train a baseline; the run folder holds its weights and everything that scoring needs."""
     if (recipe is None) == (resume is None):
         raise RecipeError("name a RECIPE, or a run to go on with: --resume RUN")
+    if resume and overrides:
+        raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
     path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
     loaded = load_any_recipe(path, overrides)
     if not isinstance(loaded, BaselineRecipe):

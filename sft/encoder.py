@@ -145,7 +145,8 @@ def predict(
         values = [output[name].float().cpu().numpy() for name in outputs]
         for j, i in enumerate(batch):
             length = len(rows[i]["input_ids"])
-            found[i] = tuple(v[j, :length] if v.shape[1:2] == padded["input_ids"].shape[1:] else v[j] for v in values)
+            per_token = (name in ("start_logits", "end_logits") for name in outputs)
+            found[i] = tuple(v[j, :length] if each else v[j] for v, each in zip(values, per_token, strict=True))
         done += len(batch)
         bar.update(done)
     bar.close()

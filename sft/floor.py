@@ -48,6 +48,8 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
         linear = isinstance(classifier, LinearSVC)
         weights = classifier.coef_ if linear else classifier.feature_log_prob_  # of each class and word
         bias = classifier.intercept_ if linear else np.zeros(len(weights))
+        if len(weights) == 1:  # of two classes a linear SVM has one weight vector: that of the second
+            weights, bias = np.vstack([-weights, weights]), np.concatenate([-bias, bias])
         arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
         # coef_ is in column order, whose bytes safetensors would write as if they were rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)

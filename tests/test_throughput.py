@@ -44,6 +44,7 @@ def measurement(system: str, seconds: float, **changes) -> Measurement:
     )
 
 
+@pytest.mark.slow
 def test_a_training_with_graft_is_measured(workload, tiny, tmp_path):
     settings = Settings(str(tiny), batch=6, r=4, lora_alpha=8)
     (m,), failures = measure_all(["graft"], workload, tmp_path / "scratch", settings, tmp_path / "logs")
