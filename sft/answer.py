@@ -41,6 +41,8 @@ def model_answerer(
 ) -> Answerer:
     """The answers of a language model, loaded here or behind a server. known: training questions for the threshold."""
     length = asking.max_new_tokens or settings.max_new_tokens
+    if asking.threshold_from and asking.shots:
+        raise RecipeError("--threshold-from, --shots: training questions would be asked without shots; keep one")
     if asking.threshold_from and task != "squad_v2":
         raise RecipeError(f"--threshold-from: task {task} has no questions without answer; leave it out")
     if is_url(target):
@@ -105,8 +107,13 @@ def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, asking: Ask
     return load_answerer(run, recipe)
 
 
-def training_questions(recipe: Recipe | BaselineRecipe | None) -> list[Conversation]:
-    """All rows of a run's data.train. Raises RecipeError without a run."""
+def training_questions(recipe: Recipe | BaselineRecipe | None, scored: Sequence[Conversation]) -> list[Conversation]:
+    """The rows of a run's data.train that share no passage or thread with a scored one. Raises RecipeError without a
+    run, and where none is left."""
     if recipe is None:
         raise RecipeError("--shots, --threshold-from: take training questions; score a run, or name one with --run")
-    return [c for s in recipe.data.train for c in read_all(with_split(s, "train"), recipe.task)]
+    clusters = {c.cluster for c in scored}
+    every = (c for s in recipe.data.train for c in read_all(with_split(s, "train"), recipe.task))
+    if not (found := [c for c in every if c.cluster not in clusters]):
+        raise RecipeError("--shots, --threshold-from: all training questions are also scored; score other data")
+    return found

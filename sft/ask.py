@@ -9,7 +9,7 @@ import numpy as np
 from scipy.special import log_softmax, softmax
 
 from data.conversation import Conversation
-from data.newsgroups import INSTRUCTION, NEWSGROUPS
+from data.newsgroups import HEADERS, INSTRUCTION, NEWSGROUPS, strip_post
 from data.squad import INSTRUCTION_V1, squad_conversation
 from data.tokens import encode_texts
 from data.windows import make_windows
@@ -48,6 +48,8 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
     recipe = run_any_recipe(run)
     if recipe.task != "newsgroups":
         raise RecipeError(f"{run}: its task is {recipe.task}; it classifies no texts")
+    if HEADERS.match(text):  # a whole post is read as those of training are
+        text = strip_post(text)
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
         system, user = {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}
         asked = Conversation((system, user, {"role": "assistant", "content": ""}), "text", "text", context=text)
@@ -72,7 +74,10 @@ def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int)
     windows = make_windows([asked], tokenizer, data.max_seq_length, data.doc_stride, data.max_query_length)
     before = load_encoder(recipe.model, recipe.objective, recipe.train.seed)
     chosen = json.loads((run / CHOSEN).read_text())
-    for name, model in (("before", before), ("after", load_trained(run, recipe.objective, recipe.model, ()))):
+    for name, model in (
+        ("before", before),
+        ("after", load_trained(run, recipe.objective, recipe.model, recipe.train.seed)),
+    ):
         (answer,), _ = read_spans(model, recipe, [asked], windows, tokenizer, False)
         yield f"{name} training: {answer.text}"
         if name == "after":
@@ -95,6 +100,6 @@ def _label_probabilities(run: Path, recipe: Recipe | BaselineRecipe, text: str) 
     labels = json.loads((run / CHOSEN).read_text())["labels"]
     tokenizer = load_tokenizer(recipe.model)
     rows, _ = encode_texts([text], tokenizer, recipe.data.max_seq_length)
-    model = load_trained(run, recipe.objective, recipe.model, labels)
+    model = load_trained(run, recipe.objective, recipe.model, recipe.train.seed, labels)
     (logits,) = predict(model, rows, tokenizer.pad_token_id, ("logits",), False)[0]
     return labels, np.exp(log_softmax(logits))

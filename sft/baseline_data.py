@@ -96,7 +96,9 @@ def _account(source: Source, ledger: Ledger, digests: dict[str, str]) -> dict[st
 
 def _is_held_out(conversation: Conversation, recipe: BaselineRecipe) -> bool:
     share = recipe.eval.share
-    key = conversation.id if recipe.eval.share_of == "rows" else conversation.cluster
+    key = conversation.cluster
+    if recipe.eval.share_of == "rows":  # by content: an id may hold the path, which a run's recipe writes otherwise
+        key = "\n".join((conversation.label, conversation.context, conversation.question))
     return share is not None and held_out_by_share(key, share, recipe.train.seed)
 
 

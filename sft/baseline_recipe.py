@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sft.recipe import Count, MaxSteps, Number, Section, Seed, Source, Tune, as_source, as_sources, same_rows
+from sft.recipe import Count, MaxSteps, Number, Section, Seed, Source, Tune, as_source, as_sources, check_rows
 
 FLOORS = {
     "sklearn:linear_svc": "newsgroups",
@@ -19,6 +19,7 @@ FLOORS = {
     "floor:overlap": "squad_v2",
 }
 STRATEGIES = ("full", "freeze", "linear_probe", "gradual_unfreezing")  # PEFT does not know them
+MOVES_POSITIONS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning")  # of what stands in a passage
 PEFT_TASKS = {"classification": "SEQ_CLS", "extractive_qa": "QUESTION_ANS", "mlm": None}
 METRICS = {"classification": ("accuracy", "macro_f1"), "extractive_qa": ("exact", "f1"), "mlm": ()}
 TASKS_OF = {"classification": ("newsgroups",), "extractive_qa": ("squad_v1", "squad_v2"), "mlm": ("newsgroups",)}
@@ -128,13 +129,7 @@ class BaselineRecipe(Section):
         if base.startswith(("sklearn:", "floor:")) and FLOORS.get(base, "")[:5] != self.task[:5]:
             fitting = [name for name, task in FLOORS.items() if task[:5] == self.task[:5]]
             raise ValueError(f"model.base {base} is no floor of task {self.task}; there are {', '.join(fitting)}")
-        if self.eval.data and self.eval.share:
-            raise ValueError("eval.data and eval.share exclude each other; keep one")
-        held_out = self.eval.data
-        if held_out and any(same_rows(source, held_out) for source in self.data.train):
-            raise ValueError(f"eval.data {held_out.path} is also in data.train; name other data, or set eval.share")
-        if self.data.unanswerable_share is not None and (self.data.max_contexts is None or self.task != "squad_v2"):
-            raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
+        check_rows(self.task, self.data, self.eval)
         best = self.train.metric_for_best_model
         if best and best != "loss" and best not in METRICS[self.objective]:
             raise ValueError(
@@ -146,6 +141,11 @@ class BaselineRecipe(Section):
         if (self.tune.method == "freeze") != bool(self.tune.trainable):
             raise ValueError(
                 "tune.trainable says what tune.method freeze trains: it needs it, and others don't read it"
+            )
+        if self.objective == "extractive_qa" and self.tune.method in MOVES_POSITIONS:
+            raise ValueError(
+                f"tune.method {self.tune.method} puts virtual tokens before the input, and an answer's place "
+                "is counted without them; use prefix_tuning, lora or another method"
             )
         if self.objective == "mlm" and self.tune.method not in STRATEGIES:
             raise ValueError(f"tune.method {self.tune.method}: objective mlm makes a base of whole weights; use full")

@@ -6,7 +6,6 @@ graft train recipes/minilm_newsgroups.yaml                       the same in one
 
 import sys
 from pathlib import Path
-from typing import Annotated
 
 if not __package__:  # started as a file: put the repository root, not sft/, first
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -17,20 +16,13 @@ from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import RecipeError
 from sft.recipe_file import load_any_recipe
 from sft.session import use_all_cores, user_errors
-
-RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
-Resume = Annotated[Path | None, typer.Option(help="Go on with this run folder from its last checkpoint.")]
+from sft.train import Overrides, RecipePath, Resume, recipe_to_train
 
 
 @user_errors
 def main(recipe: RecipePath = None, overrides: Overrides = None, resume: Resume = None) -> None:
     """Train a baseline; the run folder holds its weights and everything that scoring needs."""
-    if (recipe is None) == (resume is None):
-        raise RecipeError("name a RECIPE, or a run to go on with: --resume RUN")
-    if resume and overrides:
-        raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
-    path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
+    path = recipe_to_train(recipe, overrides, resume)
     loaded = load_any_recipe(path, overrides)
     if not isinstance(loaded, BaselineRecipe):
         raise RecipeError(f"{path}: names no objective, so it is the recipe of an adapter; train it with sft/train.py")
@@ -65,9 +57,13 @@ def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Path | Non
     split = read_split(recipe)
     watch = Stopwatch()
     if recipe.is_floor:
+        if resume:
+            raise RecipeError(f"{resume}: a floor takes seconds and has no checkpoint; start a new run")
         run = agree_on_folder(recipe, recipe_path)
+        if not state.is_main_process:
+            return None
         start_run(run, recipe, manifest(recipe, split.report, 0, 0), split.report)
-        fit_floor(recipe, split.train, run / "model")
+        fit_floor(recipe, [*split.train, *split.dev], run / "model")  # it has nothing to choose
         write_json(run / COST, watch.cost(run / "model", 0, 0))
         return run
 
@@ -100,7 +96,7 @@ def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Path | Non
         return None
     head.tokenizer.save_pretrained(weights)
     write_json(run / CHOSEN, trainer.chosen())
-    write_json(run / COST, watch.cost(weights, trainable, parameters))
+    write_json(run / COST, watch.cost(weights, trainable, parameters, trainer.last.get("seconds")))
     plot_loss(run)
     return run
 

@@ -228,10 +228,13 @@ def quickstart(
 @app.command()
 @user_errors
 def schema() -> None:
-    """Print the recipe's JSON schema, for editors."""
+    """Print the JSON schema of recipes, adapters' and baselines', for editors."""
+    from pydantic import TypeAdapter
+
+    from sft.baseline_recipe import BaselineRecipe
     from sft.recipe import Recipe
 
-    print(json.dumps(Recipe.model_json_schema(), indent=2))
+    print(json.dumps({"title": "Recipe", **TypeAdapter(Recipe | BaselineRecipe).json_schema()}, indent=2))
 
 
 @app.command()

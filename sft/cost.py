@@ -27,14 +27,15 @@ class Stopwatch:
     def __init__(self) -> None:
         self.wall, self.cpu = time.monotonic(), _cpu_seconds()
 
-    def cost(self, weights: Path, trainable: int, parameters: int) -> dict[str, Any]:
-        """train_cpu_seconds: of all threads, the proxy for energy. disk_mib: of what the run adds to its base."""
+    def cost(self, weights: Path, trainable: int, parameters: int, before: float | None = None) -> dict[str, Any]:
+        """train_cpu_seconds: of all threads, the proxy for energy. disk_mib: of what the run adds to its base.
+        `before`: seconds of a resumed run until its checkpoint; what it took of the processor then is not known."""
         files = [f for f in weights.rglob("*") if f.is_file()]
         return {
             "parameters": parameters,
             "trainable_parameters": trainable,
-            "train_seconds": round(time.monotonic() - self.wall, 1),
-            "train_cpu_seconds": round(_cpu_seconds() - self.cpu, 1),
+            "train_seconds": round((before or 0.0) + time.monotonic() - self.wall, 1),
+            "train_cpu_seconds": None if before else round(_cpu_seconds() - self.cpu, 1),
             "train_peak_memory_gib": round(peak_memory_gib(), 2),
             "disk_mib": round(sum(f.stat().st_size for f in files) / 2**20, 2),
         }

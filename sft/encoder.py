@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from data.progress import Bar
 from sft.base import readable, resolve_base
 from sft.baseline_recipe import PEFT_TASKS, BaselineTune, EncoderModel
+from sft.model import train_matching
 from sft.recipe import RecipeError
 from sft.recipe_file import peft_types
 
@@ -62,16 +63,17 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
     return cast(PreTrainedModel, loaded)
 
 
-def check_positions(model: EncoderModel, max_seq_length: int) -> None:
-    """Raise RecipeError where an input may need more positions than the encoder has."""
+def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:
+    """Raise RecipeError where an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
     with readable(f"model.base: {model.base}"):
         config = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
     most = config.to_dict().get("max_position_embeddings")
     if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         most -= 2  # their positions begin behind that of padding
-    if most is not None and max_seq_length > most:
+    if most is not None and max_seq_length + virtual_tokens > most:
+        behind = f" behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise RecipeError(
-            f"data.max_seq_length {max_seq_length} exceeds the {most} positions of {model.base}; lower it"
+            f"data.max_seq_length {max_seq_length}{behind} exceeds the {most} positions of {model.base}; lower it"
         )
 
 
@@ -81,10 +83,7 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
     if tune.method in ("full", "gradual_unfreezing"):  # the latter freezes before the first step
         return model
     if tune.method == "freeze":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in tune.trainable))
-        if not any(p.requires_grad for p in model.parameters()):
-            raise RecipeError(f"tune.trainable: no parameter matches {', '.join(tune.trainable)}")
+        train_matching(model, tune.trainable)
         return model
     if tune.method == "linear_probe":
         model.base_model.requires_grad_(False)
@@ -115,15 +114,18 @@ def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
     return found, layers + 1
 
 
-def load_trained(folder: Path, objective: str, base: EncoderModel, labels: Sequence[str]) -> PreTrainedModel:
-    """What a run saved: whole weights in model/, or an adapter on its base. In eval mode."""
+def load_trained(
+    folder: Path, objective: str, base: EncoderModel, seed: int, labels: Sequence[str] = ()
+) -> PreTrainedModel:
+    """What a run saved: whole weights in model/, or an adapter on its base. In eval mode. The run's seed draws again
+    what the base lacks and the adapter does not hold, such as a pooler."""
     if (folder / "model").is_dir():
         return load_encoder(EncoderModel(base=str(folder / "model")), objective, 0, labels).eval()
     from peft import PeftModel
 
     adapter = folder / "adapter"
     with readable(str(adapter)):
-        model = PeftModel.from_pretrained(load_encoder(base, objective, 0, labels), str(adapter))
+        model = PeftModel.from_pretrained(load_encoder(base, objective, seed, labels), str(adapter))
     return cast(PreTrainedModel, model.eval())
 
 

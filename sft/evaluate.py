@@ -63,7 +63,7 @@ def evaluate(
     else:
         settings = recipe.eval if isinstance(recipe, Recipe) else Eval()
         asking = replace(asking, max_new_tokens=asking.max_new_tokens or settings.max_new_tokens)
-        known = training_questions(recipe) if asking.shots or asking.threshold_from else []
+        known = training_questions(recipe, conversations) if asking.shots or asking.threshold_from else []
         if asking.shots:
             conversations = with_shots(conversations, known, asking.shots, recipe.train.seed if recipe else 0)
         answer = model_answerer(target, task, base, settings, asking, known)
@@ -78,6 +78,7 @@ def evaluate(
         **summarize(task, scored),
         "scorer": "labels" if asking.labels else "",
         "shots": asking.shots,
+        "threshold_from": asking.threshold_from,
         "max_new_tokens": asking.max_new_tokens,
         "seconds": round(seconds, 1),
         "questions_per_s": round(len(predictions) / seconds, 2),
@@ -125,7 +126,10 @@ def _name(target: str, base: bool, asking: Asking) -> str:
     """What a comparison calls it."""
     name = asking.served or target if is_url(target) else Path(target).resolve().name
     shots = f"{asking.shots}-shot" if asking.shots else "zero-shot" if base else ""
-    return " ".join(filter(None, (name, "base" if base else "", shots, "by labels" if asking.labels else "")))
+    threshold = "with threshold" if asking.threshold_from else ""
+    return " ".join(
+        filter(None, (name, "base" if base else "", shots, "by labels" if asking.labels else "", threshold))
+    )
 
 
 def print_scores(results: dict[str, Any], console: Console | None = None) -> None:

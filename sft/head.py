@@ -143,7 +143,7 @@ class WindowRows(Sequence[Row]):
 
 
 def head_of(recipe: BaselineRecipe, split: Split) -> Head:
-    check_positions(recipe.model, recipe.data.max_seq_length)
+    check_positions(recipe.model, recipe.data.max_seq_length, recipe.tune.peft.get("num_virtual_tokens") or 0)
     if recipe.objective == "mlm":
         from sft.mlm import MaskedLM
 
@@ -155,7 +155,7 @@ def load_answerer(run: Path, recipe: BaselineRecipe) -> Callable[[Sequence[Conve
     """The run's answers, in order: a label with its probability, or a quote of the passage or UNANSWERABLE."""
     chosen: Mapping[str, Any] = json.loads((run / CHOSEN).read_text())
     tokenizer, labels, bf16 = load_tokenizer(recipe.model), chosen.get("labels", ()), bool(recipe.train.bf16)
-    model = load_trained(run, recipe.objective, recipe.model, labels)
+    model = load_trained(run, recipe.objective, recipe.model, recipe.train.seed, labels)
     torch.nn.Module.to(model, default_device())
 
     def classify(asked: Sequence[Conversation]) -> list[Prediction]:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sft.baseline_recipe import BaselineRecipe
+from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe
 from sft.recipe import Model, Recipe, RecipeError
 from sft.recipe_file import dump_recipe, load_any_recipe, nearest
 
@@ -134,7 +134,9 @@ def _check(recipe: AnyRecipe, path: Path, methods: Sequence[str]) -> list[str]:
         raise RecipeError(f"{path}: {reason}; a ladder needs an LLM's recipe, or an encoder's with another objective")
     if recipe.eval.data is None and recipe.eval.share is None:
         raise RecipeError(f"{path}: a ladder needs eval.data or eval.share to score on")
-    known = ENCODER if isinstance(recipe, BaselineRecipe) else LLM
+    known: tuple[str, ...] = ENCODER if isinstance(recipe, BaselineRecipe) else LLM
+    if isinstance(recipe, BaselineRecipe) and recipe.objective == "extractive_qa":
+        known = tuple(method for method in known if method not in MOVES_POSITIONS)
     for method in methods:
         if method not in (*known, recipe.tune.method):
             raise RecipeError(f"--methods {method}: none of {', '.join(known)}{nearest(method, list(known))}")

@@ -1,6 +1,7 @@
 """Base models and what of them is trained: load_base, then tune_model."""
 
 import re
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -201,8 +202,13 @@ def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
             base.config.tie_word_embeddings = False
         head.requires_grad_(True)
     if tune.method == "freeze":
-        for name, parameter in base.named_parameters():
-            parameter.requires_grad_(any(re.search(pattern, name) for pattern in tune.trainable))
-        if not any(p.requires_grad for p in base.parameters()):
-            raise RecipeError(f"tune.trainable: no parameter matches {', '.join(tune.trainable)}")
+        train_matching(base, tune.trainable)
     return base
+
+
+def train_matching(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train the parameters whose name a pattern matches, no others. Raises RecipeError where there is none."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError(f"tune.trainable: no parameter matches {', '.join(patterns)}")

@@ -261,15 +261,9 @@ class Recipe(Section):
                 f"tune.method {self.tune.method} trains weights of the base, which model.quantization freezes; "
                 "use lora, or remove model.quantization"
             )
-        if self.data.unanswerable_share is not None and (self.data.max_contexts is None or self.task != "squad_v2"):
-            raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
+        check_rows(self.task, self.data, self.eval)
         if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
-        if self.eval.data and self.eval.share:
-            raise ValueError("eval.data and eval.share exclude each other; keep one")
-        held_out = self.eval.data
-        if held_out and any(same_rows(source, held_out) for source in self.data.train):
-            raise ValueError(f"eval.data {held_out.path} is also in data.train; name other data, or set eval.share")
         if self.tune.method == "freeze" and not self.tune.trainable:
             raise ValueError("tune.method freeze needs tune.trainable: which parameters are trained")
         if self.tune.method != "freeze" and self.tune.trainable:
@@ -277,7 +271,18 @@ class Recipe(Section):
         return self
 
 
-def same_rows(train: Source, held_out: Source) -> bool:
+def check_rows(task: str, data: Any, evaluation: Any) -> None:
+    """Raise ValueError where the sections `data` and `eval` of a recipe, a baseline's too, contradict each other."""
+    if data.unanswerable_share is not None and (data.max_contexts is None or task != "squad_v2"):
+        raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
+    held_out = evaluation.data
+    if held_out and evaluation.share:
+        raise ValueError("eval.data and eval.share exclude each other; keep one")
+    if held_out and any(_same_rows(source, held_out) for source in data.train):
+        raise ValueError(f"eval.data {held_out.path} is also in data.train; name other data, or set eval.share")
+
+
+def _same_rows(train: Source, held_out: Source) -> bool:
     """Splits of a dataset are read from one path; a file has none."""
     if is_hub_dataset(train.path) or train.path.startswith("sklearn:"):
         splits = (train.split or "train", held_out.split or ("validation" if is_hub_dataset(train.path) else "test"))

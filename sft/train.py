@@ -30,11 +30,7 @@ def main(
     recipe: RecipePath = None, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False
 ) -> None:
     """Train; the run folder holds the adapter and everything that later steps need."""
-    if (recipe is None) == (resume is None):
-        raise RecipeError("name a RECIPE, or a run to go on with: --resume RUN")
-    if resume and overrides:
-        raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
-    path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
+    path = recipe_to_train(recipe, overrides, resume)
     loaded = load_any_recipe(path, overrides)
     if isinstance(loaded, BaselineRecipe):
         from sft.bert import print_next, train_baseline
@@ -56,6 +52,15 @@ def main(
     run = train(loaded, path, resume)
     if run:
         print(f"\nrun folder: {run}\nnext: graft eval {run}   |   graft export {run}")
+
+
+def recipe_to_train(recipe: Path | None, overrides: list[str] | None, resume: Path | None) -> Path:
+    """The recipe's file: RECIPE, or that of the run to go on with. Raises RecipeError for any other call."""
+    if (recipe is None) == (resume is None):
+        raise RecipeError("name a RECIPE, or a run to go on with: --resume RUN")
+    if resume and overrides:
+        raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
+    return recipe or resume / "recipe.yaml"  # type: ignore[operator]
 
 
 def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path | None:
@@ -148,7 +153,7 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
     trainer.save_model(str(weights))
     if state.is_main_process:
-        write_json(run / COST, watch.cost(weights, trainable, parameters))
+        write_json(run / COST, watch.cost(weights, trainable, parameters, last["seconds"] if last else None))
         finish_run(run, recipe, facts, report)
     return run if state.is_main_process else None
 

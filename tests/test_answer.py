@@ -7,7 +7,7 @@ import pytest
 
 from data.errors import UserError
 from data.squad import UNANSWERABLE
-from sft.answer import Asking
+from sft.answer import Asking, training_questions
 from sft.evaluate import evaluate
 from sft.recipe_file import load_recipe
 from sft.train import train
@@ -66,11 +66,22 @@ def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
     assert {row["predicted"] for row in rows_of(tmp_path / "a")} <= {UNANSWERABLE, ""}
 
 
+def test_training_questions_leave_out_what_is_scored(questions, tmp_path, tiny):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["data.train=data/samples/squad_dev.json", "eval={}"])
+    scored = questions[:7]
+    known = training_questions(recipe, scored)
+    assert 0 < len(known) < len(questions)
+    assert not {c.cluster for c in known} & {c.cluster for c in scored}
+    with pytest.raises(UserError, match="all training questions are also scored"):
+        training_questions(recipe, questions)
+
+
 @pytest.mark.parametrize(
     ("asking", "message"),
     [
         (Asking(labels=True), "--labels: task squad_v2 has no labels"),
         (Asking(shots=10_000), "shots"),
+        (Asking(shots=2, threshold_from=8), "would be asked without shots"),
     ],
 )
 def test_what_a_task_can_not_be_asked_is_an_error(asking, message, tiny, tmp_path):

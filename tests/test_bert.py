@@ -11,9 +11,9 @@ from eval.compare import CompareError, compare
 from sft.answer import Asking
 from sft.ask import ask_run, classify_text
 from sft.baseline_data import baseline_questions, read_split
-from sft.baseline_recipe import BaselineRecipe
+from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe, EncoderModel
 from sft.bert import train_baseline
-from sft.encoder import depths, load_encoder
+from sft.encoder import depths, load_encoder, load_trained, predict
 from sft.encoder_trainer import Unfreeze
 from sft.evaluate import evaluate
 from sft.recipe import RecipeError
@@ -63,6 +63,10 @@ def trained(recipe: BaselineRecipe) -> Path:
     ids=lambda tune: tune["method"],
 )
 def test_each_strategy_trains_its_part_and_is_scored(objective, tune, tiny_bert, tmp_path):
+    if objective == "extractive_qa" and tune["method"] in MOVES_POSITIONS:
+        with pytest.raises(RecipeError, match="puts virtual tokens before the input"):
+            recipe(objective, tiny_bert, tmp_path / "run", tune=tune)
+        return
     run = trained(recipe(objective, tiny_bert, tmp_path / "run", tune=tune))
     results = evaluate(str(run), tmp_path / "eval")
     assert results["questions"] == 20 if objective == "extractive_qa" else results["questions"] > 20
@@ -83,8 +87,6 @@ def test_linear_probe_leaves_the_encoder_as_it_was(tiny_bert, tmp_path):
 
 
 def test_gradual_unfreezing_goes_from_the_head_to_the_embeddings(tiny_bert):
-    from sft.baseline_recipe import EncoderModel
-
     model = load_encoder(EncoderModel(base=str(tiny_bert)), "classification", 0, ("a", "b"))
     depth, deepest = depths(model)
     assert depth["classifier.weight"] == 0
@@ -132,6 +134,45 @@ def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path)
     assert not (clusters[1] & clusters[2])
     rows = len(split.train) + len(split.dev) + len(test)
     assert rows == len(NEWS.read_text().splitlines())
+
+
+def test_a_row_stays_on_its_side_however_its_file_is_named(tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in NEWS.read_text().splitlines()]
+    (tmp_path / "posts.jsonl").write_text(
+        "".join(json.dumps({k: r[k] for k in ("label", "text")}) + "\n" for r in rows)
+    )
+    monkeypatch.chdir(tmp_path)
+    found = []
+    for path in ("posts.jsonl", str(tmp_path / "posts.jsonl")):
+        settings = recipe(
+            "classification", "sklearn:linear_svc", tmp_path, data={"train": path}, eval={"share_of": "rows"}
+        )
+        found.append([c.context for c in baseline_questions(settings)])
+    assert found[0]
+    assert found[0] == found[1]
+
+
+def test_an_adapter_is_scored_on_the_pooler_that_it_was_trained_on(tiny_bert, tmp_path):
+    """The base has none: it is drawn by the run's seed, in training and again when the run is loaded."""
+    changes = {"tune": {"method": "lora", "r": 2}, "train": {"max_steps": 1, "seed": 7}}
+    settings = recipe("classification", tiny_bert, tmp_path / "run", **changes)
+    run = trained(settings)
+    labels = json.loads((run / "chosen.json").read_text())["labels"]
+    pooler = [
+        {n: p for n, p in model.named_parameters() if "pooler" in n and "dense.weight" in n}
+        for model in (
+            load_encoder(settings.model, "classification", 7, labels),
+            load_trained(run, "classification", settings.model, settings.train.seed, labels),
+        )
+    ]
+    first, second = (next(iter(p.values())) for p in pooler)
+    assert torch.equal(first, second)
+
+
+def test_logits_of_classes_are_whole_where_a_batch_is_as_long_as_there_are_classes(tiny_bert):
+    model = load_encoder(EncoderModel(base=str(tiny_bert)), "classification", 0, [str(i) for i in range(5)])
+    rows = [{"input_ids": [101] * n} for n in (2, 3, 5)]
+    assert [logits.shape for (logits,) in predict(model, rows, 0, ("logits",), False)] == [(5,)] * 3
 
 
 def test_the_best_checkpoint_is_restored(tiny_bert, tmp_path):

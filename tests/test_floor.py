@@ -12,7 +12,7 @@ from sft.baseline_data import baseline_questions, read_split
 from sft.evaluate import evaluate
 from sft.floor import load_floor
 from tests.conftest import REAL_DATA, needs_real
-from tests.test_bert import recipe, trained
+from tests.test_bert import NEWS, recipe, trained
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,27 @@ def test_tfidf_answers_as_scikit_learn_does(base, classifier, tmp_path):
     expected = classifier.predict(vectorizer.transform([c.context for c in test]))
     assert [p.text for p in load_floor(settings, run / "model")(test)] == list(expected)
     assert not list(run.rglob("*.pkl")) + list(run.rglob("*.joblib"))
+
+
+def test_two_classes_are_told_apart(tmp_path):
+    rows = [json.loads(line) for line in NEWS.read_text().splitlines()]
+    names = sorted({row["label"] for row in rows})[:2]
+    chosen = [row for row in rows if row["label"] in names]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    settings = recipe(
+        "classification", "sklearn:linear_svc", tmp_path / "run", data={"train": str(tmp_path / "two.jsonl")}
+    )
+    train = read_split(settings).train
+    answers = [p.text for p in load_floor(settings, trained(settings) / "model")(train)]
+    assert answers == [c.label for c in train]  # what it was fitted on
+
+
+def test_a_floor_is_fitted_on_all_rows_as_it_chooses_nothing(tmp_path):
+    found = []
+    for share in (0, 0.15):
+        settings = recipe("classification", "sklearn:linear_svc", tmp_path / str(share), data={"dev_share": share})
+        found.append(set(json.loads((trained(settings) / "model" / "floor.json").read_text())["words"]))
+    assert found[0] == found[1]
 
 
 @pytest.mark.slow
