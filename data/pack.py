@@ -21,28 +21,40 @@ FIXED_TOKENS = 32  # reading all weights once
 DENSE_TOKENS = 1000  # so many tokens spend as much on attention over T^2 as on all else
 
 
+Attention = Literal["dense", "forest", "sparse", "causal"]
+
+
 @dataclass(frozen=True)
 class Layout:
     """How the examples of a step become micro-batches.
 
     pack_tokens: most tokens of one, so that memory is bounded; only a longer example makes a larger one.
-    attention: "dense" computes T^2 scores under a mask (SDPA, eager), "sparse" skips masked blocks (FlexAttention),
-    "causal" takes no mask, so every example stands alone.
+    attention: "dense" computes T^2 scores under a mask (SDPA, eager), "forest" those of each tree by itself, "sparse"
+    skips masked blocks (FlexAttention), "causal" takes no mask, so every example stands alone.
     """
 
     share_prefixes: bool = True
     pack_tokens: int = 512
-    attention: Literal["dense", "sparse", "causal"] = "dense"
+    attention: Attention = "dense"
 
-    def cost(self, tokens: int) -> float:
-        """Time of a micro-batch of so many tokens, in units of a token's time."""
-        return FIXED_TOKENS + tokens + (0 if self.attention == "sparse" else tokens * tokens / DENSE_TOKENS)
+    def cost(self, trees: Sequence[int]) -> float:
+        """Time of a micro-batch with trees of so many tokens, in units of a token's time."""
+        tokens = sum(trees)
+        pairs = {"dense": tokens**2, "causal": tokens**2, "sparse": 0, "forest": sum(tree**2 for tree in trees)}
+        return FIXED_TOKENS + tokens + pairs[self.attention] / DENSE_TOKENS
 
-    def joins(self, one: int, other: int, both: int) -> bool:
-        """Whether micro-batches of `one` and `other` tokens had better be a single one of `both` tokens."""
-        if self.attention == "causal" or both > self.pack_tokens:
+    def share(self, one: int, other: int, both: int) -> bool:
+        """Whether trees of `one` and `other` tokens had better be a single one of `both` tokens."""
+        if not self.share_prefixes or self.attention == "causal" or both > self.pack_tokens:
             return False
-        return self.cost(both) < self.cost(one) + self.cost(other)
+        apart = min(self.cost([one, other]), self.cost([one]) + self.cost([other]))
+        return self.cost([both]) < apart
+
+    def joins(self, trees: Sequence[int], other: int) -> bool:
+        """Whether a micro-batch of these trees had better hold another one too."""
+        if self.attention == "causal" or sum(trees) + other > self.pack_tokens:
+            return False
+        return self.cost([*trees, other]) < self.cost(trees) + self.cost([other])
 
 
 @dataclass
@@ -174,9 +186,9 @@ def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example
     size = 0
     for example in sorted(examples, key=lambda e: e.ids):
         length = len(example.ids)
-        if layout.share_prefixes and trees:
+        if trees:
             both = size + length - common_prefix(trees[-1][-1].ids, example.ids)
-            if layout.joins(size, length, both):
+            if layout.share(size, length, both):
                 trees[-1].append(example)
                 size = both
                 continue
@@ -187,14 +199,15 @@ def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example
 
 def fill_packs(trees: list[list[Example]], layout: Layout) -> list[list[list[Example]]]:
     """Trees into packs: the largest first, each into the fullest pack that it joins."""
-    packs: list[tuple[int, list[list[Example]]]] = []
+    packs: list[tuple[list[int], list[list[Example]]]] = []  # sizes of the trees, and they
     for size, tree in sorted(((count_tokens(tree), tree) for tree in trees), key=lambda pair: -pair[0]):
-        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size, used + size)]
+        fits = [pack for pack in packs if layout.joins(pack[0], size)]
         if fits:
-            best = max(fits, key=lambda i: packs[i][0])
-            packs[best] = (packs[best][0] + size, [*packs[best][1], tree])
+            sizes, inside = max(fits, key=lambda pack: sum(pack[0]))
+            sizes.append(size)
+            inside.append(tree)
         else:
-            packs.append((size, [tree]))
+            packs.append(([size], [tree]))
     return [trees for _, trees in packs]
 
 

@@ -45,4 +45,4 @@ def measure_sharing(
 
 def _cost(rows: Sequence[Example], layout: Layout) -> float:
     packs = fill_packs(make_trees(rows, layout), layout)
-    return sum(layout.cost(sum(map(count_tokens, pack))) for pack in packs)
+    return sum(layout.cost([count_tokens(tree) for tree in pack]) for pack in packs)

@@ -1,7 +1,9 @@
 """A pack as a model's arguments, and the attention back ends behind its rule: k <= q < end[k] (see data/pack.py).
 
+forest           each tree of the pack by itself; PyTorch's fused attention, in bfloat16 plain products, which are
+                 1.7 times as fast while the scores fit in memory; on a CPU
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
-eager            plain matrix products; on a CPU in bfloat16 1.7 times as fast as sdpa, while scores fit in memory
+eager            the model's own plain matrix products, with a dense mask
 flex_attention   a block mask, blocks that nobody sees cost nothing; CUDA (PyTorch has no CPU backward for it)
 """
 
@@ -12,24 +14,27 @@ from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
-from transformers import PreTrainedModel
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from data.pack import Pack, attention_mask, is_chain
+from data.pack import Attention, Pack, attention_mask, is_chain
 
-Implementation = Literal["sdpa", "eager", "flex_attention"]
-EAGER_GIB = 2.0  # most memory for the scores of all layers
+Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
+KINDS: dict[str, Attention] = {"forest": "forest", "sdpa": "dense", "eager": "dense", "flex_attention": "sparse"}
+PLAIN_GIB = 2.0  # most memory for the scores of all layers
 LENGTHS = 256  # packs are filled up to a multiple for flex_attention, whose kernels are compiled for few lengths
 
 
-def choose_attention(model: PreTrainedModel, device: torch.device, tokens: int) -> Implementation:
-    """The fastest one for packs of at most so many tokens."""
+def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementation:
+    """The fastest one."""
     text = model.config.get_text_config()
     if device.type == "cuda":
         drops = bool(text.to_dict().get("attention_dropout"))  # which FlexAttention refuses
         return "flex_attention" if model._supports_flex_attn and not drops else "sdpa"
-    scores = text.num_hidden_layers * text.num_attention_heads * tokens**2
-    small = scores * 6 <= EAGER_GIB * 2**30  # fp32 before the softmax, bf16 after it
-    return "eager" if model.dtype == torch.bfloat16 and small else "sdpa"
+    replaceable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
+    return "forest" if replaceable else "sdpa"
 
 
 def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, Any]:
@@ -63,6 +68,8 @@ def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: 
         end = [*end, *range(len(ids) + 1, len(ids) + 1 + more)]
         ids, positions = [*ids, *[0] * more], [*positions, *[0] * more]
         mask = block_mask(end, device)
+    elif implementation == "forest":
+        mask = torch.tensor(end, device=device)[None, None, None]
     elif not is_chain(pack):
         mask = attention_mask(pack, device)
         if implementation == "eager":
@@ -82,3 +89,55 @@ def block_mask(end: list[int], device: torch.device) -> BlockMask:
         return (k <= q) & (q < ends[k])
 
     return create_block_mask(sees, None, None, len(end), len(end), device=device)
+
+
+@torch.compiler.disable  # how many trees there are changes from pack to pack
+def forest_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: query [1, heads, T, size], key and value [1, key heads, T, size],
+    attention_mask [1, 1, 1, T] with the pack's `end` -> [1, T, heads, size]. Other masks are left to sdpa."""
+    if attention_mask is None or attention_mask.dtype == torch.bool:
+        more = {"scaling": scaling, "dropout": dropout, **kwargs}
+        return cast(Any, sdpa_attention_forward(module, query, key, value, attention_mask, **more))
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    end, trees, start = attention_mask.flatten(), [], 0
+    while start < len(end):
+        stop = int(end[start])  # of the tree whose root is at `start`
+        inside = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        trees.append(_tree_attention(module, *inside, end[start:stop] - start, scaling, dropout))
+        start = stop
+    return torch.cat(trees, dim=2).transpose(1, 2), None
+
+
+def _tree_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    end: torch.Tensor,
+    scaling: float | None,
+    dropout: float,
+) -> torch.Tensor:
+    heads, tokens, size = query.shape[1:]
+    index = torch.arange(tokens, device=end.device)
+    sees = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
+    scores = cast(Any, module).config.num_hidden_layers * heads * tokens**2
+    if query.dtype != torch.bfloat16 or dropout or 6 * scores > PLAIN_GIB * 2**30:  # fp32 before the softmax, then bf16
+        mask = None if bool((end == tokens).all()) else sees
+        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
+    products = query @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+    weights = products.masked_fill(~sees, torch.finfo(query.dtype).min).softmax(-1, dtype=torch.float32)
+    return weights.to(query.dtype) @ value
+
+
+AttentionInterface.register("forest", forest_attention)
+AttentionMaskInterface.register("forest", sdpa_mask)

@@ -1,14 +1,12 @@
 """What a run would do, without training: `graft train RECIPE --dry-run`."""
 
-from typing import Literal
-
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.pack import Layout
-from sft.attention import virtual_tokens
+from sft.attention import KINDS, choose_attention, virtual_tokens
 from sft.base import readable
 from sft.compile import training_seconds
 from sft.examples import load_examples, pack_tokens, sharing_of
@@ -47,8 +45,8 @@ def print_plan(recipe: Recipe) -> None:
             base = AutoModelForCausalLM.from_config(config)
         model = tune_model(base, recipe.tune, recipe.train.seed)
     trainable, parameters = count_parameters(model)
-    sparse = device.type == "cuda" and recipe.train.attn_implementation in ("auto", "flex_attention")
-    kind: Literal["dense", "sparse"] = "sparse" if sparse else "dense"
+    asked = recipe.train.attn_implementation
+    kind = KINDS[choose_attention(model, device) if asked == "auto" else asked]
     share = recipe.data.share_prefixes
     if share == "auto":
         share = sharing_of(examples, recipe, kind).pays

@@ -7,14 +7,14 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from data.chat import Example, TooLong, check_template, encode_turns
 from data.check import Rules, examine, nothing_held_out, read_held_out
 from data.conversation import Conversation, DataError, Ledger
-from data.pack import Layout
+from data.pack import Attention, Layout
 from data.progress import track
 from data.sharing import Sharing, measure_sharing
 from data.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
@@ -80,13 +80,13 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[E
     return found.examples, found.report
 
 
-def pack_tokens(recipe: Recipe, attention: Literal["dense", "sparse"]) -> int:
-    """Most tokens of a micro-batch: where the recipe leaves it open, few under a dense mask, whose cost is T^2."""
+def pack_tokens(recipe: Recipe, attention: Attention) -> int:
+    """Most tokens of a micro-batch: where the recipe leaves it open, few on a CPU and under a dense mask."""
     asked = recipe.data.pack_tokens
     return (4096 if attention == "sparse" else 512) if asked == "auto" else asked
 
 
-def sharing_of(examples: Examples, recipe: Recipe, attention: Literal["dense", "sparse"] = "dense") -> Sharing:
+def sharing_of(examples: Examples, recipe: Recipe, attention: Attention = "forest") -> Sharing:
     """What sharing prefixes would do in the recipe's steps."""
     layout = Layout(True, pack_tokens(recipe, attention), attention)
     train = recipe.train

@@ -201,8 +201,8 @@ class Train(Section):
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
     gradient_checkpointing: bool = False
-    attn_implementation: Literal["auto", "sdpa", "eager", "flex_attention"] = "auto"
-    """auto: flex_attention on CUDA where the base has it; on CPU eager in bfloat16 for small packs, else sdpa."""
+    attn_implementation: Literal["auto", "forest", "sdpa", "eager", "flex_attention"] = "auto"
+    """auto: flex_attention on CUDA where the base has it, forest (each tree by itself) on a CPU, else sdpa."""
     compile_layers: bool | Literal["auto"] = "auto"
     """Compile each decoder layer; auto: on a CPU, where an estimate says that the run is long enough to gain by it."""
     bf16: bool | None = None

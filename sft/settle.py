@@ -1,7 +1,6 @@
 """What a recipe leaves to `auto`, decided once: the run's recipe.yaml holds it, and resuming repeats it."""
 
 from importlib.util import find_spec
-from typing import Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -9,7 +8,7 @@ from transformers import PreTrainedModel
 
 from data.pack import Layout
 from data.store import Examples
-from sft.attention import choose_attention, virtual_tokens
+from sft.attention import KINDS, choose_attention, virtual_tokens
 from sft.compile import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.examples import pack_tokens, sharing_of
 from sft.fused_lora import fuse_lora
@@ -37,17 +36,17 @@ def settle_dtype(recipe: Recipe, device: torch.device) -> Recipe:
 
 
 def settle(
-    recipe: Recipe, model: PreTrainedModel, examples: Examples, takes_mask: bool, longest: int, resumed: bool = False
+    recipe: Recipe, model: PreTrainedModel, examples: Examples, takes_mask: bool, resumed: bool = False
 ) -> tuple[Recipe, Layout, list[str]]:
     """share_prefixes, pack_tokens and attn_implementation; the layout of micro-batches; and lines that tell the user.
 
-    model: with its adapter. takes_mask: see takes_packs, of the base. longest: tokens of the longest example. resumed:
-    a decision that this machine can't follow is made anew. Raises RecipeError where the recipe asks for what can't be.
+    model: with its adapter. takes_mask: see takes_packs, of the base. resumed: a decision that this machine can't
+    follow is made anew. Raises RecipeError where the recipe asks for what can't be.
     """
     data, attention, lines = recipe.data, recipe.train.attn_implementation, list[str]()
     if attention == "flex_attention" and model.device.type == "cpu":
         if not resumed:
-            raise RecipeError("train.attn_implementation flex_attention: has no backward on a CPU; use auto or sdpa")
+            raise RecipeError("train.attn_implementation flex_attention: has no backward on a CPU; use auto or forest")
         attention = "auto"
         lines.append("flex_attention has no backward on this CPU: attention is chosen anew")
     obstacle = _obstacle(recipe, model, takes_mask)
@@ -59,9 +58,8 @@ def settle(
         attention = model.config._attn_implementation if attention == "auto" else attention
     else:
         if attention == "auto":
-            longest_pack = max(pack_tokens(recipe, "dense"), longest)
-            attention = choose_attention(model, model.device, longest_pack)
-        kind: Literal["dense", "sparse"] = "sparse" if attention == "flex_attention" else "dense"
+            attention = choose_attention(model, model.device)
+        kind = KINDS[attention]
         sharing = sharing_of(examples, recipe, kind)
         share = sharing.pays if data.share_prefixes == "auto" else data.share_prefixes
         layout = Layout(share, pack_tokens(recipe, kind), kind)

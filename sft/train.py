@@ -107,8 +107,8 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     sharded = shards_parameters()
     model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
     trainable, parameters = count_parameters(model)
-    longest, resumed = report["totals"]["longest_example_tokens"], resume is not None
-    recipe, layout, decided = settle(recipe, model, examples, takes_mask, longest, resumed)
+    resumed = resume is not None
+    recipe, layout, decided = settle(recipe, model, examples, takes_mask, resumed)
     plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
     recipe, more = settle_compile(recipe, model, plan, resumed)
     apply_settled(recipe, model, sharded)

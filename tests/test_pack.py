@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from data.chat import Example, encode, encode_turns
 from data.conversation import Conversation
-from data.pack import Layout, attention_mask, build_pack, is_chain, make_packs, step_order
+from data.pack import Layout, Pack, attention_mask, build_pack, is_chain, make_packs, step_order
 from data.sharing import measure_sharing
 from sft.attention import pack_inputs
 from sft.fused_lora import fuse_lora
@@ -56,7 +56,7 @@ def test_packs_hold_every_example_once_whatever_the_budget(questions, tokenizer)
     longest = max(len(e.ids) for e in examples)
     for share in (True, False):
         for budget in (100, 700, 5000):
-            for attention in ("dense", "sparse", "causal"):
+            for attention in ("dense", "forest", "sparse", "causal"):
                 packs = make_packs(examples, Layout(share, budget, attention))
                 assert sorted(t for p in packs for t in p.target) == wanted
                 assert max(len(p.input_ids) for p in packs) <= max(budget, longest)
@@ -80,11 +80,24 @@ def rows_of(prefix: int, own: int, count: int) -> list[Example]:
     return [example(*range(10, 10 + prefix), *(1000 * (i + 1) + n for n in range(own))) for i in range(count)]
 
 
+def sizes(packs: list[Pack]) -> list[list[int]]:
+    """Tokens of each tree of each pack: a root is what nothing before it sees."""
+    found = []
+    for pack in packs:
+        trees, start = [], 0
+        while start < len(pack.end):
+            trees.append(pack.end[start] - start)
+            start = pack.end[start]
+        found.append(trees)
+    return found
+
+
 @pytest.mark.parametrize(
     ("prefix", "own", "attention", "packs"),
     [
         (200, 25, "dense", 1),  # a passage and its questions
         (30, 300, "dense", 6),  # a system prompt: attention over the joined trees costs more than it saves
+        (30, 300, "forest", 1),  # so it does where trees are computed apart, which fill a pack all the same
         (30, 300, "sparse", 1),  # where masked blocks are free, any prefix is worth sharing
     ],
 )
@@ -95,13 +108,19 @@ def test_a_prefix_is_shared_where_it_saves_more_than_attention_over_the_joined_t
     made = make_packs(rows_of(prefix, own, 6), layout)
     assert len(made) == packs
     flat = make_packs(rows_of(prefix, own, 6), Layout(False, 4096, attention))
-    assert sum(layout.cost(len(p.input_ids)) for p in made) <= sum(layout.cost(len(p.input_ids)) for p in flat)
+    assert sum(map(layout.cost, sizes(made))) <= sum(map(layout.cost, sizes(flat)))
 
 
 def test_ten_times_the_questions_of_a_context_make_no_larger_pack():
     for count in (10, 100):
         packs = make_packs(rows_of(200, 25, count), Layout(True, 512))
         assert 450 <= max(len(p.input_ids) for p in packs) <= 512
+
+
+def test_trees_that_are_computed_apart_fill_every_pack_but_the_last():
+    rows = rows_of(0, 100, 17)
+    assert [len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "forest"))] == [500, 500, 500, 200]
+    assert max(len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "dense"))) < 300
 
 
 def test_small_trees_fill_a_pack_together():
@@ -210,7 +229,7 @@ def random_adapter(model) -> None:
 LORA = Tune.model_validate({"method": "lora", "r": 4, "lora_alpha": 8, "target_modules": "all-linear"})
 
 
-@pytest.fixture(params=["sdpa", "eager"])
+@pytest.fixture(params=["forest", "sdpa", "eager"])
 def tuned(request, tiny):
     """A tiny model with an adapter that does something, computed the plain way and the fast one."""
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), LORA, seed=0)
@@ -222,7 +241,7 @@ def tuned(request, tiny):
 
 
 @pytest.mark.parametrize("budget", [600, 4000])
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
+@pytest.mark.parametrize("attention", ["dense", "forest", "sparse"])
 def test_one_shared_step_equals_the_flat_one(questions, tokenizer, tuned, budget, attention):
     rows = [encode(q, tokenizer, 1024) for q in [*questions[:14], questions[3]]]  # one question twice
     assert_same_step(tuned, rows, Layout(True, budget, attention))

@@ -47,11 +47,11 @@ def unrelated(tmp_path):
 
 def test_prefixes_are_shared_where_that_pays_and_the_ratio_is_told(tiny, squad, unrelated, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
-    settled, layout, lines = settle(recipe, tuned(tiny), squad, True, 300)
+    settled, layout, lines = settle(recipe, tuned(tiny), squad, True)
     assert settled.data.share_prefixes is layout.share_prefixes is True
     assert "flat tokens per executed token" in lines[0]
     assert lines[0].endswith("on")
-    settled, layout, lines = settle(recipe, tuned(tiny), unrelated, True, 300)
+    settled, layout, lines = settle(recipe, tuned(tiny), unrelated, True)
     assert settled.data.share_prefixes is layout.share_prefixes is False
     assert lines[0].endswith("off")
 
@@ -63,37 +63,36 @@ def test_a_base_that_takes_no_mask_trains_unshared_and_says_so(tokenizer, squad,
     )  # fmt: skip
     windows = save_tiny(config, tmp_path / "windows", tokenizer)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", windows))
-    settled, layout, lines = settle(recipe, tuned(windows), squad, takes_packs(tuned(windows)), 300)
+    settled, layout, lines = settle(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
     assert settled.data.share_prefixes is False
     assert layout.attention == "causal"
     assert "prefixes are not shared" in lines[0]
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share_prefixes": True})})
     with pytest.raises(RecipeError, match="auto or false"):
-        settle(asked, tuned(windows), squad, False, 300)
+        settle(asked, tuned(windows), squad, False)
 
 
 def test_virtual_tokens_leave_no_place_for_packs(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
     tune = Tune.model_validate({"method": "prompt_tuning", "num_virtual_tokens": 4})
-    _, layout, _ = settle(recipe, tuned(tiny, tune), squad, True, 300)
+    _, layout, _ = settle(recipe, tuned(tiny, tune), squad, True)
     assert layout.attention == "causal"
 
 
 def test_attention_follows_device_and_precision(tiny):
     model = tuned(tiny)
-    assert choose_attention(model, CPU, 1024) == "sdpa"
-    assert choose_attention(model, torch.device("cuda"), 1024) == "flex_attention"
-    half = tuned(tiny, dtype=torch.bfloat16)
-    assert choose_attention(half, CPU, 1024) == "eager"
-    assert choose_attention(half, CPU, 20_000) == "sdpa"  # the scores would take gigabytes
+    assert choose_attention(model, CPU) == "forest"
+    assert choose_attention(model, torch.device("cuda")) == "flex_attention"
+    model.set_attn_implementation("eager")  # what the architecture chose for itself stays, but for sdpa
+    assert choose_attention(model, CPU) == "sdpa"
 
 
 def test_flex_attention_on_a_cpu_is_a_mistake_with_a_remedy(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=flex_attention"])
-    with pytest.raises(RecipeError, match="no backward on a CPU; use auto or sdpa"):
-        settle(recipe, tuned(tiny), squad, True, 300)
-    settled, _, lines = settle(recipe, tuned(tiny), squad, True, 300, resumed=True)  # a run that began on a GPU
-    assert settled.train.attn_implementation == "sdpa"
+    with pytest.raises(RecipeError, match="no backward on a CPU; use auto or forest"):
+        settle(recipe, tuned(tiny), squad, True)
+    settled, _, lines = settle(recipe, tuned(tiny), squad, True, resumed=True)  # a run that began on a GPU
+    assert settled.train.attn_implementation == "forest"
     assert "chosen anew" in lines[0]
 
 
@@ -101,7 +100,7 @@ def test_run_keeps_what_was_decided(tiny, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", tiny)
     run("train", recipe)
     kept = load_recipe(tmp_path / "run" / "recipe.yaml")
-    assert (kept.data.share_prefixes, kept.train.attn_implementation) == (True, "sdpa")
+    assert (kept.data.share_prefixes, kept.train.attn_implementation) == (True, "forest")
     assert kept.train.compile_layers is False
     assert kept.model.dtype == "float32"
 
