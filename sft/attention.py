@@ -112,10 +112,10 @@ def forest_attention(
     end, trees, start = attention_mask.flatten(), [], 0
     while start < len(end):
         stop = int(end[start])  # of the tree whose root is at `start`
-        inside = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        trees.append(_tree_attention(module, *inside, end[start:stop] - start, scaling, dropout))
+        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
+        trees.append(_tree_attention(module, q, k, v, end[start:stop] - start, scaling, dropout).transpose(1, 2))
         start = stop
-    return torch.cat(trees, dim=2).transpose(1, 2), None
+    return torch.cat(trees, dim=1), None
 
 
 def _tree_attention(

@@ -15,7 +15,7 @@ import typer
 from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import RecipeError
 from sft.recipe_file import load_any_recipe
-from sft.session import use_all_cores, user_errors
+from sft.session import tune_allocator, use_all_cores, user_errors
 from sft.train import Overrides, RecipePath, Resume, recipe_to_train
 
 
@@ -102,4 +102,5 @@ def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Path | Non
 
 
 if __name__ == "__main__":
+    tune_allocator()
     typer.run(main)

@@ -10,7 +10,7 @@ import typer
 from data.source import FileSource
 from sft import train
 from sft.recipe import RecipeError
-from sft.session import user_errors
+from sft.session import tune_allocator, user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train.main)
@@ -247,6 +247,7 @@ def env() -> None:
 
 
 def main() -> None:
+    tune_allocator()
     app()
 
 

@@ -10,6 +10,7 @@ from typing import ParamSpec, TypeVar
 
 from data.errors import UserError
 
+TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -66,6 +67,18 @@ def shards_parameters() -> bool:
     """Whether accelerate was told to shard them, which wants one dtype for all."""
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def tune_allocator() -> None:
+    """Start this process once more with glibc's cache of small blocks off, which can't be set in a running one.
+
+    The cached blocks lie between activations, so that the holes which one micro-batch leaves don't fit the next:
+    training on a CPU grew to 2.5 GiB with them and to 2.2 without (SmolLM2-135M, micro-batches of 512 tokens).
+    """
+    if os.environ.get("GLIBC_TUNABLES") == TUNABLES:
+        del os.environ["GLIBC_TUNABLES"]  # they are in force; what this process starts is not concerned
+    elif sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": TUNABLES})  # noqa: S606
 
 
 def use_all_cores() -> None:

@@ -17,7 +17,7 @@ import typer
 from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import Recipe, RecipeError
 from sft.recipe_file import load_any_recipe
-from sft.session import shards_parameters, use_all_cores, user_errors
+from sft.session import shards_parameters, tune_allocator, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
@@ -159,4 +159,5 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
 
 
 if __name__ == "__main__":
+    tune_allocator()
     typer.run(main)

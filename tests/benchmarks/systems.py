@@ -267,8 +267,12 @@ SYSTEMS = {
         "TRL, the same with base and autocast in bf16", trl(**BEST, **BF16), read_trl, "padded", "bfloat16"
     ),
     "trl-packing": System(
-        f"TRL, bf16, no checkpointing, rows of {PACK_TOKENS} tokens packed by bfd, as many a step as hold about as many "
+        f"TRL, fp32, no checkpointing, rows of {PACK_TOKENS} tokens packed by bfd, as many a step as hold about as many "
         "questions",
+        trl(packing=True, gradient_checkpointing=False, bf16=False), read_trl, "flat", "float32",
+    ),
+    "trl-packing-bf16": System(
+        "TRL, the same with base and autocast in bf16",
         trl(packing=True, gradient_checkpointing=False, **BF16), read_trl, "flat", "bfloat16",
     ),
     "llamafactory": System(
