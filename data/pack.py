@@ -8,7 +8,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, chain, islice
 from typing import Literal
 
 import torch
@@ -21,40 +21,34 @@ FIXED_TOKENS = 32  # reading all weights once
 DENSE_TOKENS = 1000  # so many tokens spend as much on attention over T^2 as on all else
 
 
-Attention = Literal["dense", "forest", "sparse", "causal"]
-
-
 @dataclass(frozen=True)
 class Layout:
     """How the examples of a step become micro-batches.
 
     pack_tokens: most tokens of one, so that memory is bounded; only a longer example makes a larger one.
-    attention: "dense" computes T^2 scores under a mask (SDPA, eager), "forest" those of each tree by itself, "sparse"
-    skips masked blocks (FlexAttention), "causal" takes no mask, so every example stands alone.
+    attention: "dense" computes T^2 scores under a mask (SDPA, eager), "sparse" nearly none but those that the mask
+    lets through (forest, FlexAttention), "causal" takes no mask, so every example stands alone.
     """
 
     share_prefixes: bool = True
     pack_tokens: int = 512
-    attention: Attention = "dense"
+    attention: Literal["dense", "sparse", "causal"] = "dense"
 
-    def cost(self, trees: Sequence[int]) -> float:
-        """Time of a micro-batch with trees of so many tokens, in units of a token's time."""
-        tokens = sum(trees)
-        pairs = {"dense": tokens**2, "causal": tokens**2, "sparse": 0, "forest": sum(tree**2 for tree in trees)}
-        return FIXED_TOKENS + tokens + pairs[self.attention] / DENSE_TOKENS
+    def cost(self, tokens: int) -> float:
+        """Time of a micro-batch of so many tokens, in units of a token's time."""
+        return FIXED_TOKENS + tokens + (0 if self.attention == "sparse" else tokens**2 / DENSE_TOKENS)
 
     def share(self, one: int, other: int, both: int) -> bool:
         """Whether trees of `one` and `other` tokens had better be a single one of `both` tokens."""
-        if not self.share_prefixes or self.attention == "causal" or both > self.pack_tokens:
+        if both > self.pack_tokens:
             return False
-        apart = min(self.cost([one, other]), self.cost([one]) + self.cost([other]))
-        return self.cost([both]) < apart
+        return self.cost(both) < min(self.cost(one + other), self.cost(one) + self.cost(other))
 
-    def joins(self, trees: Sequence[int], other: int) -> bool:
-        """Whether a micro-batch of these trees had better hold another one too."""
-        if self.attention == "causal" or sum(trees) + other > self.pack_tokens:
+    def joins(self, one: int, other: int) -> bool:
+        """Whether micro-batches of `one` and `other` tokens had better be a single one."""
+        if self.attention == "causal" or one + other > self.pack_tokens:
             return False
-        return self.cost([*trees, other]) < self.cost(trees) + self.cost([other])
+        return self.cost(one + other) < self.cost(one) + self.cost(other)
 
 
 @dataclass
@@ -106,12 +100,8 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
 
 
 def make_packs(examples: Sequence[Example], layout: Layout = Layout()) -> list[Pack]:
-    """Micro-batches that hold the examples once each.
-
-    Examples join a tree, and trees a pack, where that saves time: attention over T^2 can cost more than a shared prefix
-    or one pass over the weights less saves. Trees fill packs best fit decreasing.
-    """
-    return [build_pack(trees) for trees in fill_packs(make_trees(examples, layout), layout)]
+    """Micro-batches that hold the examples once each."""
+    return [build_pack(trees) for trees in plan_packs(examples, layout)]
 
 
 def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -180,35 +170,49 @@ def _occurrences(groups: list[list[int]], weight: float, seed: int, epoch: int) 
     return groups * whole + [turns[i % len(turns)] for i in range(epoch * more, (epoch + 1) * more)]
 
 
-def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
-    """The examples in order of their ids, divided where a longer common tree would cost more than it saves."""
-    trees: list[list[Example]] = []
-    size = 0
-    for example in sorted(examples, key=lambda e: e.ids):
-        length = len(example.ids)
-        if trees:
-            both = size + length - common_prefix(trees[-1][-1].ids, example.ids)
-            if layout.share(size, length, both):
-                trees[-1].append(example)
-                size = both
-                continue
-        trees.append([example])
-        size = length
-    return trees
+def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Example]]]:
+    """The trees of each micro-batch, their examples in order of their ids.
 
-
-def fill_packs(trees: list[list[Example]], layout: Layout) -> list[list[list[Example]]]:
-    """Trees into packs: the largest first, each into the fullest pack that it joins."""
-    packs: list[tuple[list[int], list[list[Example]]]] = []  # sizes of the trees, and they
-    for size, tree in sorted(((count_tokens(tree), tree) for tree in trees), key=lambda pair: -pair[0]):
-        fits = [pack for pack in packs if layout.joins(pack[0], size)]
+    Examples stay in a tree, and trees join in a pack, where that saves time: attention over T^2 can cost more than a
+    shared prefix or one pass over the weights less saves. Trees fill packs best fit decreasing: the largest first, each
+    into the fullest pack that it joins; those of a pack then share what they have in common.
+    """
+    packs: list[tuple[int, list[list[Example]]]] = []
+    for size, tree in sorted(((count_tokens(t), t) for t in make_trees(examples, layout)), key=lambda pair: -pair[0]):
+        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size)]
         if fits:
-            sizes, inside = max(fits, key=lambda pack: sum(pack[0]))
-            sizes.append(size)
-            inside.append(tree)
+            best = max(fits, key=lambda i: packs[i][0])
+            packs[best] = (packs[best][0] + size, [*packs[best][1], tree])
         else:
-            packs.append(([size], [tree]))
-    return [trees for _, trees in packs]
+            packs.append((size, [tree]))
+    if not layout.share_prefixes:
+        return [trees for _, trees in packs]
+    return [[sorted(chain.from_iterable(trees), key=lambda e: e.ids)] for _, trees in packs]
+
+
+def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
+    """The examples in order of their ids, cut where least is shared until each tree fits into a pack and costs less
+    than its parts."""
+    rows = sorted(examples, key=lambda e: e.ids)
+    if not layout.share_prefixes or layout.attention == "causal":
+        return [[row] for row in rows]
+    shared = [common_prefix(rows[i - 1].ids, row.ids) if i else 0 for i, row in enumerate(rows)]
+    own = list(accumulate((len(row.ids) - n for row, n in zip(rows, shared, strict=True)), initial=0))
+
+    def tokens(start: int, stop: int) -> int:
+        return own[stop] - own[start] + shared[start]
+
+    trees: list[list[Example]] = []
+    left = [(0, len(rows))] if rows else []
+    while left:
+        start, stop = left.pop()
+        if stop - start > 1:
+            cut = min(range(start + 1, stop), key=lambda i: (shared[i], abs(2 * i - start - stop)))
+            if not layout.share(tokens(start, cut), tokens(cut, stop), tokens(start, stop)):
+                left += [(cut, stop), (start, cut)]
+                continue
+        trees.append(rows[start:stop])
+    return trees
 
 
 def count_tokens(tree: Sequence[Example]) -> int:

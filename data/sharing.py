@@ -1,10 +1,8 @@
 """What sharing prefixes saves, measured before anything is trained."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from data.chat import Example
-from data.pack import Layout, count_tokens, fill_packs, make_trees, step_order
+from data.pack import Layout, count_tokens, plan_packs, step_order
 from data.store import Examples
 
 CONTEXTS = 2_000  # it is measured on at most so many
@@ -37,12 +35,8 @@ def measure_sharing(
     for step in step_order(keys, examples_per_step, seed, epoch=0, max_branches=max_branches):
         rows = [examples[chosen[i]] for i in step]
         flat += sum(len(row.ids) for row in rows)
-        executed += sum(map(count_tokens, make_trees(rows, shared)))
-        costs[True] += _cost(rows, shared)
-        costs[False] += _cost(rows, alone)
+        for share, layout in ((True, shared), (False, alone)):
+            sizes = [sum(map(count_tokens, trees)) for trees in plan_packs(rows, layout)]
+            costs[share] += sum(map(layout.cost, sizes))
+            executed += sum(sizes) if share else 0
     return Sharing(flat / executed, costs[False] / costs[True]) if executed else Sharing(1.0, 1.0)
-
-
-def _cost(rows: Sequence[Example], layout: Layout) -> float:
-    packs = fill_packs(make_trees(rows, layout), layout)
-    return sum(layout.cost([count_tokens(tree) for tree in pack]) for pack in packs)

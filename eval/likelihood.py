@@ -18,7 +18,7 @@ from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTra
 
 from data.chat import Example, encode, encode_prompt
 from data.conversation import Conversation, DataError, Message
-from data.pack import Layout, Pack, attention_mask, build_pack, common_prefix, fill_packs, make_trees
+from data.pack import Layout, Pack, attention_mask, build_pack, common_prefix, plan_packs
 from data.progress import Bar, track
 from data.squad import UNANSWERABLE
 from eval.metrics import normalize_answer
@@ -187,9 +187,9 @@ def _in_packs(
             for j, answer in enumerate(choice.answers):
                 examples.append(Example([*own, *answer], [0] * len(own) + [1] * len(answer)))
                 places[id(examples[-1])] = i, j
-        for trees in fill_packs(make_trees(examples, layout), layout):
+        for trees in plan_packs(examples, layout):
             targets = iter(_target_logprobs(model, build_pack(trees), cache, shared))
-            for example in chain.from_iterable(trees):  # make_trees has them in the order of build_pack's targets
+            for example in chain.from_iterable(trees):  # in the order of build_pack's targets
                 i, j = places[id(example)]
                 found[i][j] = sum(next(targets) for _ in range(sum(example.loss_mask)))
                 done += 1

@@ -1,29 +1,32 @@
 """A pack as a model's arguments, and the attention back ends behind its rule: k <= q < end[k] (see data/pack.py).
 
-forest           each tree of the pack by itself; PyTorch's fused attention, in bfloat16 plain products, which are
-                 1.7 times as fast while the scores fit in memory; on a CPU
+forest           trunks and branches of the pack by themselves: PyTorch's fused attention, in bfloat16 plain matrix
+                 products, which are 1.7 times as fast; on a CPU
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
 eager            the model's own plain matrix products, with a dense mask
 flex_attention   a block mask, blocks that nobody sees cost nothing; CUDA (PyTorch has no CPU backward for it)
 """
 
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from torch import nn
+from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from data.pack import Attention, Pack, attention_mask, is_chain
+from data.pack import Pack, attention_mask, is_chain
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
-KINDS: dict[str, Attention] = {"forest": "forest", "sdpa": "dense", "eager": "dense", "flex_attention": "sparse"}
-PLAIN_GIB = 2.0  # most memory for the scores of all layers
+PIECE_TOKENS = 64  # shorter branches are computed together
+PLAIN_TOKENS = 1024  # the scores of longer ones would take gigabytes
 LENGTHS = 256  # packs are filled up to a multiple for flex_attention, whose kernels are compiled for few lengths
 
 
@@ -91,7 +94,59 @@ def block_mask(end: list[int], device: torch.device) -> BlockMask:
     return create_block_mask(sees, None, None, len(end), len(end), device=device)
 
 
-@torch.compiler.disable  # how many trees there are changes from pack to pack
+@dataclass(frozen=True)
+class Piece:
+    """Tokens start..stop of a pack. They see those of all `before`, and each other as `sees` says (None: causally)."""
+
+    before: tuple[tuple[int, int], ...]
+    start: int
+    stop: int
+    sees: torch.Tensor | None  # boolean [stop - start, tokens before + stop - start]
+
+
+@lru_cache(maxsize=4)  # all layers ask for the same
+def pieces_of(end: tuple[int, ...]) -> list[Piece]:
+    """The pack, so divided that little is computed which nobody sees: a trunk is a piece, and each branch from it, but
+    for short ones, which make a piece together. Together they hold each token once, in order."""
+    found: list[Piece] = []
+
+    def divide(start: int, stop: int, before: tuple[tuple[int, int], ...]) -> None:
+        fork = start
+        while fork < stop and end[fork] == stop:
+            fork += 1
+        if fork > start:
+            add(start, fork, before)
+            before = (*before, (start, fork))
+        first = branch = fork
+        while branch < stop:
+            after = end[branch]
+            if after - first > PIECE_TOKENS:
+                if branch > first:
+                    add(first, branch, before)
+                if after - branch > PIECE_TOKENS:
+                    divide(branch, after, before)
+                    first = after
+                else:
+                    first = branch
+            branch = after
+        if first < stop:
+            add(first, stop, before)
+
+    def add(start: int, stop: int, before: tuple[tuple[int, int], ...]) -> None:
+        index, ends = torch.arange(start, stop), torch.tensor(end[start:stop])
+        sees = (index[None, :] <= index[:, None]) & (index[:, None] < ends[None, :])
+        seen = sum(b - a for a, b in before)
+        causal = not before and all(e >= stop for e in end[start:stop])
+        found.append(Piece(before, start, stop, None if causal else functional.pad(sees, (seen, 0), value=True)))
+
+    start = 0
+    while start < len(end):
+        divide(start, end[start], ())
+        start = end[start]
+    return found
+
+
+@torch.compiler.disable  # the pieces change from pack to pack
 def forest_attention(
     module: nn.Module,
     query: torch.Tensor,
@@ -109,32 +164,32 @@ def forest_attention(
         return cast(Any, sdpa_attention_forward(module, query, key, value, attention_mask, **more))
     groups = query.shape[1] // key.shape[1]
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
-    end, trees, start = attention_mask.flatten(), [], 0
-    while start < len(end):
-        stop = int(end[start])  # of the tree whose root is at `start`
-        q, k, v = (tensor[:, :, start:stop] for tensor in (query, key, value))
-        trees.append(_tree_attention(module, q, k, v, end[start:stop] - start, scaling, dropout).transpose(1, 2))
-        start = stop
-    return torch.cat(trees, dim=1), None
+    found = []
+    for piece in pieces_of(tuple(attention_mask.flatten().tolist())):
+        ranges = (*piece.before, (piece.start, piece.stop))
+        q = query[:, :, piece.start : piece.stop]
+        k, v = (
+            torch.cat([t[:, :, a:b] for a, b in ranges], dim=2) if piece.before else t[:, :, piece.start : piece.stop]
+            for t in (key, value)
+        )
+        sees = None if piece.sees is None else piece.sees.to(query.device)
+        found.append(_attend(q, k, v, sees, scaling, dropout).transpose(1, 2))
+    return torch.cat(found, dim=1), None
 
 
-def _tree_attention(
-    module: nn.Module,
+def _attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    end: torch.Tensor,
+    sees: torch.Tensor | None,
     scaling: float | None,
     dropout: float,
 ) -> torch.Tensor:
-    heads, tokens, size = query.shape[1:]
-    index = torch.arange(tokens, device=end.device)
-    sees = (index[None, :] <= index[:, None]) & (index[:, None] < end[None, :])
-    scores = cast(Any, module).config.num_hidden_layers * heads * tokens**2
-    if query.dtype != torch.bfloat16 or dropout or 6 * scores > PLAIN_GIB * 2**30:  # fp32 before the softmax, then bf16
-        mask = None if bool((end == tokens).all()) else sees
-        return scaled_dot_product_attention(query, key, value, mask, dropout, is_causal=mask is None, scale=scaling)
-    products = query @ key.transpose(2, 3) * (size**-0.5 if scaling is None else scaling)
+    if query.dtype != torch.bfloat16 or dropout or query.device.type != "cpu" or key.shape[2] > PLAIN_TOKENS:
+        return scaled_dot_product_attention(query, key, value, sees, dropout, is_causal=sees is None, scale=scaling)
+    products = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
+    if sees is None:
+        sees = torch.ones(products.shape[2:], dtype=torch.bool, device=query.device).tril()
     weights = products.masked_fill(~sees, torch.finfo(query.dtype).min).softmax(-1, dtype=torch.float32)
     return weights.to(query.dtype) @ value
 

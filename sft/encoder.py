@@ -12,7 +12,14 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
 
 from data.progress import Bar
 from sft.base import readable, resolve_base
@@ -49,6 +56,7 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
     with readable(f"model.base: {model.base}"):
         folder = resolve_base(model.base)
         config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False, **names)
+        _set_attention_dropout(config, model)
         loaded, found = getattr(transformers, HEADS[head]).from_pretrained(
             folder, config=config, revision=model.revision, use_safetensors=True, trust_remote_code=False,
             dtype=torch.float32, output_loading_info=True,
@@ -61,6 +69,15 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
             "name a whole encoder such as bert-base-uncased"
         )
     return cast(PreTrainedModel, loaded)
+
+
+def _set_attention_dropout(config: PretrainedConfig, model: EncoderModel) -> None:
+    if model.attention_dropout is None:
+        return
+    known = [name for name in ("attention_probs_dropout_prob", "attention_dropout") if hasattr(config, name)]
+    if not known:
+        raise RecipeError(f"model.attention_dropout: the config of {model.base} has no such value; leave it out")
+    setattr(config, known[0], model.attention_dropout)
 
 
 def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:

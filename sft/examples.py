@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from data.chat import Example, TooLong, check_template, encode_turns
 from data.check import Rules, examine, nothing_held_out, read_held_out
 from data.conversation import Conversation, DataError, Ledger
-from data.pack import Attention, Layout
+from data.pack import Layout
 from data.progress import track
 from data.sharing import Sharing, measure_sharing
 from data.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
@@ -80,16 +80,16 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[E
     return found.examples, found.report
 
 
-def pack_tokens(recipe: Recipe, attention: Attention) -> int:
-    """Most tokens of a micro-batch: where the recipe leaves it open, few on a CPU and under a dense mask."""
+def layout_of(recipe: Recipe, share: bool, implementation: str) -> Layout:
+    """The micro-batches of an attention back end; on a GPU larger ones, where the recipe leaves it open."""
     asked = recipe.data.pack_tokens
-    return (4096 if attention == "sparse" else 512) if asked == "auto" else asked
+    tokens = (4096 if implementation == "flex_attention" else 512) if asked == "auto" else asked
+    return Layout(share, tokens, "sparse" if implementation in ("forest", "flex_attention") else "dense")
 
 
-def sharing_of(examples: Examples, recipe: Recipe, attention: Attention = "forest") -> Sharing:
+def sharing_of(examples: Examples, recipe: Recipe, implementation: str = "forest") -> Sharing:
     """What sharing prefixes would do in the recipe's steps."""
-    layout = Layout(True, pack_tokens(recipe, attention), attention)
-    train = recipe.train
+    layout, train = layout_of(recipe, True, implementation), recipe.train
     return measure_sharing(examples, layout, train.examples_per_step, train.seed, recipe.data.max_branches)
 
 

@@ -1,5 +1,6 @@
 """What a recipe leaves to `auto`, decided once: the run's recipe.yaml holds it, and resuming repeats it."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -8,9 +9,9 @@ from transformers import PreTrainedModel
 
 from data.pack import Layout
 from data.store import Examples
-from sft.attention import KINDS, choose_attention, virtual_tokens
+from sft.attention import choose_attention, virtual_tokens
 from sft.compile import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
-from sft.examples import pack_tokens, sharing_of
+from sft.examples import layout_of, sharing_of
 from sft.fused_lora import fuse_lora
 from sft.model import compute_dtype
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError
@@ -54,15 +55,14 @@ def settle(
         if data.share_prefixes is True:
             raise RecipeError(f"data.share_prefixes: {obstacle}; set data.share_prefixes: auto or false")
         lines.append(f"prefixes are not shared: {obstacle}")
-        layout = Layout(False, pack_tokens(recipe, "dense"), "causal")
+        layout = replace(layout_of(recipe, False, "sdpa"), attention="causal")
         attention = model.config._attn_implementation if attention == "auto" else attention
     else:
         if attention == "auto":
             attention = choose_attention(model, model.device)
-        kind = KINDS[attention]
-        sharing = sharing_of(examples, recipe, kind)
+        sharing = sharing_of(examples, recipe, attention)
         share = sharing.pays if data.share_prefixes == "auto" else data.share_prefixes
-        layout = Layout(share, pack_tokens(recipe, kind), kind)
+        layout = layout_of(recipe, share, attention)
         lines.append(
             f"{sharing.ratio:.2f} flat tokens per executed token where prefixes are shared, which saves "
             f"{1 - 1 / sharing.gain:.0%} of the time: {'on' if share else 'off'}"

@@ -86,6 +86,13 @@ def test_linear_probe_leaves_the_encoder_as_it_was(tiny_bert, tmp_path):
     assert not torch.equal(after["classifier.bias"], torch.zeros(20))
 
 
+def test_attention_dropout_is_the_recipes_or_the_bases_own(tiny_bert):
+    for asked, found in ((None, 0.1), (0, 0), (0.3, 0.3)):
+        base = EncoderModel(base=str(tiny_bert), attention_dropout=asked)
+        config = load_encoder(base, "classification", 0, ("a", "b")).config
+        assert (config.attention_probs_dropout_prob, config.hidden_dropout_prob) == (found, 0.1)
+
+
 def test_gradual_unfreezing_goes_from_the_head_to_the_embeddings(tiny_bert):
     model = load_encoder(EncoderModel(base=str(tiny_bert)), "classification", 0, ("a", "b"))
     depth, deepest = depths(model)

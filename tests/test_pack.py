@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from data.chat import Example, encode, encode_turns
 from data.conversation import Conversation
-from data.pack import Layout, Pack, attention_mask, build_pack, is_chain, make_packs, step_order
+from data.pack import Layout, attention_mask, build_pack, is_chain, make_packs, step_order
 from data.sharing import measure_sharing
-from sft.attention import pack_inputs
+from sft.attention import pack_inputs, pieces_of
 from sft.fused_lora import fuse_lora
 from sft.model import load_base, tune_model
 from sft.recipe import Model, Tune
@@ -56,7 +56,7 @@ def test_packs_hold_every_example_once_whatever_the_budget(questions, tokenizer)
     longest = max(len(e.ids) for e in examples)
     for share in (True, False):
         for budget in (100, 700, 5000):
-            for attention in ("dense", "forest", "sparse", "causal"):
+            for attention in ("dense", "sparse", "causal"):
                 packs = make_packs(examples, Layout(share, budget, attention))
                 assert sorted(t for p in packs for t in p.target) == wanted
                 assert max(len(p.input_ids) for p in packs) <= max(budget, longest)
@@ -80,24 +80,11 @@ def rows_of(prefix: int, own: int, count: int) -> list[Example]:
     return [example(*range(10, 10 + prefix), *(1000 * (i + 1) + n for n in range(own))) for i in range(count)]
 
 
-def sizes(packs: list[Pack]) -> list[list[int]]:
-    """Tokens of each tree of each pack: a root is what nothing before it sees."""
-    found = []
-    for pack in packs:
-        trees, start = [], 0
-        while start < len(pack.end):
-            trees.append(pack.end[start] - start)
-            start = pack.end[start]
-        found.append(trees)
-    return found
-
-
 @pytest.mark.parametrize(
     ("prefix", "own", "attention", "packs"),
     [
         (200, 25, "dense", 1),  # a passage and its questions
         (30, 300, "dense", 6),  # a system prompt: attention over the joined trees costs more than it saves
-        (30, 300, "forest", 1),  # so it does where trees are computed apart, which fill a pack all the same
         (30, 300, "sparse", 1),  # where masked blocks are free, any prefix is worth sharing
     ],
 )
@@ -108,7 +95,7 @@ def test_a_prefix_is_shared_where_it_saves_more_than_attention_over_the_joined_t
     made = make_packs(rows_of(prefix, own, 6), layout)
     assert len(made) == packs
     flat = make_packs(rows_of(prefix, own, 6), Layout(False, 4096, attention))
-    assert sum(map(layout.cost, sizes(made))) <= sum(map(layout.cost, sizes(flat)))
+    assert sum(layout.cost(len(p.input_ids)) for p in made) <= sum(layout.cost(len(p.input_ids)) for p in flat)
 
 
 def test_ten_times_the_questions_of_a_context_make_no_larger_pack():
@@ -117,9 +104,9 @@ def test_ten_times_the_questions_of_a_context_make_no_larger_pack():
         assert 450 <= max(len(p.input_ids) for p in packs) <= 512
 
 
-def test_trees_that_are_computed_apart_fill_every_pack_but_the_last():
+def test_trees_fill_every_pack_but_the_last_where_masked_attention_is_free():
     rows = rows_of(0, 100, 17)
-    assert [len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "forest"))] == [500, 500, 500, 200]
+    assert [len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "sparse"))] == [500, 500, 500, 200]
     assert max(len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "dense"))) < 300
 
 
@@ -241,7 +228,7 @@ def tuned(request, tiny):
 
 
 @pytest.mark.parametrize("budget", [600, 4000])
-@pytest.mark.parametrize("attention", ["dense", "forest", "sparse"])
+@pytest.mark.parametrize("attention", ["dense", "sparse"])
 def test_one_shared_step_equals_the_flat_one(questions, tokenizer, tuned, budget, attention):
     rows = [encode(q, tokenizer, 1024) for q in [*questions[:14], questions[3]]]  # one question twice
     assert_same_step(tuned, rows, Layout(True, budget, attention))
@@ -278,6 +265,29 @@ def test_one_step_of_random_forests_equals_the_flat_one(tuned, seed):
         mask[-1] = 1
         rows.append(Example(ids, mask))
     assert_same_step(tuned, rows, Layout(True, rng.choice([8, 40, 500]), "sparse"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_pieces_of_a_pack_see_what_the_mask_lets_them_see(seed):
+    rng = random.Random(seed)
+    rows: list[Example] = []
+    for _ in range(30):
+        ids = list(rng.choice(rows).ids) if rows and rng.random() < 0.8 else []
+        ids = [*ids[: rng.randrange(len(ids) + 1)], *(rng.randrange(5, 9) for _ in range(rng.randrange(2, 90)))]
+        rows.append(Example(ids, [0] * len(ids)))
+    (pack,) = make_packs(rows, Layout(True, 10_000, "sparse"))
+    seen, found = torch.zeros(len(pack.end), len(pack.end), dtype=torch.bool), pieces_of(tuple(pack.end))
+    for piece in found:
+        own = range(piece.start, piece.stop)
+        columns = [i for a, b in piece.before for i in range(a, b)] + list(own)
+        sees = torch.ones(len(own), len(columns), dtype=torch.bool).tril() if piece.sees is None else piece.sees
+        seen[piece.start : piece.stop, columns] = sees
+    assert torch.equal(seen, attention_mask(pack)[0, 0])
+    assert [i for piece in found for i in range(piece.start, piece.stop)] == list(range(len(pack.end)))
+    assert (
+        sum((p.stop - p.start) * (p.stop - p.start + sum(b - a for a, b in p.before)) for p in found)
+        < 0.5 * seen.numel()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

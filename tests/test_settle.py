@@ -39,9 +39,9 @@ def squad(questions, tokenizer, tmp_path):
 
 @pytest.fixture
 def unrelated(tmp_path):
-    """Rows that share a short system prompt, as instructions do."""
+    """Rows that share the few tokens that open a turn."""
     rng = random.Random(0)
-    ids = [[*range(20, 40), *(rng.randrange(100, 9000) for _ in range(150))] for _ in range(40)]
+    ids = [[*range(20, 22), *(rng.randrange(100, 9000) for _ in range(168))] for _ in range(40)]
     return stored(tmp_path / "u", [Example(i, [0] * 160 + [1] * 10, f"{n:016x}") for n, i in enumerate(ids)])
 
 

@@ -259,6 +259,11 @@ SYSTEMS = {
         "TRL SFTTrainer, defaults: checkpointing, bf16 autocast over an fp32 base",
         trl(), read_trl, "padded", "bfloat16",
     ),
+    "trl-grouped": System(
+        "TRL, fp32, no checkpointing, group_by_length",
+        trl(gradient_checkpointing=False, train_sampling_strategy="group_by_length", bf16=False),
+        read_trl, "padded", "float32",
+    ),
     "trl-best": System(
         "TRL, fp32, no checkpointing, micro-batches of 2, group_by_length",
         trl(**BEST, bf16=False), read_trl, "padded", "float32",

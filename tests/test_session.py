@@ -1,0 +1,26 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = """
+import os, sys
+from pathlib import Path
+from sft.session import tune_allocator
+tune_allocator()
+print(Path("/proc/self/environ").read_text().count("GLIBC_TUNABLES"), "GLIBC_TUNABLES" in os.environ, sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.parametrize(("own", "seen"), [(None, "1 False"), ("glibc.malloc.arena_max=1", "1 True")])
+def test_the_allocator_is_tuned_once_and_a_users_own_settings_stay(own, seen, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    env = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}
+    env |= {"PYTHONPATH": os.getcwd()} | ({"GLIBC_TUNABLES": own} if own else {})
+    done = subprocess.run(
+        [sys.executable, str(script), "a b", "c"], env=env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == f"{seen} ['a b', 'c']"
