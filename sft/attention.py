@@ -26,7 +26,7 @@ from data.pack import Pack, attention_mask, is_chain
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
 PIECE_TOKENS = 64  # shorter branches are computed together
-PLAIN_TOKENS = 1024  # the scores of longer ones would take gigabytes
+PLAIN_GIB = 2.0  # most memory for the scores of all layers
 LENGTHS = 256  # packs are filled up to a multiple for flex_attention, whose kernels are compiled for few lengths
 
 
@@ -162,7 +162,10 @@ def forest_attention(
     if attention_mask is None or attention_mask.dtype == torch.bool:
         more = {"scaling": scaling, "dropout": dropout, **kwargs}
         return cast(Any, sdpa_attention_forward(module, query, key, value, attention_mask, **more))
-    groups = query.shape[1] // key.shape[1]
+    groups, heads, tokens = query.shape[1] // key.shape[1], *query.shape[1:3]
+    scores = cast(Any, module).config.num_hidden_layers * heads * tokens**2
+    small = scores * 6 <= PLAIN_GIB * 2**30  # fp32 before the softmax, bf16 after it
+    plain = query.dtype == torch.bfloat16 and query.device.type == "cpu" and small and not dropout
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     found = []
     for piece in pieces_of(tuple(attention_mask.flatten().tolist())):
@@ -173,7 +176,7 @@ def forest_attention(
             for t in (key, value)
         )
         sees = None if piece.sees is None else piece.sees.to(query.device)
-        found.append(_attend(q, k, v, sees, scaling, dropout).transpose(1, 2))
+        found.append(_attend(q, k, v, sees, scaling, dropout, plain).transpose(1, 2))
     return torch.cat(found, dim=1), None
 
 
@@ -184,8 +187,9 @@ def _attend(
     sees: torch.Tensor | None,
     scaling: float | None,
     dropout: float,
+    plain: bool,
 ) -> torch.Tensor:
-    if query.dtype != torch.bfloat16 or dropout or query.device.type != "cpu" or key.shape[2] > PLAIN_TOKENS:
+    if not plain:
         return scaled_dot_product_attention(query, key, value, sees, dropout, is_causal=sees is None, scale=scaling)
     products = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if sees is None:

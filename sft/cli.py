@@ -247,7 +247,8 @@ def env() -> None:
 
 
 def main() -> None:
-    tune_allocator()
+    if sys.argv[1:2] in (["train"], ["quickstart"]):
+        tune_allocator()
     app()
 
 

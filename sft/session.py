@@ -73,7 +73,7 @@ def tune_allocator() -> None:
     """Start this process once more with glibc's cache of small blocks off, which can't be set in a running one.
 
     The cached blocks lie between activations, so that the holes which one micro-batch leaves don't fit the next:
-    training on a CPU grew to 2.5 GiB with them and to 2.2 without (SmolLM2-135M, micro-batches of 512 tokens).
+    training on a CPU grew to 2.4 - 2.5 GiB with them and to 2.2 - 2.3 without (SmolLM2-135M, packs of 512 tokens).
     """
     if os.environ.get("GLIBC_TUNABLES") == TUNABLES:
         del os.environ["GLIBC_TUNABLES"]  # they are in force; what this process starts is not concerned

@@ -120,7 +120,7 @@ class PackTrainer(SFTTrainer):
                     parameter.data = parameter.data.float()
         self.gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         if args.device.type == "cpu":
-            # before any activation: gradients allocated among them in each step leave holes that cost up to 0.5 GiB
+            # before any activation: gradients allocated among them in each step leave holes that cost about 0.3 GiB
             self.gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
 
     def _collate(self, batch: list[dict[str, int]], processes: int) -> dict[str, Any]:

@@ -290,6 +290,23 @@ def test_pieces_of_a_pack_see_what_the_mask_lets_them_see(seed):
     )
 
 
+@pytest.mark.parametrize("most", [2.0, 0.0])
+def test_branches_by_themselves_train_in_bfloat16_as_the_dense_mask_does(questions, tokenizer, tiny, monkeypatch, most):
+    """By plain products, and by the fused kernel where the scores would take too much memory."""
+    monkeypatch.setattr("sft.attention.PLAIN_GIB", most)
+    (pack,) = make_packs([encode(q, tokenizer, 1024) for q in questions[:8]], Layout(True, 4096, "sparse"))
+    found = []
+    for dtype, implementation in ((torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "forest")):
+        model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), LORA, seed=0)
+        random_adapter(model)
+        model.set_attn_implementation(implementation)
+        torch.manual_seed(0)
+        pack_loss(model, pack, torch.device("cpu")).backward()
+        found.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad]))
+    exact, dense, forest = found
+    assert (forest - exact).norm() < 1.5 * (dense - exact).norm() < 0.2 * exact.norm()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_flex_attention_sees_what_the_dense_mask_lets_it_see(questions, tokenizer, tiny, dtype):
     """Forward only: PyTorch has no backward for it on a CPU."""

@@ -39,9 +39,9 @@ def squad(questions, tokenizer, tmp_path):
 
 @pytest.fixture
 def unrelated(tmp_path):
-    """Rows that share the few tokens that open a turn."""
+    """Rows that share a short system prompt, as instructions do."""
     rng = random.Random(0)
-    ids = [[*range(20, 22), *(rng.randrange(100, 9000) for _ in range(168))] for _ in range(40)]
+    ids = [[*range(20, 40), *(rng.randrange(100, 9000) for _ in range(150))] for _ in range(40)]
     return stored(tmp_path / "u", [Example(i, [0] * 160 + [1] * 10, f"{n:016x}") for n, i in enumerate(ids)])
 
 
@@ -51,7 +51,9 @@ def test_prefixes_are_shared_where_that_pays_and_the_ratio_is_told(tiny, squad, 
     assert settled.data.share_prefixes is layout.share_prefixes is True
     assert "flat tokens per executed token" in lines[0]
     assert lines[0].endswith("on")
-    settled, layout, lines = settle(recipe, tuned(tiny), unrelated, True)
+    assert settle(recipe, tuned(tiny), unrelated, True)[1].share_prefixes is True  # attention costs no more for it
+    dense = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=sdpa"])
+    settled, layout, lines = settle(dense, tuned(tiny), unrelated, True)
     assert settled.data.share_prefixes is layout.share_prefixes is False
     assert lines[0].endswith("off")
 
@@ -79,11 +81,11 @@ def test_virtual_tokens_leave_no_place_for_packs(tiny, squad, tmp_path):
     assert layout.attention == "causal"
 
 
-def test_attention_follows_device_and_precision(tiny):
+def test_attention_follows_device_and_architecture(tiny):
     model = tuned(tiny)
     assert choose_attention(model, CPU) == "forest"
     assert choose_attention(model, torch.device("cuda")) == "flex_attention"
-    model.set_attn_implementation("eager")  # what the architecture chose for itself stays, but for sdpa
+    model.set_attn_implementation("eager")  # an architecture whose own attention is not SDPA, which forest replaces
     assert choose_attention(model, CPU) == "sdpa"
 
 
