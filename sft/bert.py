@@ -5,6 +5,8 @@ graft train recipes/minilm_newsgroups.yaml                       the same in one
 """
 
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 if not __package__:  # started as a file: put the repository root, not sft/, first
@@ -15,18 +17,24 @@ import typer
 from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import RecipeError
 from sft.recipe_file import load_any_recipe
-from sft.session import tune_allocator, use_all_cores, user_errors
-from sft.train import Overrides, RecipePath, Resume, recipe_to_train
+from sft.session import keeps_pickles, tune_allocator, use_all_cores, user_errors
+from sft.train import AllowChanged, Overrides, RecipePath, Resume, parse_changed, recipe_to_train
 
 
 @user_errors
-def main(recipe: RecipePath = None, overrides: Overrides = None, resume: Resume = None) -> None:
+def main(
+    recipe: RecipePath = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    allow_changed: AllowChanged = None,
+) -> None:
     """Train a baseline; the run folder holds its weights and everything that scoring needs."""
     path = recipe_to_train(recipe, overrides, resume)
+    changed = parse_changed(resume, allow_changed, elastic=False)
     loaded = load_any_recipe(path, overrides)
     if not isinstance(loaded, BaselineRecipe):
         raise RecipeError(f"{path}: names no objective, so it is the recipe of an adapter; train it with sft/train.py")
-    run = train_baseline(loaded, path, resume)
+    run = train_baseline(loaded, path, resume, changed)
     if run:
         print_next(loaded, run)
 
@@ -36,22 +44,42 @@ def print_next(recipe: BaselineRecipe, run: Path) -> None:
     print(f"\nrun folder: {run}\nnext: {use}")
 
 
-def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Path | None = None) -> Path | None:
-    """Load, train, save. The run folder on the main process, None on others. Raises SystemExit(130) on Ctrl-C."""
+def train_baseline(
+    recipe: BaselineRecipe,
+    recipe_path: Path,
+    resume: Path | None = None,
+    changed: tuple[Sequence[str], bool] = ((), False),
+) -> Path | None:
+    """Load, train, save. The run folder on the main process, None on others. Raises SystemExit with the signal's exit
+    code where one ended the training."""
+    with ExitStack() as held:  # the lock of the run folder
+        return _train(recipe, recipe_path, resume, changed, held)
+
+
+def _train(
+    recipe: BaselineRecipe, recipe_path: Path, resume: Path | None, changed: tuple[Sequence[str], bool], held: ExitStack
+) -> Path | None:
     import torch
     from accelerate import PartialState
 
     from sft.baseline_data import read_split
+    from sft.checkpoint import check_space, last_checkpoint, publish_folder
     from sft.cost import COST, Stopwatch
     from sft.encoder import tune_encoder
     from sft.encoder_trainer import EncoderTrainer, arguments_of, settle_bf16
     from sft.floor import fit_floor
     from sft.head import CHOSEN, head_of
+    from sft.interrupt import locked
     from sft.model import count_parameters
-    from sft.run import agree_on_folder, check_unchanged, manifest, plot_loss, start_run, write_json
+    from sft.monitor import Monitor
+    from sft.resume import begin, note_changed_data
+    from sft.run import agree_on_folder, manifest, plot_loss, read_metrics, start_run, write_json
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    main = state.is_main_process
     use_all_cores()
+    if changed[1]:
+        raise RecipeError("--elastic: the rows of a baseline's step depend on the processes; start as many as before")
     if not resume:
         agree_on_folder(recipe, recipe_path, probe=True)
     split = read_split(recipe)
@@ -60,43 +88,51 @@ def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Path | Non
         if resume:
             raise RecipeError(f"{resume}: a floor takes seconds and has no checkpoint; start a new run")
         run = agree_on_folder(recipe, recipe_path)
-        if not state.is_main_process:
+        if not main:
             return None
         start_run(run, recipe, manifest(recipe, split.report, 0, 0), split.report)
         fit_floor(recipe, [*split.train, *split.dev], run / "model")  # it has nothing to choose
         write_json(run / COST, watch.cost(run / "model", 0, 0))
         return run
 
+    if resume:
+        held.enter_context(locked(resume, main))
+    going_on = last_checkpoint(resume, keeps_pickles()) if resume else None
     recipe = settle_bf16(recipe, state.device)
     with state.main_process_first():
         head = head_of(recipe, split)
     model = tune_encoder(head.load(), recipe.tune, recipe.objective, recipe.train.seed)
     trainable, parameters = count_parameters(model)
     run = resume or agree_on_folder(recipe, recipe_path)
+    if not resume:
+        held.enter_context(locked(run, main))
     facts = manifest(recipe, split.report, trainable, parameters)
     arguments = arguments_of(recipe, run, len(head.rows), state.num_processes, state.device.type == "cuda")
-    trainer = EncoderTrainer(model, arguments, recipe, head, run, state.is_main_process, resume)
-    if state.is_main_process:
-        if resume:
-            check_unchanged(run, facts)
-        else:
-            start_run(run, recipe, facts, split.report)
+    check_space(run, model, arguments.optim)
+    trainer = EncoderTrainer(model, arguments, recipe, head)
+    if main:
+        trainer.made_from, lines = begin(run, recipe, facts, split.report, going_on, changed, state.num_processes)
         print(
             f"{len(split.train)} rows to train on, {len(split.dev)} to choose by, {arguments.max_steps} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; run folder {run}",
             *head.notes,
+            *lines,
             sep="\n",
             flush=True,
         )
+    per_epoch = -(-len(head.rows) // recipe.train.examples_per_step)
+    monitor = Monitor(run, per_epoch, read_metrics(run)) if main else None
     watch = Stopwatch()
-    trainer.run_to_end()
+    trainer.run_to_end(run, monitor, going_on[0] if going_on else None)
+    trainer.check_finite()
     weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
-    trainer.save_model(str(weights))
-    if not state.is_main_process:
+    publish_folder(weights, trainer.save_model, main)
+    if not monitor:
         return None
     head.tokenizer.save_pretrained(weights)
     write_json(run / CHOSEN, trainer.chosen())
-    write_json(run / COST, watch.cost(weights, trainable, parameters, trainer.last.get("seconds")))
+    write_json(run / COST, watch.cost(weights, trainable, parameters, monitor.last.get("seconds")))
+    note_changed_data(run, facts)
     plot_loss(run)
     return run
 

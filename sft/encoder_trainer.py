@@ -1,21 +1,18 @@
-"""An encoder's training: transformers' Trainer with a head's rows, its own evaluation, and a schedule of layers."""
+"""An encoder's training: a DurableTrainer with a head's rows, its own evaluation, and a schedule of layers."""
 
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
 from sft.baseline_recipe import BaselineRecipe
-from sft.checkpoint import SaveOnInterrupt, last_checkpoint
+from sft.durable import DurableTrainer, TrainingDiverged
 from sft.encoder import depths
 from sft.head import Head
 from sft.model import bfloat16_pays
-from sft.monitor import Monitor
 from sft.recipe import RecipeError
-from sft.run import read_metrics, rewind_metrics
-from sft.trainer import TrainingDiverged
 
 
 class Unfreeze(TrainerCallback):
@@ -32,52 +29,21 @@ class Unfreeze(TrainerCallback):
             parameter.requires_grad_(self.depth[name.removeprefix("module.")] <= int(done * self.deepest))
 
 
-class EncoderTrainer(Trainer):
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        args: TrainingArguments,
-        recipe: BaselineRecipe,
-        head: Head,
-        run: Path,
-        main: bool,
-        resume: Path | None,
-    ) -> None:
-        self.recipe, self.head, self.run = recipe, head, run
-        self.resume_from = last_checkpoint(resume) if resume else None
-        self.last: dict[str, Any] = {}
-        if self.resume_from:
-            if main:
-                rewind_metrics(run, int(self.resume_from.name.split("-")[1]))
-            self.last = next((row for row in reversed(read_metrics(run)) if "loss" in row), {})
-        self.executed_tokens = self.last.get("executed_tokens", 0)
-        self.trained_examples = self.last.get("examples", 0)
-        self.interrupt = SaveOnInterrupt()
-        callbacks: list[TrainerCallback] = [self.interrupt]
-        per_epoch = -(-len(head.rows) // recipe.train.examples_per_step)
-        if main:
-            callbacks.append(Monitor(run, per_epoch, self.last))
-        if recipe.tune.method == "gradual_unfreezing":
-            callbacks.append(Unfreeze(model, recipe.tune.unfreeze_share))
+class EncoderTrainer(DurableTrainer):
+    def __init__(self, model: PreTrainedModel, args: TrainingArguments, recipe: BaselineRecipe, head: Head) -> None:
+        self.recipe, self.head = recipe, head
         super().__init__(
             model=model,
             args=args,
             train_dataset=cast(Any, head.rows),
             eval_dataset=cast(Any, head.rows),  # not read: evaluate() scores the head's own slice
             data_collator=cast(Any, head.collate),
-            callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if recipe.tune.method == "gradual_unfreezing":
+            self.add_callback(Unfreeze(model, recipe.tune.unfreeze_share))
         # the heads' losses are means over the batch; Trainer would multiply them by the number of processes
         self.model_accepts_loss_kwargs = False
-
-    def run_to_end(self) -> None:
-        """Train. Raises SystemExit(130) after Ctrl-C, once a checkpoint is saved."""
-        self.train(resume_from_checkpoint=str(self.resume_from) if self.resume_from else None)
-        if self.interrupt.stopped:
-            if self.args.process_index == 0:
-                print(f"stopped and saved; go on with: graft train --resume {self.run}")
-            raise SystemExit(130)
 
     def chosen(self) -> dict[str, Any]:
         """What the head chose, the step of the weights that stay, and its scores on the slice that chose it."""
@@ -107,10 +73,6 @@ class EncoderTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         cast(nn.Module, self.model).train()
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
-        super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW; with tune.layer_decay a layer's rate is that of the layer above it times the decay."""

@@ -1,9 +1,11 @@
 """What a user sees of a running training, and what stays of it: progress, metrics.jsonl, TensorBoard."""
 
 import json
-import math
+import statistics
 import sys
 import time
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,9 @@ import torch
 from transformers import TrainerCallback, TrainerState
 
 from data.progress import Bar
-from sft.trainer import TrainingDiverged
+
+# A spike, by the rule of OLMo-core's SkipStepOptimizer: so many standard deviations above the mean of the rows before
+SPIKE_SIGMA, SPIKE_ROWS, SPIKE_FEWEST = 6.0, 128, 64
 
 
 def peak_memory_gib() -> float:
@@ -24,14 +28,34 @@ def peak_memory_gib() -> float:
     return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
+class Spikes:
+    """Values of the last rows, and how far a new one lies above them."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self.values = deque(values, SPIKE_ROWS)
+
+    def add(self, value: float) -> float | None:
+        """Standard deviations above the mean of the rows before, where that makes it a spike."""
+        before = list(self.values)
+        self.values.append(value)
+        if len(before) < SPIKE_FEWEST:
+            return None
+        above, deviation = value - statistics.fmean(before), statistics.pstdev(before)
+        return above / deviation if deviation and above > SPIKE_SIGMA * deviation else None
+
+
 class Monitor(TrainerCallback):
     """Main process only. A metrics.jsonl row for every logged step, flushed at once."""
 
-    def __init__(self, run: Path, steps_per_epoch: int, last: dict[str, Any] | None = None) -> None:
-        """`last`: the metrics row that a resumed run goes on from."""
-        self.run, self.steps_per_epoch, self.last = run, steps_per_epoch, last or {}
+    def __init__(self, run: Path, steps_per_epoch: int, rows: Sequence[dict[str, Any]] = ()) -> None:
+        """`rows`: of metrics.jsonl, that a resumed run goes on from."""
+        self.run, self.steps_per_epoch = run, steps_per_epoch
+        train = [row for row in rows if "loss" in row]
+        self.last: dict[str, Any] = train[-1] if train else {}
+        self.spikes = {key: Spikes([r[key] for r in train if key in r]) for key in ("loss", "grad_norm")}
         self.note = ""
         self.counted: tuple[float, int] = (0.0, 0)
+        self.open = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -42,6 +66,7 @@ class Monitor(TrainerCallback):
         now = time.monotonic()
         self.start = now - self.last.get("seconds", 0.0)
         self.counted = (now, self.last.get("executed_tokens", 0))
+        self.open = True
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step, self.note)
@@ -60,16 +85,30 @@ class Monitor(TrainerCallback):
             row["tokens_per_s"] = round((logs["executed_tokens"] - tokens) / (now - then), 1)
             self.counted = (now, logs["executed_tokens"])
             self.note = f"loss {logs['loss']:.4f}  {row['tokens_per_s']:.0f} tokens/s"
+            row |= self._spikes(row)
         row["peak_memory_gib"] = round(peak_memory_gib(), 2)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
         for key, value in row.items():
             if isinstance(value, float):
                 self.board.add_scalar(key, value, state.global_step)
-        if not math.isfinite(logs.get("grad_norm", 0.0)):
-            raise TrainingDiverged(f"the gradient of step {state.global_step} is not finite; lower train.learning_rate")
 
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self.bar.close()
-        self.board.close()
-        self.file.close()
+    def _spikes(self, row: dict[str, Any]) -> dict[str, float]:
+        """loss_spike, grad_norm_spike: standard deviations above the rows before; told, and training goes on."""
+        found = {}
+        for key, spikes in self.spikes.items():
+            sigma = spikes.add(row[key]) if key in row else None
+            if sigma:
+                found[f"{key}_spike"] = round(sigma, 1)
+                print(
+                    f"warning: step {row['step']}: {key} {row[key]:.4g} is {sigma:.1f} sigma above the rows before it"
+                )
+        return found
+
+    def close(self) -> None:
+        """Also after an error, or the terminal keeps a bar that does not move."""
+        if self.open:
+            self.open = False
+            self.bar.close()
+            self.board.close()
+            self.file.close()

@@ -45,7 +45,7 @@ def agree_on_folder(recipe: Recipe | BaselineRecipe, recipe_path: Path, probe: b
         stem = Path("runs") / recipe_path.stem
         names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
         wanted = next(name for name in names if not name.exists())
-    elif wanted.is_dir() and any(wanted.iterdir()):
+    elif wanted.is_dir() and any(not p.name.startswith(".") for p in wanted.iterdir()):  # the lock may be there
         raise RecipeError(
             f"train.output_dir: {wanted} is not empty; go on with `graft train --resume {wanted}` or name another"
         )
@@ -105,15 +105,19 @@ def manifest(
     }
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_whole(path: Path, text: str) -> None:
     """Written aside and renamed, so that a file that exists is whole."""
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(text, encoding="utf-8")
     aside.replace(path)
 
 
+def write_json(path: Path, value: Any) -> None:
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
 def start_run(run: Path, recipe: A, facts: dict[str, Any], report: dict[str, Any]) -> None:
-    (run / "recipe.yaml").write_text(dump_recipe(with_absolute_paths(recipe)), encoding="utf-8")
+    write_whole(run / "recipe.yaml", dump_recipe(with_absolute_paths(recipe)))
     write_json(run / "manifest.json", facts)
     write_report(report | {"recipe": run.name}, run)
 
@@ -168,27 +172,14 @@ def finish_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[st
     config = weights / "adapter_config.json"
     if config.is_file():  # PEFT wrote the cache folder's path
         write_json(config, json.loads(config.read_text()) | {"base_model_name_or_path": recipe.model.base})
-    (weights / "README.md").write_text(model_card(recipe, facts, report, read_metrics(run)), encoding="utf-8")
+    write_whole(weights / "README.md", model_card(recipe, facts, report, read_metrics(run)))
     plot_loss(run)
 
 
 def rewind_metrics(run: Path, step: int) -> None:
     """Drop the rows after a checkpoint that training goes on from."""
     kept = [row for row in read_metrics(run) if row["step"] <= step]
-    aside = run / ".metrics.jsonl.new"
-    aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    aside.replace(run / "metrics.jsonl")
-
-
-def check_unchanged(run: Path, facts: dict[str, Any]) -> None:
-    """Raise RunError where base, data or template are no longer those that the run was started with."""
-    then = json.loads((run / "manifest.json").read_text())
-    for key in ("base", "data_sha256", "chat_template_sha256"):
-        if _digests(then.get(key)) != _digests(facts.get(key)):
-            raise RunError(
-                f"{run}: {key} has changed since the run was started, so it can't go on as the same run: "
-                f"then {json.dumps(then.get(key))}, now {json.dumps(facts.get(key))}; start a new one"
-            )
+    write_whole(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -256,13 +247,6 @@ The recipe:
 ```yaml
 {dump_recipe(recipe)}```
 """
-
-
-def _digests(value: Any) -> Any:
-    """The value without the paths that it was found at: what counts is the content."""
-    if isinstance(value, dict) and "sha256" in value:
-        value = value["sha256"]
-    return sorted(value.values()) if isinstance(value, dict) else value
 
 
 def _cpu_name() -> str:

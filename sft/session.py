@@ -1,4 +1,4 @@
-"""How a command starts and ends: library noise off, the user's mistakes as one line and exit code 2."""
+"""How a command starts and ends: library noise off, the user's mistakes as one line and an exit code."""
 
 import functools
 import logging
@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-from data.errors import UserError
+from data.errors import ExitCode, UserError, is_disk_full
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 P = ParamSpec("P")
@@ -16,33 +16,40 @@ R = TypeVar("R")
 
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """Mistakes in recipe, data, folders or at the server end with their text on stderr and exit code 2."""
+    """What a user can mend ends with its text on stderr and its own exit code (data/errors.py)."""
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         quiet_libraries()
         try:
             return command(*args, **kwargs)
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
-        except OSError as error:  # a file that can't be read, a full disk, a model that is on no hub
-            print(f"error: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
-        except RuntimeError as error:
-            if not _out_of_memory(error):
-                raise
-            print(
-                f"error: {str(error).splitlines()[0]} Lower data.pack_tokens or data.max_length (eval.batch_tokens "
-                "where it answered), or set train.gradient_checkpointing: true",
-                file=sys.stderr,
-                flush=True,
-            )
-            raise SystemExit(2) from None
         except KeyboardInterrupt:
-            raise SystemExit(130) from None
+            raise SystemExit(ExitCode.INTERRUPTED) from None
+        except Exception as error:
+            said = _what_to_do(error)
+            if said is None:
+                raise
+            print(f"error: {said[1]}", file=sys.stderr, flush=True)
+            raise SystemExit(said[0]) from None
 
     return wrapped
+
+
+def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
+    """Exit code and text of what a user can mend; None for an error of our own."""
+    first = str(error).splitlines()[0] if str(error) else repr(error)
+    if isinstance(error, UserError):
+        return error.exit_code, str(error)
+    if is_disk_full(error):
+        return ExitCode.DISK_FULL, f"{first}: the disk is full; make room, then start the command again"
+    if isinstance(error, OSError):  # a file that can't be read, a model that is on no hub
+        return ExitCode.MISTAKE, first
+    if is_out_of_memory(error):
+        return ExitCode.OUT_OF_MEMORY, (
+            f"{first} Lower data.pack_tokens or data.max_length (eval.batch_tokens where it answered), "
+            "or set train.gradient_checkpointing: true"
+        )
+    return None
 
 
 def quiet_libraries() -> None:
@@ -57,16 +64,24 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|bitsandbytes|trl")
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, or of the CPU, whose allocator says so in words alone."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError)
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
 def shards_parameters() -> bool:
     """Whether accelerate was told to shard them, which wants one dtype for all."""
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
+
+
+def keeps_pickles() -> bool:
+    """Whether accelerate was told to use FSDP or DeepSpeed, whose checkpoints hold pickles."""
+    return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def tune_allocator() -> None:

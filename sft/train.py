@@ -6,6 +6,8 @@ graft train RECIPE                                       the same in one process
 """
 
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -17,27 +19,39 @@ import typer
 from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import Recipe, RecipeError
 from sft.recipe_file import load_any_recipe
-from sft.session import shards_parameters, tune_allocator, use_all_cores, user_errors
+from sft.session import keeps_pickles, shards_parameters, tune_allocator, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
 Resume = Annotated[Path | None, typer.Option(help="Go on with this run folder from its last checkpoint.")]
+AllowChanged = Annotated[
+    str | None, typer.Option(help="With --resume: go on although recipe, data or base changed: recipe,data,base")
+]
+Elastic = Annotated[bool, typer.Option("--elastic", help="With --resume: another number of processes may go on.")]
+Retries = Annotated[int, typer.Option(min=0, help="After a crash go on from the last checkpoint, so many times.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and what the run would do.")]
 
 
 @user_errors
 def main(
-    recipe: RecipePath = None, overrides: Overrides = None, resume: Resume = None, dry_run: DryRun = False
+    recipe: RecipePath = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    dry_run: DryRun = False,
+    allow_changed: AllowChanged = None,
+    elastic: Elastic = False,
+    retries: Retries = 0,
 ) -> None:
     """Train; the run folder holds the adapter and everything that later steps need."""
     path = recipe_to_train(recipe, overrides, resume)
     loaded = load_any_recipe(path, overrides)
+    changed = parse_changed(resume, allow_changed, elastic)
     if isinstance(loaded, BaselineRecipe):
         from sft.bert import print_next, train_baseline
 
         if dry_run:
             raise RecipeError("--dry-run: estimates the training of an adapter; leave it out for a baseline")
-        run = train_baseline(loaded, path, resume)
+        run = train_baseline(loaded, path, resume, changed)
         if run:
             print_next(loaded, run)
         return
@@ -49,7 +63,7 @@ def main(
             agree_on_folder(loaded, path, probe=True)
         print_plan(loaded)
         return
-    run = train(loaded, path, resume)
+    run = train(loaded, path, resume, changed)
     if run:
         print(f"\nrun folder: {run}\nnext: graft eval {run}   |   graft export {run}")
 
@@ -63,37 +77,55 @@ def recipe_to_train(recipe: Path | None, overrides: list[str] | None, resume: Pa
     return recipe or resume / "recipe.yaml"  # type: ignore[operator]
 
 
-def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path | None:
-    """Load, train, save. The run folder on the main process, None on others. Raises SystemExit(130) on Ctrl-C."""
+def parse_changed(resume: Path | None, allowed: str | None, elastic: bool) -> tuple[tuple[str, ...], bool]:
+    """What --allow-changed and --elastic let a resumed run change. Raises RecipeError for anything else."""
+    from sft.resume import parse_allowed
+
+    if not resume and (allowed or elastic):
+        raise RecipeError(f"{'--elastic' if elastic else '--allow-changed'} is read with --resume RUN; leave it out")
+    return parse_allowed(allowed), elastic
+
+
+def train(
+    recipe: Recipe, recipe_path: Path, resume: Path | None = None, changed: tuple[Sequence[str], bool] = ((), False)
+) -> Path | None:
+    """Load, train, save. The run folder on the main process, None on others. `changed`: see parse_changed.
+
+    Raises SystemExit with the signal's exit code where one ended the training.
+    """
+    with ExitStack() as held:  # the lock of the run folder
+        return _train(recipe, recipe_path, resume, changed, held)
+
+
+def _train(
+    recipe: Recipe, recipe_path: Path, resume: Path | None, changed: tuple[Sequence[str], bool], held: ExitStack
+) -> Path | None:
     import torch
     from accelerate import PartialState
 
     from data.pack import make_packs
     from sft.base import resolve_base
-    from sft.checkpoint import SaveOnInterrupt, last_checkpoint
+    from sft.checkpoint import check_space, last_checkpoint, publish_folder
     from sft.cost import COST, Stopwatch
     from sft.examples import load_examples, load_held_out
+    from sft.interrupt import locked
     from sft.model import check_length, count_parameters, load_base, load_tokenizer, takes_packs, tune_model
     from sft.monitor import Monitor
-    from sft.run import (
-        agree_on_folder,
-        check_unchanged,
-        finish_run,
-        manifest,
-        read_metrics,
-        rewind_metrics,
-        start_run,
-        warnings_of,
-        write_json,
-    )
+    from sft.resume import begin, note_changed_data
+    from sft.run import agree_on_folder, finish_run, manifest, read_metrics, warnings_of, write_json
     from sft.settle import apply_settled, settle, settle_compile, settle_dtype
     from sft.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())
+    main, sharded = state.is_main_process, shards_parameters()
     use_all_cores()
-    checkpoint = last_checkpoint(resume) if resume else None
-    if not resume:  # before minutes of loading
+    if resume:  # before minutes of loading
+        held.enter_context(locked(resume, main))
+        going_on = last_checkpoint(resume, keeps_pickles())
+    else:
+        going_on = None
         agree_on_folder(recipe, recipe_path, probe=True)
+    checkpoint = going_on[0] if going_on else None
     with state.main_process_first():  # a base that is not in the cache yet is written there once
         resolve_base(recipe.model.base)
     check_length(recipe)
@@ -104,24 +136,29 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
     held_out = load_held_out(recipe, tokenizer)
     model = load_base(recipe.model, state.device)
     takes_mask = takes_packs(model)
-    sharded = shards_parameters()
     model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
     trainable, parameters = count_parameters(model)
-    resumed = resume is not None
-    recipe, layout, decided = settle(recipe, model, examples, takes_mask, resumed)
+    recipe, layout, decided = settle(recipe, model, examples, takes_mask, resume is not None)
     plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
-    recipe, more = settle_compile(recipe, model, plan, resumed)
+    recipe, more = settle_compile(recipe, model, plan, resume is not None)
     apply_settled(recipe, model, sharded)
 
     run = resume or agree_on_folder(recipe, recipe_path)
-    interrupt = SaveOnInterrupt()
+    if not resume:
+        held.enter_context(locked(run, main))
+    if recipe.train.save_strategy != "no":
+        check_space(run, model, recipe.train.optim)
     facts = manifest(recipe, report, trainable, parameters)
-    if state.is_main_process:
-        if checkpoint:
-            check_unchanged(run, facts)
-            rewind_metrics(run, int(checkpoint.name.split("-")[1]))
-        else:
-            start_run(run, recipe, facts, report)
+    trainer = PackTrainer(
+        model,
+        tokenizer,
+        training_arguments(recipe.train, plan, run, state.device.type == "cuda"),
+        plan,
+        make_packs(held_out, layout) if recipe.train.eval_strategy != "no" else (),
+        one_dtype=sharded,
+    )
+    if main:
+        trainer.made_from, lines = begin(run, recipe, facts, report, going_on, changed, state.num_processes)
         counts = report["totals"]
         print(
             f"{counts['examples']} examples of {counts['contexts']} contexts, {len(plan.steps)} steps; "
@@ -129,33 +166,19 @@ def train(recipe: Recipe, recipe_path: Path, resume: Path | None = None) -> Path
             f"{recipe.model.dtype}; run folder {run}",
             flush=True,
         )
-        for line in (*decided, *more, *warnings_of(report, run)):
+        for line in (*decided, *more, *warnings_of(report, run), *lines):
             print(line, flush=True)
-    last = next((row for row in reversed(read_metrics(run)) if "loss" in row), None) if checkpoint else None
-    trainer = PackTrainer(
-        model,
-        tokenizer,
-        training_arguments(recipe.train, plan, run, state.device.type == "cuda"),
-        plan,
-        make_packs(held_out, layout) if recipe.train.eval_strategy != "no" else (),
-        [interrupt, *([Monitor(run, plan.steps_per_epoch, last)] if state.is_main_process else [])],
-        one_dtype=sharded,
-    )
-    if last:
-        trainer.executed_tokens, trainer.trained_examples = last["executed_tokens"], last["examples"]
+    monitor = Monitor(run, plan.steps_per_epoch, read_metrics(run)) if main else None
     watch = Stopwatch()
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    if interrupt.stopped:
-        if state.is_main_process:
-            print(f"stopped and saved; go on with: graft train --resume {run}")
-        raise SystemExit(130)
+    trainer.run_to_end(run, monitor, checkpoint)
     trainer.check_finite()
     weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
-    trainer.save_model(str(weights))
-    if state.is_main_process:
-        write_json(run / COST, watch.cost(weights, trainable, parameters, last["seconds"] if last else None))
+    publish_folder(weights, trainer.save_model, main)
+    if monitor:
+        write_json(run / COST, watch.cost(weights, trainable, parameters, monitor.last.get("seconds")))
+        note_changed_data(run, facts)
         finish_run(run, recipe, facts, report)
-    return run if state.is_main_process else None
+    return run if main else None
 
 
 if __name__ == "__main__":

@@ -20,15 +20,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from data.chat import Example
-from data.errors import UserError
 from data.pack import Layout, Pack, make_packs, step_order
 from data.store import Examples
 from sft.attention import pack_inputs
+from sft.durable import DurableTrainer, TrainingDiverged
 from sft.recipe import Train
-
-
-class TrainingDiverged(UserError):
-    """A loss or weight that is not finite; going on would publish a broken adapter."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class AllocateRanks(TrainerCallback):
         kwargs["model"].base_model.update_and_allocate(state.global_step)
 
 
-class PackTrainer(SFTTrainer):
+class PackTrainer(DurableTrainer, SFTTrainer):
     """SFTTrainer whose step is a list of packs, see the file's docstring."""
 
     def __init__(
@@ -97,7 +93,6 @@ class PackTrainer(SFTTrainer):
         one_dtype: bool = False,
     ) -> None:
         self.plan, self.held_out = plan, held_out
-        self.executed_tokens = self.trained_examples = 0  # over all processes
         processes = args.world_size
         # accelerate deals rows out in turn: row step * processes + rank
         rows = Dataset.from_dict({"row": list(range(len(plan.steps) * processes))})
@@ -183,16 +178,6 @@ class PackTrainer(SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train()
         return metrics
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
-        super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
-
-    def check_finite(self) -> None:
-        """Raise TrainingDiverged where a trained parameter is not finite; such an adapter is never published."""
-        for name, parameter in cast(nn.Module, self.model).named_parameters():
-            if parameter.requires_grad and not torch.isfinite(parameter).all():
-                raise TrainingDiverged(f"{name} is not finite after the last step; lower train.learning_rate")
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # without Trainer's training_args.bin, which is a pickle

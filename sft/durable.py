@@ -1,0 +1,191 @@
+"""transformers' Trainer for a run that can't be lost: whole checkpoints, exact resume, nothing that is not finite.
+
+What Trainer's own checkpoints lack: they are written into place, chosen unchecked, and hold pickles. FSDP and DeepSpeed
+keep writing optimizer and sharded weights in formats of their own, within our folder and manifest.
+"""
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from data.errors import DiskFull, ExitCode, UserError, is_disk_full
+from sft.checkpoint import checkpoints, damage, publish, rotate
+from sft.interrupt import CODES, SaveOnSignal
+from sft.monitor import Monitor
+from sft.run import RunError
+from sft.state import State, load_state, random_state, save_state, set_random_state
+
+OPTIMIZER = "optimizer.safetensors"
+STATE = "trainer_state.json"
+
+
+class TrainingDiverged(UserError):
+    """A loss, gradient or weight that is not finite; going on would publish a broken adapter."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class DurableTrainer(Trainer):
+    """Goes before a Trainer in the bases of a class."""
+
+    made_from: dict[str, Any] | None = None  # what sft/resume.py compares when a run goes on; kept in each checkpoint
+    executed_tokens = trained_examples = 0  # over all processes
+    resumed: State = None  # of this process, at the checkpoint that training goes on from
+    epoch_start: State = None  # random state from which the sampler draws the epoch's order
+
+    def run_to_end(self, run: Path, monitor: Monitor | None, checkpoint: Path | None) -> None:
+        """Train, from the checkpoint on where there is one. Raises SystemExit with the signal's code where one asked
+        to stop, once a checkpoint is saved; TrainingDiverged; DiskFull."""
+        interrupt = SaveOnSignal()
+        for callback in (interrupt, monitor):
+            if callback:
+                self.add_callback(callback)
+        if checkpoint:
+            own = checkpoint / _process_file(self.args.process_index)
+            # a process more than there were takes the first one's
+            self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
+            self.set_own_state(self.resumed["own"])
+        try:
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except Exception as error:
+            if is_disk_full(error):
+                raise DiskFull(_disk_full(run, error)) from error
+            raise
+        finally:
+            interrupt.restore()
+            if monitor:
+                monitor.close()
+        if interrupt.stopped:
+            if self.args.process_index == 0:
+                print(f"stopped and saved; go on with: graft train --resume {run}", flush=True)
+            raise SystemExit(CODES[cast(Any, interrupt.stopped)])
+
+    def own_state(self) -> State:
+        """What a subclass counts and decides while it trains, and needs again to go on."""
+        return {"executed_tokens": self.executed_tokens, "trained_examples": self.trained_examples}
+
+    def set_own_state(self, state: State) -> None:
+        self.executed_tokens, self.trained_examples = state["executed_tokens"], state["trained_examples"]
+
+    def check_finite(self) -> None:
+        """Raise TrainingDiverged where a trained parameter is not finite; such weights are never written."""
+        for name, parameter in cast(nn.Module, self.model).named_parameters():
+            if parameter.requires_grad and not torch.isfinite(parameter).all():
+                raise TrainingDiverged(
+                    f"{name} is not finite after step {self.state.global_step}; lower train.learning_rate"
+                )
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not math.isfinite(float(norm)):  # before the optimizer's step
+            raise TrainingDiverged(
+                f"the gradient of step {self.state.global_step + 1} is not finite; lower train.learning_rate"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
+        super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        run, state, main = Path(cast(str, self.args.output_dir)), self.state, self.args.should_save
+        final = run / f"checkpoint-{state.global_step}"
+        aside = run / f".{final.name}.new"
+        best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
+        if best:
+            state.best_model_checkpoint = str(best)
+        self.check_finite()
+        try:
+            if main:
+                shutil.rmtree(aside, ignore_errors=True)
+                aside.mkdir()
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(aside), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(aside))
+            self._save_rng_state(str(aside))
+            if main:
+                state.save_to_json(str(aside / STATE))
+            self.accelerator.wait_for_everyone()
+            if main:
+                publish(aside, final, {"step": state.global_step, "made_from": self.made_from})
+                rotate(run, self.args.save_total_limit, [final, *([best] if best else [])])
+        except Exception:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+            state = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+            save_state(Path(output_dir) / OPTIMIZER, state)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = load_state(Path(checkpoint) / OPTIMIZER)
+        cast(Any, self.optimizer).load_state_dict(state["optimizer"])
+        cast(Any, self.lr_scheduler).load_state_dict(state["scheduler"])
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        state = {
+            "random": random_state(),
+            "epoch_start": self.epoch_start,
+            "loss_since_log": self._tr_loss,
+            "logged_step": self._globalstep_last_logged,
+            "own": self.own_state(),
+        }
+        save_state(Path(output_dir) / _process_file(self.args.process_index), state)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called when the first step that is not skipped has its rows, so that drawing them changes nothing."""
+        if checkpoint is not None:
+            set_random_state(self.resumed["random"])
+            self._tr_loss = self.resumed["loss_since_log"].to(self.args.device)
+            self._globalstep_last_logged = self.resumed["logged_step"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if kwargs["resume_from_checkpoint"] is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            # a sampler draws the order of an epoch at its start
+            within = kwargs["steps_trained_in_current_epoch"] > 0
+            set_random_state(self.resumed["epoch_start" if within else "random"])
+        self.epoch_start = random_state()
+        super()._run_epoch(*args, **kwargs)
+
+    def _init_training_state(self, *args: Any) -> tuple[int, int]:
+        found = super()._init_training_state(*args)
+        if self.state.best_global_step:  # the run folder may lie elsewhere now
+            best = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+            self.state.best_model_checkpoint = str(best)
+            self._check_best()
+        return found
+
+    def _load_best_model(self) -> None:
+        self._check_best()
+        super()._load_best_model()
+
+    def _check_best(self) -> None:
+        best = Path(cast(str, self.state.best_model_checkpoint))
+        if problem := damage(best, self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise RunError(f"{best}: the best checkpoint so far can't be taken: {problem}; start a new run")
+
+
+def _process_file(index: int) -> str:
+    return f"process-{index}.safetensors"
+
+
+def _disk_full(run: Path, error: BaseException) -> str:
+    whole = checkpoints(run)
+    kept = f"{whole[-1].name} is whole; " if whole else "no checkpoint was saved yet; "
+    return (
+        f"{run}: the disk is full ({str(error).splitlines()[0]}). {kept}"
+        f"make room (train.save_total_limit keeps fewer checkpoints) and go on with: graft train --resume {run}"
+    )

@@ -1,0 +1,262 @@
+"""Kill a training at random moments, go on with it, and compare what comes out with a training left alone.
+
+python -m tests.faults.kills --count 200 --seed 0
+
+A real run of 40 steps: several packs a step, shared prefixes, dropout, two epochs, a checkpoint each three steps. Each
+kill is SIGKILL or SIGTERM by chance, at any moment from the start of the process on, or within the writing of a
+checkpoint. A run is killed up to eight times, then it may finish; it must equal the undisturbed one bit for bit in
+weights, optimizer, random state and logged losses, and must never go on from an older checkpoint than the newest one.
+
+Libraries are imported once; each training is a fork of that process, which runs the command `graft train` to its end.
+"""
+
+import argparse
+import os
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"  # this process must have no pool of threads, which a fork would lack
+
+import torch
+import torch.utils.tensorboard
+from safetensors import safe_open
+from transformers import AutoTokenizer, LlamaConfig
+
+import sft.trainer  # noqa: F401
+from data.errors import ExitCode
+from data.progress import Bar
+from sft.base import resolve_base
+from sft.checkpoint import checkpoints, step_of
+from sft.cli import app
+from sft.run import read_metrics
+from tests.conftest import SMOLLM, save_tiny, write_recipe
+
+STEPS, SAVE_STEPS, MOST_KILLS = 40, 3, 8
+WAIT_S = 120.0
+WRITE_S = 0.05  # about what writing a checkpoint takes
+
+
+class Training:
+    """`graft train ARGUMENTS` in a fork of this process; what it prints goes to `log`."""
+
+    def __init__(self, arguments: Sequence[object], log: Path) -> None:
+        self.log = log
+        log.write_text("")
+        self.code: int | None = None
+        self.pid = os.fork()
+        if not self.pid:
+            self._run([str(a) for a in arguments])
+
+    def _run(self, arguments: list[str]) -> None:
+        code = 1
+        try:
+            out = os.open(self.log, os.O_WRONLY | os.O_APPEND)
+            os.dup2(out, 1)
+            os.dup2(out, 2)
+            torch.set_num_threads(1)
+            app(["train", *arguments])
+        except SystemExit as error:
+            code = int(error.code or 0)
+        finally:
+            sys.stdout.flush()
+            os._exit(code)
+
+    def ended(self) -> bool:
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+        return self.code is not None
+
+    def wait(self) -> int:
+        end = time.monotonic() + WAIT_S
+        while not self.ended():
+            if time.monotonic() > end:
+                self.kill(signal.SIGKILL)
+                raise SystemExit(f"a training hung for {WAIT_S:.0f} s:\n{self.log.read_text()}")
+            time.sleep(0.002)
+        assert self.code is not None
+        return self.code
+
+    def kill(self, number: int) -> None:
+        if not self.ended():
+            os.kill(self.pid, number)
+
+
+def make_recipe(folder: Path) -> Path:
+    tokenizer = AutoTokenizer.from_pretrained(resolve_base(SMOLLM))
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=2048, bos_token_id=1, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    base = save_tiny(config, folder / "base", tokenizer)
+    return write_recipe(
+        folder / "recipe.yaml",
+        base,
+        tune="{method: lora, r: 4, lora_dropout: 0.1, target_modules: all-linear}",
+        data="{train: data/samples/squad_train.json, max_contexts: 10, pack_tokens: 512, share_prefixes: true}",
+        train=f"{{examples_per_step: 3, max_steps: {STEPS}, learning_rate: 1e-3, save_strategy: steps, "
+        f"save_steps: {SAVE_STEPS}, logging_steps: 2}}",
+    )
+
+
+def make_in_fork(folder: Path) -> Path:
+    """Made by a fork: building a model starts threads."""
+    pid = os.fork()
+    if not pid:
+        make_recipe(folder)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return folder / "recipe.yaml"
+
+
+def result(run: Path) -> dict[str, object]:
+    """All that must be equal, bit for bit."""
+    last = run / f"checkpoint-{STEPS}"
+    found: dict[str, object] = {"adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
+    for name in ("optimizer.safetensors", "process-0.safetensors"):
+        with safe_open(last / name, framework="np") as file:
+            found[name] = file.metadata(), {key: file.get_tensor(key).tobytes() for key in sorted(file.keys())}
+    kept = ("step", "loss", "grad_norm", "learning_rate", "examples", "executed_tokens")
+    found["metrics"] = [{key: row[key] for key in kept} for row in read_metrics(run) if "loss" in row]
+    return found
+
+
+class Killer:
+    """Counts of what was done and seen; `errors`, what should not be."""
+
+    def __init__(self, recipe: Path, folder: Path, seed: int) -> None:
+        self.recipe, self.folder, self.draw = recipe, folder, random.Random(seed)
+        self.counts: Counter[str] = Counter()
+        self.errors: list[str] = []
+        self.lost = 0
+        self.expected, self.seconds = self._undisturbed()
+
+    def _undisturbed(self) -> tuple[dict[str, object], float]:
+        run = self.folder / "undisturbed"
+        times = []
+        for _ in range(2):  # the first one fills the cache
+            shutil.rmtree(run, ignore_errors=True)
+            start = time.monotonic()
+            training = self._start(run)
+            if training.wait() != 0:
+                raise SystemExit(f"the undisturbed training failed:\n{training.log.read_text()}")
+            times.append(time.monotonic() - start)
+        return result(run), times[-1]
+
+    def _start(self, run: Path) -> Training:
+        going_on = (run / "recipe.yaml").is_file()
+        arguments = ["--resume", run] if going_on else [self.recipe, "--set", f"train.output_dir={run}"]
+        return Training(arguments, self.folder / f"{run.name}.log")
+
+    def run_and_kill(self, number: int, most: int, bar: Bar) -> None:
+        run = self.folder / f"run-{number}"
+        for _ in range(self.draw.randint(1, min(MOST_KILLS, most))):
+            training = self._start(run)
+            self._kill(training, run)
+            bar.update(self.counts["killed"])
+            if training.code == 0:
+                break
+        training = self._start(run)
+        newest = newest_of(run)
+        if training.wait() != 0:
+            self.errors.append(f"{run}: ended with {training.code}:\n{training.log.read_text()}")
+            return
+        self._check_resumed(training, newest)
+        found = result(run)
+        self.counts["runs"] += 1
+        if different := [name for name, value in self.expected.items() if found[name] != value]:
+            self.errors.append(f"{run}: differs from the undisturbed run in {', '.join(different)}")
+            return
+        self.counts["equal"] += 1
+        shutil.rmtree(run)
+
+    def _kill(self, training: Training, run: Path) -> None:
+        newest = newest_of(run)
+        if self.draw.random() < 0.5:
+            wait_for_write(training, run, self.draw.randint(1, 4))
+            time.sleep(self.draw.uniform(0, WRITE_S))
+        else:
+            end = time.monotonic() + self.draw.uniform(0, self.seconds)
+            while not training.ended() and time.monotonic() < end:
+                time.sleep(0.002)
+        number = self.draw.choice((signal.SIGKILL, signal.SIGTERM))
+        within = writing(run)
+        training.kill(number)
+        code = training.wait()
+        self._check_resumed(training, newest)
+        if code == 0:
+            self.counts["past its last step"] += 1
+            return
+        if code not in (-signal.SIGKILL, -signal.SIGTERM, ExitCode.TERMINATED):
+            self.errors.append(f"{run}: ended with {code} on {number.name}:\n{training.log.read_text()}")
+        self.counts["killed"] += 1
+        self.counts[number.name] += 1
+        self.counts["in a write"] += writing(run) if number == signal.SIGKILL else within
+        if rows := read_metrics(run):
+            newest = newest_of(run)
+            self.lost = max(self.lost, rows[-1]["step"] - (step_of(newest) if newest else 0))
+
+    def _check_resumed(self, training: Training, newest: Path | None) -> None:
+        """It went on from the newest checkpoint, if it came that far."""
+        told = re.search(r"goes on from (checkpoint-\d+)", training.log.read_text())
+        if told and (newest is None or told[1] != newest.name):
+            self.errors.append(f"{training.log}: went on from {told[1]} instead of {newest}")
+        self.counts["resumed"] += bool(told)
+
+
+def newest_of(run: Path) -> Path | None:
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def writing(run: Path) -> bool:
+    return any(run.glob(".checkpoint-*.new"))
+
+
+def wait_for_write(training: Training, run: Path, nth: int) -> None:
+    """Until the nth checkpoint from now on begins to be written, or the training ends."""
+    for _ in range(nth):
+        while writing(run) and not training.ended():
+            time.sleep(0.0005)
+        while not writing(run) and not training.ended():
+            time.sleep(0.0005)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    count, seed = vars(parser.parse_args()).values()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    with tempfile.TemporaryDirectory(prefix="graft-kills-") as scratch:
+        folder = Path(scratch)
+        os.environ["GRAFT_CACHE"] = str(folder / "cache")
+        killer = Killer(make_in_fork(folder), folder, seed)
+        bar = Bar("kills", count)
+        number = 0
+        while killer.counts["killed"] < count and not killer.errors:
+            killer.run_and_kill(number, count - killer.counts["killed"], bar)
+            number += 1
+        bar.close()
+    seen = killer.counts
+    print(
+        f"{seen['killed']} kills ({seen['SIGKILL']} KILL, {seen['SIGTERM']} TERM; {seen['in a write']} while a checkpoint "
+        f"was written), {seen['resumed']} times resumed; {seen['equal']} of {seen['runs']} runs equal the undisturbed one "
+        f"bit for bit; at most {killer.lost} logged steps lost (a checkpoint each {SAVE_STEPS}); seed {seed}"
+    )
+    if killer.errors:
+        sys.exit("\n".join(killer.errors))
+
+
+if __name__ == "__main__":
+    main()
