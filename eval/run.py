@@ -74,9 +74,14 @@ def text_key(text: str) -> str:
 
 
 def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) -> None:
-    """results.json and samples.jsonl, a row a question with prompt, answer, gold answers and scores."""
+    """results.json and samples.jsonl, a row a question with prompt, answer, gold answers and scores.
+
+    Both are written aside, so that a full disk leaves the old ones; where there is a results.json, samples.jsonl is its
+    own and whole.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "samples.jsonl").open("w", encoding="utf-8") as file:
+    samples, summary = out / ".samples.jsonl.new", out / ".results.json.new"
+    with samples.open("w", encoding="utf-8") as file:
         for s in scored:
             row = {
                 "id": s.conversation.id,
@@ -92,9 +97,10 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
                 **s.scores,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    aside = out / ".results.json.new"
-    aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    aside.replace(out / "results.json")
+    summary.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (out / "results.json").unlink(missing_ok=True)
+    samples.replace(out / "samples.jsonl")
+    summary.replace(out / "results.json")
 
 
 def _summary(scored: Sequence[Scored], labels: bool) -> dict[str, Any]:

@@ -46,6 +46,17 @@ def main(
     path = recipe_to_train(recipe, overrides, resume)
     loaded = load_any_recipe(path, overrides)
     changed = parse_changed(resume, allow_changed, elastic)
+    if retries and not dry_run:
+        from sft.run import agree_on_folder
+        from sft.supervise import supervise
+
+        folder = resume or agree_on_folder(loaded, path, probe=True)
+        words = [word for text in overrides or [] for word in ("--set", text)]
+        allowed = ["--allow-changed", allow_changed] if allow_changed else []
+        going_on = ["--resume", str(folder), *allowed, *(["--elastic"] if elastic else [])]
+        raise SystemExit(
+            supervise([str(path), *words, "--set", f"train.output_dir={folder}"], folder, going_on, retries)
+        )
     if isinstance(loaded, BaselineRecipe):
         from sft.bert import print_next, train_baseline
 

@@ -6,7 +6,7 @@ sum over its trained tokens, in all packs on all processes, divided by their num
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,6 +25,8 @@ from data.store import Examples
 from sft.attention import pack_inputs
 from sft.durable import DurableTrainer, TrainingDiverged
 from sft.recipe import Train
+from sft.session import is_out_of_memory
+from sft.state import State, random_state, set_random_state
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         one_dtype: bool = False,
     ) -> None:
-        self.plan, self.held_out = plan, held_out
+        self.plan, self.held_out, self.asked_pack_tokens = plan, held_out, plan.layout.pack_tokens
         processes = args.world_size
         # accelerate deals rows out in turn: row step * processes + rank
         rows = Dataset.from_dict({"row": list(range(len(plan.steps) * processes))})
@@ -123,6 +125,8 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         row = item["row"]
         packs = self.plan.packs(row // processes)
         return {
+            "row": row,
+            "pack_tokens": self.plan.layout.pack_tokens,
             "packs": shard_packs(packs, row % processes, processes),
             "trained_tokens": sum(len(p.target) for p in packs),
             "executed_tokens": sum(len(p.input_ids) for p in packs),
@@ -136,6 +140,39 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         return None  # the rows carry trained_tokens of the whole step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """The step's loss; where memory does not suffice, once more with the same examples in smaller packs."""
+        while True:
+            if inputs["pack_tokens"] != self.plan.layout.pack_tokens:  # packed before they had to become smaller
+                inputs = self._collate([{"row": inputs["row"]}], self.accelerator.num_processes)
+            before = random_state()
+            try:
+                return self._step(model, inputs)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._make_packs_smaller(inputs, error)
+            set_random_state(before)
+            model.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _make_packs_smaller(self, inputs: dict[str, Any], error: RuntimeError) -> None:
+        """Half of what did not fit, for the rest of the run. Raises the error where a process can't decide that alone,
+        or an example is what does not fit."""
+        step = self.state.global_step
+        largest = max(len(pack.input_ids) for pack, _ in inputs["packs"])
+        longest = max(len(self.plan.examples[i].ids) for i in self.plan.steps[step])
+        if self.accelerator.num_processes > 1 or largest <= longest:
+            raise error
+        smaller = largest // 2
+        self.plan = replace(self.plan, layout=replace(self.plan.layout, pack_tokens=smaller))
+        print(
+            f"warning: step {step + 1}: out of memory at {largest} tokens in a micro-batch; from now on at most "
+            f"{smaller} (data.pack_tokens), with as many examples in a step as before",
+            flush=True,
+        )
+
+    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
         model.train()
         accelerator = self.accelerator
         for parameter, gradient in self.gradients:
@@ -161,6 +198,15 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         self.executed_tokens += inputs["executed_tokens"]
         self.trained_examples += inputs["examples"]
         return total
+
+    def own_state(self) -> State:
+        return {**super().own_state(), "pack_tokens": (self.asked_pack_tokens, self.plan.layout.pack_tokens)}
+
+    def set_own_state(self, state: State) -> None:
+        super().set_own_state(state)
+        asked, smaller = state["pack_tokens"]
+        if asked == self.asked_pack_tokens:  # else the recipe was changed since, and told so
+            self.plan = replace(self.plan, layout=replace(self.plan.layout, pack_tokens=smaller))
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0
