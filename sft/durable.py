@@ -51,15 +51,16 @@ class DurableTrainer(Trainer):
             self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
             self.set_own_state(self.resumed["own"])
         try:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            try:
+                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                interrupt.restore()
+                if monitor:
+                    monitor.close()
         except Exception as error:
             if is_disk_full(error):
                 raise DiskFull(_disk_full(run, error)) from error
             raise
-        finally:
-            interrupt.restore()
-            if monitor:
-                monitor.close()
         if interrupt.stopped:
             if self.args.process_index == 0:
                 print(f"stopped and saved; go on with: graft train --resume {run}", flush=True)

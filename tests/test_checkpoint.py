@@ -1,0 +1,188 @@
+"""Checkpoint folders: written whole or not at all, checked before they are trusted, rotated without loss."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sft.checkpoint
+from data.errors import DiskFull
+from sft.checkpoint import checkpoints, damage, last_checkpoint, publish, remove_leftovers, rotate, set_aside
+from sft.run import RunError
+from sft.state import load_state, random_state, save_state, set_random_state
+
+
+def write(run: Path, step: int) -> Path:
+    aside = run / f".checkpoint-{step}.new"
+    (aside / "nested").mkdir(parents=True)
+    (aside / "weights.safetensors").write_bytes(os.urandom(2000))
+    (aside / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (aside / "nested" / "part").write_text("x" * 50)
+    publish(aside, run / f"checkpoint-{step}", {"step": step})
+    return run / f"checkpoint-{step}"
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "recipe.yaml").touch()
+    return tmp_path
+
+
+def test_newest_whole_checkpoint_is_taken(run):
+    assert last_checkpoint(run) == (None, {})  # it was stopped before its first one
+    for step in (5, 10):
+        write(run, step)
+    assert last_checkpoint(run) == (run / "checkpoint-10", {})
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint-10", "checkpoint-5", "recipe.yaml"]
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[random.Random(path.name).randrange(len(content))] ^= 4
+    path.write_bytes(content)
+
+
+HARM = {"truncated": lambda p: os.truncate(p, p.stat().st_size - 1), "flipped": flip, "deleted": lambda p: p.unlink()}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_each_damaged_file_is_named_and_the_checkpoint_before_it_taken(harm, run):
+    """R5: every file of a checkpoint in turn, its manifest too."""
+    good = write(run, 5)
+    whole = write(run, 10)
+    for name in ("weights.safetensors", "trainer_state.json", "nested/part", "manifest.json"):
+        shutil.copytree(whole, run / "checkpoint-15", dirs_exist_ok=True)
+        HARM[harm](run / "checkpoint-15" / name)
+        found, broken = last_checkpoint(run)
+        assert found == whole
+        assert [*broken] == [run / "checkpoint-15"]
+        assert name in broken[run / "checkpoint-15"]
+    shutil.rmtree(whole)
+    assert last_checkpoint(run)[0] == good
+    HARM[harm](good / "nested" / "part")
+    with pytest.raises(RunError, match=r"no checkpoint is whole.*\n  checkpoint-15: .*\n  checkpoint-5: nested/part "):
+        last_checkpoint(run)
+
+
+def test_a_flipped_bit_anywhere_in_a_manifest_changes_nothing_that_is_believed(run):
+    folder = write(run, 5)
+    path = folder / "manifest.json"
+    content = path.read_bytes()
+    before = json.loads(content)
+    for at in range(0, len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        assert damage(folder) or json.loads(path.read_bytes()) == before
+
+
+def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
+    """A planted optimizer.pt is what PyTorch would unpickle."""
+    folder = write(run, 5)
+    (folder / "optimizer.pt").write_bytes(b"\x80\x04")
+    assert damage(folder) == "optimizer.pt does not belong to it"
+    aside = run / ".aside"
+    folder.rename(aside)
+    publish(aside, run / "checkpoint-6", {})
+    assert damage(run / "checkpoint-6") == "optimizer.pt is a pickle, which is never opened"
+    assert damage(run / "checkpoint-6", pickles=True) is None
+
+
+def test_what_the_disk_does_not_return_is_not_published(run, monkeypatch):
+    write(run, 5)
+    flush, hashed = sft.checkpoint.flush, sft.checkpoint.file_sha256
+    seen = set()
+
+    def lose(path: Path) -> str:
+        if path in seen:  # read again
+            flip(path)
+        seen.add(path)
+        return hashed(path)
+
+    monkeypatch.setattr(sft.checkpoint, "file_sha256", lose)
+    with pytest.raises(OSError, match="does not return what was written"):
+        write(run, 10)
+    monkeypatch.undo()
+    assert flush is sft.checkpoint.flush
+    remove_leftovers(run)
+    assert last_checkpoint(run) == (run / "checkpoint-5", {})
+    assert not list(run.glob(".*"))
+
+
+def test_rotation_goes_by_number_and_keeps_the_newest_and_the_best(run):
+    """R11: the only good checkpoint is never removed."""
+    for step in (2, 10, 9, 30):
+        write(run, step)
+    os.utime(run / "checkpoint-2")  # the youngest by date
+    rotate(run, 3, [run / "checkpoint-30"])
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-9", "checkpoint-10", "checkpoint-30"]
+    rotate(run, 1, [run / "checkpoint-9"])  # written after training had gone back to it
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-9"]
+    for step in (40, 50):
+        write(run, step)
+    rotate(run, 1, [run / "checkpoint-50", run / "checkpoint-9"])
+    assert [p.name for p in checkpoints(run)] == ["checkpoint-9", "checkpoint-50"]
+    rotate(run, None, [run / "checkpoint-50"])
+    assert len(checkpoints(run)) == 2
+
+
+def test_damaged_checkpoint_is_set_aside_and_written_again(run):
+    write(run, 5)
+    (write(run, 10) / "manifest.json").unlink()
+    set_aside(last_checkpoint(run)[1])
+    assert sorted(p.name for p in run.glob("*checkpoint*")) == ["checkpoint-5", "damaged-checkpoint-10"]
+    write(run, 10)
+    assert last_checkpoint(run) == (run / "checkpoint-10", {})
+
+
+def test_finished_run_without_checkpoints_and_no_run_at_all_are_told(run, tmp_path_factory):
+    (run / "adapter").mkdir()
+    with pytest.raises(RunError, match="is finished and has no checkpoint"):
+        last_checkpoint(run)
+    with pytest.raises(RunError, match="is no run folder"):
+        last_checkpoint(tmp_path_factory.mktemp("empty"))
+
+
+def test_too_small_a_disk_is_told_before_training(run, monkeypatch):
+    model = torch.nn.Linear(1000, 1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 20_000_000))
+    with pytest.raises(DiskFull, match="room for 0.02 GiB, and two checkpoints take 0.02 GiB"):
+        sft.checkpoint.check_space(run, model, "adamw_torch_fused")
+    sft.checkpoint.check_space(run, model, "sgd")
+
+
+def test_state_comes_back_bit_for_bit(tmp_path):
+    parameters = [torch.nn.Parameter(torch.randn(3, 4)), torch.nn.Parameter(torch.randn(5))]
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    shared = torch.arange(6.0)
+    state = {"optimizer": optimizer.state_dict(), "views": [shared, shared[:3], shared], "pair": (1, None), 7: "seven"}
+    save_state(tmp_path / "state", state)
+    found = load_state(tmp_path / "state")
+    assert found["pair"] == (1, None)
+    assert found[7] == "seven"
+    assert torch.equal(found["views"][1], shared[:3])
+    assert found["views"][0] is found["views"][2]
+    assert found["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
+    for index, entries in optimizer.state_dict()["state"].items():
+        for name, value in entries.items():
+            assert torch.equal(found["optimizer"]["state"][index][name], value)
+
+
+def test_what_a_state_cannot_hold_is_named(tmp_path):
+    with pytest.raises(TypeError, match="can't hold a set"):
+        save_state(tmp_path / "state", {"a": {1, 2}})
+
+
+def test_random_generators_go_on_where_they_were(tmp_path):
+    random.gauss(0, 1)  # keeps its second number
+    save_state(tmp_path / "state", random_state())
+    draws = [(random.gauss(0, 1), random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())]
+    set_random_state(load_state(tmp_path / "state"))
+    draws.append((random.gauss(0, 1), random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist()))
+    assert draws[0] == draws[1]

@@ -1,0 +1,254 @@
+"""A run that goes on: bit for bit the undisturbed one, after any stop; and never as another run than it was."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from safetensors import safe_open
+
+from sft.checkpoint import checkpoints
+from sft.run import read_metrics
+from sft.trainer import PackTrainer
+from tests.conftest import ROOT, SAMPLES, write_recipe
+from tests.test_commands import run as graft
+
+
+def recipe_of(folder: Path, base: Path, steps: int = 20, share: bool = True, **train: object) -> Path:
+    """Several packs a step, dropout, 4 steps an epoch, and a loss that is logged each third step."""
+    settings = {
+        "examples_per_step": 6, "learning_rate": 1e-2, "max_steps": steps, "logging_steps": 3, "save_strategy": "steps",
+        "save_steps": steps, "output_dir": str(folder / "run"), **train,
+    }  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    data = {"train": str(SAMPLES / "squad_train.json"), "max_contexts": 4, "pack_tokens": 512, "share_prefixes": share}
+    tune = {"method": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    sections = {"tune": tune, "data": data, "train": settings}
+    return write_recipe(folder / "r.yaml", base, **{key: json.dumps(value) for key, value in sections.items()})
+
+
+def everything(run: Path) -> dict[str, object]:
+    """What must be equal: weights, and optimizer, scheduler, random state of the last checkpoint, and logged rows."""
+    found: dict[str, object] = {"adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
+    for path in sorted(checkpoints(run)[-1].glob("*.safetensors")):
+        with safe_open(path, framework="np") as file:
+            found[path.name] = file.metadata(), {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
+    clock = ("seconds", "tokens_per_s", "peak_memory_gib")
+    found["rows"] = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(run)]
+    return found
+
+
+def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
+    """A real signal to this process within the step after `step`."""
+    original = PackTrainer._step
+
+    def stop(self, *args):
+        if self.state.global_step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(PackTrainer, "_step", stop)
+
+
+@pytest.mark.parametrize("share", [True, False], ids=["shared", "unshared"])
+def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(share, tiny, tmp_path, monkeypatch):
+    """R1: 20 steps are 10 and 10; dropout, several packs a step, within an epoch and between two logged rows."""
+    graft("train", recipe_of(tmp_path / "whole", tiny, share=share))
+    with monkeypatch.context() as patch:
+        signal_at(patch, 9, signal.SIGTERM)
+        graft("train", recipe_of(tmp_path / "cut", tiny, share=share), code=143)
+    cut = tmp_path / "cut" / "run"
+    assert [p.name for p in checkpoints(cut)] == ["checkpoint-10"]
+    assert not (cut / "adapter").exists()
+    assert "goes on from checkpoint-10" in graft("train", "--resume", cut).stdout
+    whole, resumed = everything(tmp_path / "whole" / "run"), everything(cut)
+    assert whole == resumed
+    assert {"optimizer.safetensors", "process-0.safetensors"} <= whole.keys()
+    assert len(whole["rows"]) == 6
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)], ids=lambda v: str(int(v))
+)
+def test_signal_saves_at_the_step_and_ends_with_its_code(number, code, tiny, tmp_path, monkeypatch):
+    """R3: and the signals belong again to whom they belonged before."""
+    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    signal_at(monkeypatch, 1, number)
+    done = graft("train", recipe_of(tmp_path, tiny, steps=4), code=code)
+    assert f"graft train --resume {tmp_path / 'run'}" in done.stdout
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)] == before
+
+
+def test_second_interrupt_stops_at_once_and_loses_no_checkpoint(tiny, tmp_path, monkeypatch):
+    signal_at(monkeypatch, 3, signal.SIGINT, times=2)
+    graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2), code=130)
+    assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    graft("train", "--resume", tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, tiny) -> Path:
+    """A finished run of four steps with two checkpoints."""
+    folder = tmp_path_factory.mktemp("saved")
+    graft("train", recipe_of(folder, tiny, steps=4, save_steps=2, logging_steps=1))
+    return folder / "run"
+
+
+def test_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(saved, tmp_path):
+    """R5: through the command; and what PyTorch would unpickle is not there."""
+    assert not [p for p in saved.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
+    copy = tmp_path / "run"
+    shutil.copytree(saved, copy)
+    with (copy / "checkpoint-4" / "optimizer.safetensors").open("r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        file.write(b"\xff")
+    done = graft("train", "--resume", copy)
+    assert "checkpoint-4: optimizer.safetensors is damaged" in done.stdout
+    assert "goes on from checkpoint-2" in done.stdout
+    assert everything(copy) == everything(saved)
+    assert (copy / "damaged-checkpoint-4").is_dir()
+
+
+def test_run_without_a_checkpoint_begins_again(saved, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    shutil.copy(saved / "recipe.yaml", copy)
+    (copy / ".checkpoint-2.new").mkdir()  # it was killed in its first write
+    done = graft("train", "--resume", copy)
+    assert "no checkpoint was saved yet: the run begins at its first step" in done.stdout
+    assert everything(copy) == everything(saved)
+    assert not (copy / ".checkpoint-2.new").exists()
+
+
+def changed_recipe(copy: Path) -> None:
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["train"]["learning_rate"] = 0.5
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def changed_data(copy: Path) -> None:
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    data = json.loads((SAMPLES / "squad_train.json").read_text())
+    del data["data"][0]["paragraphs"][0]["qas"][0]
+    (copy / "data.json").write_text(json.dumps(data))
+    recipe["data"]["train"] = [{"path": str(copy / "data.json")}]
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def changed_base(copy: Path) -> None:
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    base = copy / "base"
+    shutil.copytree(recipe["model"]["base"], base)
+    with (base / "model.safetensors").open("r+b") as file:
+        file.seek(-4, os.SEEK_END)
+        file.write(b"\0\0\0\0")
+    recipe["model"]["base"] = str(base)
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.parametrize(
+    ("change", "kinds", "shown"),
+    [
+        (changed_recipe, "recipe", "recipe: train.learning_rate: then 0.01, now 0.5"),
+        (changed_data, "recipe,data", "data.json: then nothing, now "),
+        (changed_base, "recipe,base", "base: model.safetensors: then "),
+    ],
+    ids=lambda value: value if isinstance(value, str) and "," not in value else "",
+)
+def test_changed_run_is_refused_with_the_difference_unless_told(change, kinds, shown, saved, tmp_path):
+    """R10"""
+    copy = tmp_path / "run"
+    shutil.copytree(saved, copy)
+    shutil.rmtree(copy / "checkpoint-4")
+    change(copy)
+    done = graft("train", "--resume", copy, code=2)
+    assert shown in done.stderr
+    assert f"--allow-changed {kinds}" in done.stderr
+    if "," in kinds:  # one of two is not enough
+        assert shown in graft("train", "--resume", copy, "--allow-changed", "recipe", code=2).stderr
+    assert "goes on changed: " in graft("train", "--resume", copy, "--allow-changed", kinds).stdout
+
+
+def test_other_number_of_processes_needs_leave(saved, tmp_path):
+    from sft.checkpoint import read_manifest
+    from sft.resume import check_unchanged
+    from sft.run import RunError
+
+    made = read_manifest(saved / "checkpoint-4")["made_from"]
+    with pytest.raises(RunError, match="trained by 1 processes and has 2 now.*--elastic"):
+        check_unchanged(saved, made, made | {"processes": 2})
+    assert check_unchanged(saved, made, made | {"processes": 2}, elastic=True) == [
+        "goes on with 2 processes instead of 1"
+    ]
+    newer = made | {"packages": made["packages"] | {"torch": "9.9"}}
+    assert "torch is 9.9" in check_unchanged(saved, made, newer)[0]
+
+
+def test_options_of_resume_are_refused_without_it(saved):
+    assert "--allow-changed is read with --resume" in graft("train", saved, "--allow-changed", "data", code=2).stderr
+    assert "--elastic is read with --resume" in graft("train", saved, "--elastic", code=2).stderr
+    wrong = graft("train", "--resume", saved, "--allow-changed", "date", code=2)
+    assert "--allow-changed date: name one or several of recipe,data,base" in wrong.stderr
+
+
+def test_data_that_changes_during_a_run_is_told(tiny, tmp_path, monkeypatch):
+    data = tmp_path / "train.json"
+    shutil.copy(SAMPLES / "squad_train.json", data)
+    original = PackTrainer._step
+
+    def change(self, *args):
+        data.write_text(data.read_text() + " ")
+        return original(self, *args)
+
+    monkeypatch.setattr(PackTrainer, "_step", change)
+    settings = {"train": str(data), "max_contexts": 2}
+    recipe = write_recipe(tmp_path / "r.yaml", tiny, data=json.dumps(settings))
+    done = graft("train", recipe)
+    assert f"warning: {data} changed during the run" in done.stdout
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["changed_during_run"] == [str(data)]
+
+
+def torchrun(processes: int, *arguments: object) -> subprocess.Popen[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    launch += ["--master_port", str(29600 + os.getpid() % 300), "sft/train.py", *map(str, arguments)]
+    return subprocess.Popen(launch, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_bit_for_bit_and_one_process_elastically(tiny, tmp_path):
+    """R2: a signal to one of them stops both at the same step."""
+    finish(torchrun(2, recipe_of(tmp_path / "whole", tiny, steps=40)))
+    cut = tmp_path / "cut" / "run"
+    process = torchrun(2, recipe_of(tmp_path / "cut", tiny, steps=40))
+    while len(read_metrics(cut)) < 2:
+        time.sleep(0.02)
+        assert process.poll() is None
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "sft/train.py" in p.cmdline()]
+    workers[-1].send_signal(signal.SIGUSR1)
+    process.communicate(timeout=120)
+    stopped_at = int(checkpoints(cut)[-1].name.split("-")[1])
+    assert stopped_at < 40
+    elastic = tmp_path / "elastic"
+    shutil.copytree(cut, elastic)
+    finish(torchrun(2, "--resume", cut))
+    whole, resumed = everything(tmp_path / "whole" / "run"), everything(cut)
+    assert whole == resumed
+    assert {"process-0.safetensors", "process-1.safetensors"} <= whole.keys()
+    assert "--elastic" in graft("train", "--resume", elastic, code=2).stderr
+    graft("train", "--resume", elastic, "--elastic")
+    assert [row["examples"] for row in read_metrics(elastic)] == [row["examples"] for row in whole["rows"]]
