@@ -24,13 +24,16 @@ MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code that it holds
 
 
+NAME = r"checkpoint-\d+"
+
+
 def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.split("-")[1])
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Folders named checkpoint-N by ascending N, whole or not."""
-    return sorted((p for p in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)), key=step_of)
+    return sorted((p for p in run.glob("checkpoint-*") if re.fullmatch(NAME, p.name)), key=step_of)
 
 
 def publish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -65,6 +68,8 @@ def damage(folder: Path, pickles: bool = False) -> str | None:
         return f"{MANIFEST} is damaged"
     if written != _digest(body):
         return f"{MANIFEST} is damaged: it differs from its own sha256"
+    if re.fullmatch(NAME, folder.name) and body.get("step") != step_of(folder):
+        return f"it was renamed: it holds step {body.get('step')}"
     present = _files(folder)
     for name in sorted({*entries} | {*present}):
         if name not in present:

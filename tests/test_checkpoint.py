@@ -47,26 +47,30 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
-HARM = {"truncated": lambda p: os.truncate(p, p.stat().st_size - 1), "flipped": flip, "deleted": lambda p: p.unlink()}
+HARM = {"truncated": lambda p: os.truncate(p, p.stat().st_size // 2), "flipped": flip, "deleted": lambda p: p.unlink()}
 
 
 @pytest.mark.parametrize("harm", HARM)
 def test_each_damaged_file_is_named_and_the_checkpoint_before_it_taken(harm, run):
     """R5: every file of a checkpoint in turn, its manifest too."""
-    good = write(run, 5)
-    whole = write(run, 10)
+    good, newer = write(run, 5), write(run, 10)
+    shutil.copytree(newer, run / "kept")
     for name in ("weights.safetensors", "trainer_state.json", "nested/part", "manifest.json"):
-        shutil.copytree(whole, run / "checkpoint-15", dirs_exist_ok=True)
-        HARM[harm](run / "checkpoint-15" / name)
+        shutil.rmtree(newer)
+        shutil.copytree(run / "kept", newer)
+        HARM[harm](newer / name)
         found, broken = last_checkpoint(run)
-        assert found == whole
-        assert [*broken] == [run / "checkpoint-15"]
-        assert name in broken[run / "checkpoint-15"]
-    shutil.rmtree(whole)
-    assert last_checkpoint(run)[0] == good
+        assert found == good
+        assert [*broken] == [newer]
+        assert name in broken[newer]
     HARM[harm](good / "nested" / "part")
-    with pytest.raises(RunError, match=r"no checkpoint is whole.*\n  checkpoint-15: .*\n  checkpoint-5: nested/part "):
+    with pytest.raises(RunError, match=r"no checkpoint is whole.*\n  checkpoint-10: .*\n  checkpoint-5: nested/part "):
         last_checkpoint(run)
+
+
+def test_renamed_checkpoint_is_none(run):
+    write(run, 5).rename(run / "checkpoint-6")
+    assert damage(run / "checkpoint-6") == "it was renamed: it holds step 5"
 
 
 def test_a_flipped_bit_anywhere_in_a_manifest_changes_nothing_that_is_believed(run):
@@ -86,7 +90,7 @@ def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
     assert damage(folder) == "optimizer.pt does not belong to it"
     aside = run / ".aside"
     folder.rename(aside)
-    publish(aside, run / "checkpoint-6", {})
+    publish(aside, run / "checkpoint-6", {"step": 6})
     assert damage(run / "checkpoint-6") == "optimizer.pt is a pickle, which is never opened"
     assert damage(run / "checkpoint-6", pickles=True) is None
 
