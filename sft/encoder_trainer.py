@@ -37,7 +37,9 @@ class EncoderTrainer(DurableTrainer):
             args=args,
             train_dataset=cast(Any, head.rows),
             eval_dataset=cast(Any, head.rows),  # not read: evaluate() scores the head's own slice
-            data_collator=cast(Any, head.collate),
+            # collated within the step: what a head draws then comes from the random state that a checkpoint restores,
+            # while a loader reads a batch ahead
+            data_collator=cast(Any, lambda rows: {"rows": rows}),
         )
         self.remove_callback(PrinterCallback)
         if recipe.tune.method == "gradual_unfreezing":
@@ -54,6 +56,7 @@ class EncoderTrainer(DurableTrainer):
         return {**self.head.choose(model, bf16), "step": step, "dev": scores}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        inputs = self.head.collate(inputs["rows"])
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not torch.isfinite(loss):
             raise TrainingDiverged(

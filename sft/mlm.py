@@ -71,7 +71,9 @@ class MaskedLM:
         return model
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return mask(rows, self.masking)  # no seed: from PyTorch's generator, which checkpoints keep
+        return mask(
+            rows, self.masking
+        )  # no seed: from PyTorch's generator, which checkpoints keep (encoder_trainer.py)
 
     @torch.inference_mode()
     def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:

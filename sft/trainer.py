@@ -208,9 +208,6 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         if asked == self.asked_pack_tokens:  # else the recipe was changed since, and told so
             self.plan = replace(self.plan, layout=replace(self.plan.layout, pack_tokens=smaller))
 
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0
-
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """Held-out loss: mean over the trained tokens of the held-out packs."""
         model, accelerator = self.model_wrapped, self.accelerator

@@ -1,6 +1,8 @@
 """Baselines: encoders under each strategy, what chooses their checkpoint and threshold, and that it is never the test."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from sft.baseline_data import baseline_questions, read_split
 from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe, EncoderModel
 from sft.bert import train_baseline
 from sft.encoder import depths, load_encoder, load_trained, predict
-from sft.encoder_trainer import Unfreeze
+from sft.encoder_trainer import EncoderTrainer, Unfreeze
 from sft.evaluate import evaluate
 from sft.recipe import RecipeError
 from sft.recipe_file import check_baseline, load_recipe
@@ -191,29 +193,42 @@ def test_the_best_checkpoint_is_restored(tiny_bert, tmp_path):
     assert chosen["dev"]["loss"] == pytest.approx(min(losses.values()), abs=1e-6)
 
 
-def test_resumed_run_equals_the_undisturbed_one(tiny_bert, tmp_path, monkeypatch):
-    steps = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4, "logging_steps": 1}
-    whole = trained(recipe("classification", tiny_bert, tmp_path / "whole", train=steps))
-    broken = recipe("classification", tiny_bert, tmp_path / "broken", train=steps)
-    from sft.encoder_trainer import EncoderTrainer
-
+@pytest.mark.parametrize(
+    ("objective", "train", "tune"),
+    [
+        # within the second epoch, whose order is drawn at its start
+        ("classification", {"metric_for_best_model": "loss"}, {"method": "gradual_unfreezing"}),
+        pytest.param("extractive_qa", {}, {"method": "full"}, marks=pytest.mark.slow),
+        ("mlm", {}, {"method": "full"}),  # masks are drawn at each step
+    ],
+)
+def test_resumed_run_equals_the_undisturbed_one(objective, train, tune, tiny_bert, tmp_path, monkeypatch):
+    settings = {"eval_strategy": "steps", "eval_steps": 5, "max_steps": 12, "logging_steps": 3, "examples_per_step": 16}
+    tuned = {"train": settings | train, "tune": tune}
+    whole = trained(recipe(objective, tiny_bert, tmp_path / "whole", **tuned))
+    broken = recipe(objective, tiny_bert, tmp_path / "broken", **tuned)
     original = EncoderTrainer.training_step
 
-    def stop_in_third(self, *args, **kwargs):
-        if self.state.global_step == 2:
-            self.interrupt.asked = True
+    def stop(self, *args, **kwargs):
+        if self.state.global_step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
         return original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(EncoderTrainer, "training_step", stop_in_third)
-        with pytest.raises(SystemExit):
+        patch.setattr(EncoderTrainer, "training_step", stop)
+        with pytest.raises(SystemExit) as stopped:
             train_baseline(broken, Path("test.yaml"))
+    assert stopped.value.code == 143
     assert train_baseline(broken, Path("test.yaml"), tmp_path / "broken") == tmp_path / "broken"
+    assert [p.name for p in (tmp_path / "broken").glob("checkpoint-11")] == ["checkpoint-11"]
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "broken")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
-    losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (whole, tmp_path / "broken")]
+    losses = [
+        [(row.get("loss"), row.get("eval_loss"), row.get("grad_norm")) for row in read_metrics(run)]
+        for run in (whole, tmp_path / "broken")
+    ]
     assert losses[0] == losses[1]
-    assert len(losses[0]) == 4
+    assert sum(loss is not None for loss, _, _ in losses[0]) == 4
 
 
 def test_one_question_is_answered_before_and_after_training(tiny_bert, tmp_path):

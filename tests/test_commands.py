@@ -274,16 +274,6 @@ def test_schema_and_env_print_json():
     assert json.loads(start("env").stdout)["packages"]["torch"]
 
 
-def test_changed_data_is_not_resumed(trained, tmp_path):
-    copy = tmp_path / "run"
-    shutil.copytree(trained, copy)
-    facts = json.loads((copy / "manifest.json").read_text())
-    facts["data_sha256"] = dict.fromkeys(facts["data_sha256"], "0")
-    (copy / "manifest.json").write_text(json.dumps(facts))
-    done = run("train", "--resume", copy, code=2)
-    assert "data_sha256 has changed" in done.stderr
-
-
 def test_mistyped_run_is_not_asked_of_the_hub(trained):
     done = run("chat", trained.with_name("rum"), code=2)
     assert f"did you mean {trained}?" in done.stderr
