@@ -7,7 +7,6 @@ kill is SIGKILL or SIGTERM by chance, at any moment from the start of the proces
 checkpoint. A run is killed up to eight times, then it may finish; it must equal the undisturbed one bit for bit in
 weights, optimizer, random state and logged losses, and must never go on from an older checkpoint than the newest one.
 
-Libraries are imported once; each training is a fork of that process, which runs the command `graft train` to its end.
 """
 
 import argparse
@@ -20,115 +19,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"  # this process must have no pool of threads, which a fork would lack
 
-import torch
-import torch.utils.tensorboard
-from safetensors import safe_open
-from transformers import AutoTokenizer, LlamaConfig
-
-import sft.trainer  # noqa: F401
 from data.errors import ExitCode
 from data.progress import Bar
-from sft.base import resolve_base
 from sft.checkpoint import checkpoints, step_of
-from sft.cli import app
 from sft.run import read_metrics
-from tests.conftest import SMOLLM, save_tiny, write_recipe
+from tests.faults.training import SAVE_STEPS, Command, make_in_fork, result
 
-STEPS, SAVE_STEPS, MOST_KILLS = 40, 3, 8
-WAIT_S = 120.0
+MOST_KILLS = 8  # of one run
 WRITE_S = 0.05  # about what writing a checkpoint takes
-
-
-class Training:
-    """`graft train ARGUMENTS` in a fork of this process; what it prints goes to `log`."""
-
-    def __init__(self, arguments: Sequence[object], log: Path) -> None:
-        self.log = log
-        log.write_text("")
-        self.code: int | None = None
-        self.pid = os.fork()
-        if not self.pid:
-            self._run([str(a) for a in arguments])
-
-    def _run(self, arguments: list[str]) -> None:
-        code = 1
-        try:
-            out = os.open(self.log, os.O_WRONLY | os.O_APPEND)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            torch.set_num_threads(1)
-            app(["train", *arguments])
-        except SystemExit as error:
-            code = int(error.code or 0)
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
-
-    def ended(self) -> bool:
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            if pid:
-                self.code = os.waitstatus_to_exitcode(status)
-        return self.code is not None
-
-    def wait(self) -> int:
-        end = time.monotonic() + WAIT_S
-        while not self.ended():
-            if time.monotonic() > end:
-                self.kill(signal.SIGKILL)
-                raise SystemExit(f"a training hung for {WAIT_S:.0f} s:\n{self.log.read_text()}")
-            time.sleep(0.002)
-        assert self.code is not None
-        return self.code
-
-    def kill(self, number: int) -> None:
-        if not self.ended():
-            os.kill(self.pid, number)
-
-
-def make_recipe(folder: Path) -> Path:
-    tokenizer = AutoTokenizer.from_pretrained(resolve_base(SMOLLM))
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=2048, bos_token_id=1, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    base = save_tiny(config, folder / "base", tokenizer)
-    return write_recipe(
-        folder / "recipe.yaml",
-        base,
-        tune="{method: lora, r: 4, lora_dropout: 0.1, target_modules: all-linear}",
-        data="{train: data/samples/squad_train.json, max_contexts: 10, pack_tokens: 512, share_prefixes: true}",
-        train=f"{{examples_per_step: 3, max_steps: {STEPS}, learning_rate: 1e-3, save_strategy: steps, "
-        f"save_steps: {SAVE_STEPS}, logging_steps: 2}}",
-    )
-
-
-def make_in_fork(folder: Path) -> Path:
-    """Made by a fork: building a model starts threads."""
-    pid = os.fork()
-    if not pid:
-        make_recipe(folder)
-        os._exit(0)
-    os.waitpid(pid, 0)
-    return folder / "recipe.yaml"
-
-
-def result(run: Path) -> dict[str, object]:
-    """All that must be equal, bit for bit."""
-    last = run / f"checkpoint-{STEPS}"
-    found: dict[str, object] = {"adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
-    for name in ("optimizer.safetensors", "process-0.safetensors"):
-        with safe_open(last / name, framework="np") as file:
-            found[name] = file.metadata(), {key: file.get_tensor(key).tobytes() for key in sorted(file.keys())}
-    kept = ("step", "loss", "grad_norm", "learning_rate", "examples", "executed_tokens")
-    found["metrics"] = [{key: row[key] for key in kept} for row in read_metrics(run) if "loss" in row]
-    return found
 
 
 class Killer:
@@ -153,10 +56,10 @@ class Killer:
             times.append(time.monotonic() - start)
         return result(run), times[-1]
 
-    def _start(self, run: Path) -> Training:
+    def _start(self, run: Path) -> Command:
         going_on = (run / "recipe.yaml").is_file()
         arguments = ["--resume", run] if going_on else [self.recipe, "--set", f"train.output_dir={run}"]
-        return Training(arguments, self.folder / f"{run.name}.log")
+        return Command(["train", *arguments], self.folder / f"{run.name}.log")
 
     def run_and_kill(self, number: int, most: int, bar: Bar) -> None:
         run = self.folder / f"run-{number}"
@@ -180,7 +83,7 @@ class Killer:
         self.counts["equal"] += 1
         shutil.rmtree(run)
 
-    def _kill(self, training: Training, run: Path) -> None:
+    def _kill(self, training: Command, run: Path) -> None:
         newest = newest_of(run)
         if self.draw.random() < 0.5:
             wait_for_write(training, run, self.draw.randint(1, 4))
@@ -206,7 +109,7 @@ class Killer:
             newest = newest_of(run)
             self.lost = max(self.lost, rows[-1]["step"] - (step_of(newest) if newest else 0))
 
-    def _check_resumed(self, training: Training, newest: Path | None) -> None:
+    def _check_resumed(self, training: Command, newest: Path | None) -> None:
         """It went on from the newest checkpoint, if it came that far."""
         told = re.search(r"goes on from (checkpoint-\d+)", training.log.read_text())
         if told and (newest is None or told[1] != newest.name):
@@ -223,7 +126,7 @@ def writing(run: Path) -> bool:
     return any(run.glob(".checkpoint-*.new"))
 
 
-def wait_for_write(training: Training, run: Path, nth: int) -> None:
+def wait_for_write(training: Command, run: Path, nth: int) -> None:
     """Until the nth checkpoint from now on begins to be written, or the training ends."""
     for _ in range(nth):
         while writing(run) and not training.ended():
