@@ -63,7 +63,7 @@ def _train(
     from accelerate import PartialState
 
     from sft.baseline_data import read_split
-    from sft.checkpoint import check_space, last_checkpoint, publish_folder
+    from sft.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
     from sft.cost import COST, Stopwatch
     from sft.encoder import tune_encoder
     from sft.encoder_trainer import EncoderTrainer, arguments_of, settle_bf16
@@ -106,6 +106,7 @@ def _train(
     run = resume or agree_on_folder(recipe, recipe_path)
     if not resume:
         held.enter_context(locked(run, main))
+    held.enter_context(full_disk_told(run))
     facts = manifest(recipe, split.report, trainable, parameters)
     arguments = arguments_of(recipe, run, len(head.rows), state.num_processes, state.device.type == "cuda")
     check_space(run, model, arguments.optim)

@@ -9,14 +9,15 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from torch import nn
 
-from data.errors import DiskFull
+from data.errors import DiskFull, UserError, is_disk_full
 from data.store import file_sha256
 from sft.run import RunError, write_json
 
@@ -152,6 +153,22 @@ def check_space(run: Path, model: nn.Module, optim: str) -> None:
             f"{run}: has room for {free / 2**30:.2f} GiB, and two checkpoints take {needed / 2**30:.2f} GiB; "
             "make room, or name another train.output_dir"
         )
+
+
+@contextmanager
+def full_disk_told(run: Path) -> Iterator[None]:
+    """A full disk within it becomes DiskFull, which names what is whole and how to go on."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_disk_full(error):
+            raise
+        whole = checkpoints(run)
+        raise DiskFull(
+            f"{run}: the disk is full ({str(error).splitlines()[0]}); "
+            f"{f'{whole[-1].name} is whole' if whole else 'no checkpoint was saved yet'}. Make room "
+            f"(train.save_total_limit keeps fewer checkpoints) and go on with: graft train --resume {run}"
+        ) from error
 
 
 def publish_folder(final: Path, write: Callable[[str], None], main: bool) -> None:

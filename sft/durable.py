@@ -13,8 +13,8 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from data.errors import DiskFull, ExitCode, UserError, is_disk_full
-from sft.checkpoint import checkpoints, damage, publish, rotate
+from data.errors import ExitCode, UserError
+from sft.checkpoint import damage, publish, rotate
 from sft.interrupt import CODES, SaveOnSignal
 from sft.monitor import Monitor
 from sft.run import RunError
@@ -40,7 +40,7 @@ class DurableTrainer(Trainer):
 
     def run_to_end(self, run: Path, monitor: Monitor | None, checkpoint: Path | None) -> None:
         """Train, from the checkpoint on where there is one. Raises SystemExit with the signal's code where one asked
-        to stop, once a checkpoint is saved; TrainingDiverged; DiskFull."""
+        to stop, once a checkpoint is saved; TrainingDiverged."""
         interrupt = SaveOnSignal()
         for callback in (interrupt, monitor):
             if callback:
@@ -51,16 +51,11 @@ class DurableTrainer(Trainer):
             self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
             self.set_own_state(self.resumed["own"])
         try:
-            try:
-                self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            finally:
-                interrupt.restore()
-                if monitor:
-                    monitor.close()
-        except Exception as error:
-            if is_disk_full(error):
-                raise DiskFull(_disk_full(run, error)) from error
-            raise
+            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            interrupt.restore()
+            if monitor:
+                monitor.close()
         if interrupt.stopped:
             if self.args.process_index == 0:
                 print(f"stopped and saved; go on with: graft train --resume {run}", flush=True)
@@ -184,12 +179,3 @@ class DurableTrainer(Trainer):
 
 def _process_file(index: int) -> str:
     return f"process-{index}.safetensors"
-
-
-def _disk_full(run: Path, error: BaseException) -> str:
-    whole = checkpoints(run)
-    kept = f"{whole[-1].name} is whole; " if whole else "no checkpoint was saved yet; "
-    return (
-        f"{run}: the disk is full ({str(error).splitlines()[0]}). {kept}"
-        f"make room (train.save_total_limit keeps fewer checkpoints) and go on with: graft train --resume {run}"
-    )

@@ -36,6 +36,11 @@ def begin(
             lines.append("no checkpoint was saved yet: the run begins at its first step")
     made = made_from(run, facts, processes)
     if checkpoint:
+        if recipe.tune.method == "adalora":
+            raise RunError(
+                f"{run}: adalora can't go on from a checkpoint: PEFT saves pruned weights, which no longer fit the state "
+                "of the optimizer; start a new run"
+            )
         lines += check_unchanged(run, read_manifest(checkpoint)["made_from"], made, *changed)
         lines += [
             f"warning: {path.name}: {problem}; set aside as damaged-{path.name}" for path, problem in broken.items()

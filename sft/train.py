@@ -116,7 +116,7 @@ def _train(
 
     from data.pack import make_packs
     from sft.base import resolve_base
-    from sft.checkpoint import check_space, last_checkpoint, publish_folder
+    from sft.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
     from sft.cost import COST, Stopwatch
     from sft.examples import load_examples, load_held_out
     from sft.interrupt import locked
@@ -157,6 +157,7 @@ def _train(
     run = resume or agree_on_folder(recipe, recipe_path)
     if not resume:
         held.enter_context(locked(run, main))
+    held.enter_context(full_disk_told(run))
     if recipe.train.save_strategy != "no":
         check_space(run, model, recipe.train.optim)
     facts = manifest(recipe, report, trainable, parameters)

@@ -232,6 +232,7 @@ def test_template_that_would_train_wrongly_is_a_defect_of_its_kind(tokenizer, ke
 
 
 def test_answer_cut_by_max_length_is_a_defect_with_place_and_remedy(tokenizer):
+    """R9: a row whose target would be truncated is named by file and line; test_check.py has their count."""
     with pytest.raises(TooLong, match=r"f\.jsonl:1: \d+ tokens.*max_length 40.*too_long: skip") as caught:
         encode(conversation("word " * 60, "answer"), tokenizer, 40)
     assert caught.value.kind == AUDITS["truncated"]

@@ -6,7 +6,6 @@ A real run of 40 steps: several packs a step, shared prefixes, dropout, two epoc
 kill is SIGKILL or SIGTERM by chance, at any moment from the start of the process on, or within the writing of a
 checkpoint. A run is killed up to eight times, then it may finish; it must equal the undisturbed one bit for bit in
 weights, optimizer, random state and logged losses, and must never go on from an older checkpoint than the newest one.
-
 """
 
 import argparse

@@ -1,0 +1,51 @@
+"""The first losses of each recipe that runs on the samples, on a tiny random base.
+
+A change that should not move numbers moves none of these. To accept new ones: GRAFT_GOLDEN=write python -m pytest
+tests/test_golden.py -m "slow or not slow". Not compared bit for bit: processors round differently in the last digits.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sft.baseline_recipe import BaselineRecipe
+from sft.recipe_file import load_any_recipe
+from sft.run import read_metrics
+from tests.conftest import ROOT
+from tests.test_commands import run as graft
+
+GOLDEN = ROOT / "tests" / "golden" / "losses.json"
+STEPS = 4
+QUICK = ("smollm_qlora", "minilm_newsgroups")
+
+
+def recipes() -> list[object]:
+    """Those without a floor or data on a hub."""
+    found = []
+    for path in sorted((ROOT / "recipes").glob("*.yaml")):
+        recipe = load_any_recipe(path)
+        floor = isinstance(recipe, BaselineRecipe) and recipe.is_floor
+        if not floor and all(Path(source.path).is_file() for source in recipe.data.train):
+            found.append(pytest.param(path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow))
+    return found
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_losses_of_a_recipe_are_the_golden_ones(name, tiny, tiny_bert, tmp_path):
+    """R13"""
+    path = ROOT / "recipes" / f"{name}.yaml"
+    encoder = isinstance(load_any_recipe(path), BaselineRecipe)
+    changes = {
+        "model.base": tiny_bert if encoder else tiny, "train.bf16": "false", "train.max_steps": STEPS,
+        "train.logging_steps": 1, "train.eval_strategy": "no", "train.output_dir": tmp_path / "run",
+        **({} if encoder else {"model.dtype": "float32", "train.save_strategy": "no"}),
+    }  # fmt: skip
+    graft("train", path, *(word for key, value in changes.items() for word in ("--set", f"{key}={value}")))
+    losses = [row["loss"] for row in read_metrics(tmp_path / "run")]
+    assert len(losses) == STEPS
+    golden = json.loads(GOLDEN.read_text()) if GOLDEN.is_file() else {}
+    if os.environ.get("GRAFT_GOLDEN") == "write":
+        GOLDEN.write_text(json.dumps(dict(sorted((golden | {name: losses}).items())), indent=1) + "\n")
+    assert losses == pytest.approx(json.loads(GOLDEN.read_text())[name], abs=2e-4)
