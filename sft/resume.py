@@ -38,7 +38,7 @@ def begin(
     if checkpoint:
         if recipe.tune.method == "adalora":
             raise RunError(
-                f"{run}: adalora can't go on from a checkpoint: PEFT saves pruned weights, which no longer fit the state "
+                f"{run}: adalora can't go on from a checkpoint: PEFT saves pruned weights, which don't fit the state "
                 "of the optimizer; start a new run"
             )
         lines += check_unchanged(run, read_manifest(checkpoint)["made_from"], made, *changed)
