@@ -87,8 +87,8 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="graft-disk-") as scratch:
         folder = Path(scratch)
-        os.environ["GRAFT_CACHE"] = str(folder / "cache")
         recipe, run = make_in_fork(folder), folder / "undisturbed"
+        os.environ["GRAFT_CACHE"] = str(folder / "cache")
         succeeds(Command(["train", recipe, "--set", f"train.output_dir={run}"], folder / "log"), "undisturbed")
         exported = folder / "exported"
         succeeds(Command(["export", run, "--out", exported, "--allow-mismatch"], folder / "log"), "export")

@@ -142,8 +142,9 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="graft-kills-") as scratch:
         folder = Path(scratch)
+        recipe = make_in_fork(folder)
         os.environ["GRAFT_CACHE"] = str(folder / "cache")
-        killer = Killer(make_in_fork(folder), folder, seed)
+        killer = Killer(recipe, folder, seed)
         bar = Bar("kills", count)
         number = 0
         while killer.counts["killed"] < count and not killer.errors:

@@ -42,8 +42,8 @@ def main() -> None:
     steps = parser.parse_args().steps
     with tempfile.TemporaryDirectory(prefix="graft-soak-") as scratch:
         folder = Path(scratch)
-        os.environ["GRAFT_CACHE"] = str(folder / "cache")
         recipe, run = make_recipe(folder), folder / "run"
+        os.environ["GRAFT_CACHE"] = str(folder / "cache")
         changes = [f"train.max_steps={steps}", f"train.save_steps={steps // 20}", f"train.output_dir={run}"]
         command = [sys.executable, "-m", "sft.cli", "train", str(recipe)]
         command += [word for change in changes for word in ("--set", change)]
