@@ -3,6 +3,7 @@
 import json
 import statistics
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from data.errors import is_disk_full
 from data.progress import Bar
 
 # A spike, by the rule of OLMo-core's SkipStepOptimizer: so many standard deviations above the mean of the rows before
@@ -67,6 +69,7 @@ class Monitor(TrainerCallback):
         self.start = now - self.last.get("seconds", 0.0)
         self.counted = (now, self.last.get("executed_tokens", 0))
         self.open = True
+        self.hook, threading.excepthook = threading.excepthook, self._in_thread
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar.update(state.global_step, self.note)
@@ -105,10 +108,16 @@ class Monitor(TrainerCallback):
                 )
         return found
 
+    def _in_thread(self, args: Any) -> None:
+        """TensorBoard's thread hands a full disk on to the next write; without its traceback."""
+        if not is_disk_full(args.exc_value):
+            self.hook(args)
+
     def close(self) -> None:
         """Also after an error, or the terminal keeps a bar that does not move."""
         if self.open:
             self.open = False
+            threading.excepthook = self.hook
             self.bar.close()
             self.board.close()
             self.file.close()

@@ -44,8 +44,8 @@ def main(
 ) -> None:
     """Train; the run folder holds the adapter and everything that later steps need."""
     path = recipe_to_train(recipe, overrides, resume)
-    loaded = load_any_recipe(path, overrides)
     changed = parse_changed(resume, allow_changed, elastic)
+    loaded = load_any_recipe(path, overrides)
     if retries and not dry_run:
         from sft.run import agree_on_folder
         from sft.supervise import supervise

@@ -3,10 +3,8 @@
 import importlib.util
 import json
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -216,31 +214,6 @@ def test_quickstart_keeps_its_results_where_serving_fails(tmp_path, tiny, monkey
         assert word in table, word
     assert "not served: vLLM stopped with code 1" in after
     assert f"log: {tmp_path / 'run' / 'serve.log'}" in after
-
-
-def test_interrupt_saves_and_resume_ends_like_the_undisturbed_run(tmp_path, tiny):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    train = "{{examples_per_step: 2, num_train_epochs: 2, learning_rate: 1e-2, save_strategy: 'no', output_dir: '{}'}}"
-    recipe = write_recipe(tmp_path / "r.yaml", tiny, train=train.format(whole))
-    start("train", recipe)
-    process = subprocess.Popen(
-        command("train", recipe, "--set", f"train.output_dir={cut}"), stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    while not (cut / "metrics.jsonl").is_file() or len((cut / "metrics.jsonl").read_text().splitlines()) < 3:
-        time.sleep(0.02)
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"graft train --resume {cut}" in output
-    start("train", "--resume", cut)
-    losses = [
-        [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (whole, cut)
-    ]
-    assert losses[0] == losses[1]
-    adapters = [(folder / "adapter" / "adapter_model.safetensors").read_bytes() for folder in (whole, cut)]
-    assert adapters[0] == adapters[1]
 
 
 def test_full_fine_tuning_exports_too(tmp_path, tiny):
