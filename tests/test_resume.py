@@ -14,10 +14,11 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from sft.checkpoint import checkpoints
+from sft.checkpoint import checkpoints, last_checkpoint
 from sft.run import read_metrics
 from sft.trainer import PackTrainer
 from tests.conftest import ROOT, SAMPLES, write_recipe
+from tests.test_checkpoint import HARM
 from tests.test_commands import run as graft
 
 
@@ -117,6 +118,23 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(sa
     assert "goes on from checkpoint-2" in done.stdout
     assert everything(copy) == everything(saved)
     assert (copy / "damaged-checkpoint-4").is_dir()
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_every_file_of_a_real_checkpoint_is_looked_at(harm, saved, tmp_path):
+    """R5"""
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(saved / name, tmp_path / name)
+    names = [path.name for path in (saved / "checkpoint-4").iterdir()]
+    for file in ("adapter_model.safetensors", "optimizer.safetensors", "process-0.safetensors", "trainer_state.json"):
+        assert file in names
+    for name in names:
+        HARM[harm](tmp_path / "checkpoint-4" / name)
+        found, broken = last_checkpoint(tmp_path)
+        assert found == tmp_path / "checkpoint-2"
+        assert name in broken[tmp_path / "checkpoint-4"]
+        shutil.copy(saved / "checkpoint-4" / name, tmp_path / "checkpoint-4")
+    assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {})
 
 
 def test_run_without_a_checkpoint_begins_again(saved, tmp_path):
