@@ -53,12 +53,15 @@ class FileSource:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's
 
 
-def read_all(source: SourceLike, task: str) -> list[Conversation]:
-    """All conversations of a source without defects. Raises DataError with a line for each kind of defect."""
+def read_all(source: SourceLike, task: str, on_error: str = "stop") -> list[Conversation]:
+    """All conversations of a source. Raises DataError with a line for each kind of defect; with on_error skip rows with
+    defects are counted and left out, and only a file that can't be read to its end is an error."""
     ledger = Ledger(source.path)
     conversations = list(read_rows(source, task, ledger))
-    if ledger.unread or ledger.defects:
+    if ledger.unread or (ledger.defects and on_error == "stop"):
         raise DataError("", "\n".join(ledger.explain()), "defects")
+    if ledger.defects:
+        print(f"{ledger.defects.total()} rows of {source.path} have defects and are left out", flush=True)
     return conversations
 
 

@@ -113,7 +113,7 @@ def training_questions(recipe: Recipe | BaselineRecipe | None, scored: Sequence[
     if recipe is None:
         raise RecipeError("--shots, --threshold-from: take training questions; score a run, or name one with --run")
     clusters = {c.cluster for c in scored}
-    every = (c for s in recipe.data.train for c in read_all(with_split(s, "train"), recipe.task))
+    every = (c for s in recipe.data.train for c in read_all(with_split(s, "train"), recipe.task, recipe.data.on_error))
     if not (found := [c for c in every if c.cluster not in clusters]):
         raise RecipeError("--shots, --threshold-from: all training questions are also scored; score other data")
     return found

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
@@ -110,9 +111,10 @@ class EncoderTrainer(DurableTrainer):
 
 
 def settle_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
+    """The recipe with train.bf16 said: what the main process measures, for all."""
     if recipe.train.bf16 is not None:
         return recipe
-    fast = device.type == "cuda" or bfloat16_pays()
+    (fast,) = broadcast_object_list([device.type == "cuda" or bfloat16_pays()])
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"bf16": fast})})
 
 

@@ -76,6 +76,17 @@ def test_training_questions_leave_out_what_is_scored(questions, tmp_path, tiny):
         training_questions(recipe, questions)
 
 
+def test_training_questions_follow_the_recipe_past_rows_with_defects(tmp_path, tiny, capsys):
+    data = tmp_path / "posts.jsonl"
+    data.write_text('{"label": "sci.med", "text": "A cure."}\n{"label": "sci.med"}\n')
+    changed = {"task": "newsgroups", "data": f"{{train: '{data}', on_error: skip}}", "eval": "{share: 0.5}"}
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, **changed))
+    assert [c.label for c in training_questions(recipe, [])] == ["sci.med"]
+    assert f"1 rows of {data} have defects and are left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="posts.jsonl:2: text: missing"):
+        training_questions(recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_error": "stop"})}), [])
+
+
 @pytest.mark.parametrize(
     ("asking", "message"),
     [

@@ -1,118 +1,24 @@
-"""graft compare: every number again from the samples, what it refuses, and that data can't become markup."""
+"""graft compare: every number again from the samples."""
 
 import json
 import random
-from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
-from test_report import Page
 
 from data.newsgroups import NEWSGROUPS
-from eval.compare import CompareError, compare
+from eval.compare import compare
 from eval.compare_plots import _question_word
-from eval.metrics import label_scores, normalize_label, squad_scores
+from eval.metrics import normalize_label
 from eval.stats import brier, cluster_interval, expected_calibration_error, mcnemar_exact, paired_cluster_bootstrap
-
-Row = dict[str, Any]
-SYSTEM = {
-    "method": "lora", "parameters": 134_515_008, "trainable_parameters": 4_884_480, "train_seconds": 630.5,
-    "train_cpu_seconds": 1201.5, "train_peak_memory_gib": 3.25, "disk_mib": 19.5, "seed": 1, "recipe_sha256": "cd" * 32,
-}  # fmt: skip
-
-
-def questions(task: str, n: int = 120) -> list[Row]:
-    rng = random.Random(1)
-    rows = []
-    for i in range(n):
-        if task == "newsgroups":
-            label = rng.choice(NEWSGROUPS[:5])
-            rows.append(
-                {
-                    "id": f"p{i}",
-                    "cluster": f"t{i}",
-                    "prompt": "post " * 200,
-                    "question": "",
-                    "label": label,
-                    "gold": [label],
-                }
-            )
-        else:
-            gold = (
-                [] if i % 3 == 0 else [" ".join(["red", "old", "town", "hall", "tower", "clock", "face"][: 1 + i % 7])]
-            )
-            question = f"{rng.choice(['Who', 'In which year', 'How', 'Name'])} {i}?"
-            rows.append(
-                {
-                    "id": f"q{i}",
-                    "cluster": f"c{i // 4}",
-                    "prompt": f"text\n\n{question}",
-                    "question": question,
-                    "label": "",
-                    "gold": gold,
-                }
-            )
-    return rows
-
-
-def answered(task: str, rows: list[Row], right: float, seed: int) -> list[Row]:
-    rng, out = random.Random(seed), []
-    for row in rows:
-        good = row["gold"][0] if row["gold"] else "unanswerable"
-        if task == "newsgroups":
-            predicted = good if rng.random() < right else rng.choice([*NEWSGROUPS[:7], "no idea"])
-            scores = label_scores(NEWSGROUPS, row["gold"], predicted)
-        else:
-            predicted = good if rng.random() < right else rng.choice(["red", "a lamp", "unanswerable"])
-            scores = squad_scores(row["gold"], predicted)
-        out.append({**row, "predicted": predicted, "finished": True, "asked": True, "probability": None, **scores})
-    return out
-
-
-def write(folder: Path, task: str, rows: list[Row], **changed: Any) -> Path:
-    """A run whose eval/ holds what `graft eval` writes."""
-    parts = {"total": rows}
-    if task == "squad_v2":
-        parts |= {"HasAns": [r for r in rows if r["gold"]], "NoAns": [r for r in rows if not r["gold"]]}
-    second = "valid" if task == "newsgroups" else "f1"
-    scores = {
-        part: {"questions": len(of), **{m: round(100 * sum(r[m] for r in of) / len(of), 2) for m in ("exact", second)}}
-        for part, of in parts.items()
-    }
-    results = {
-        "target": str(folder), "name": folder.name, "task": task, "task_version": 1, "data": "dev.json",
-        "evaluation_sha256": "ab" * 32, "scorer": "", "questions": len(rows), "contexts": 1, "cut_at_max_new_tokens": 0,
-        "too_long_for_model": 0, "scores": scores, "seconds": 9.5, "questions_per_s": 12.5, "peak_memory_gib": 1.5,
-        "latency_ms": {"p50": 10.5, "p95": 20.5, "n": len(rows)}, "system": SYSTEM, **changed,
-    }  # fmt: skip
-    (folder / "eval").mkdir(parents=True)
-    (folder / "eval" / "results.json").write_text(json.dumps(results, indent=2))
-    (folder / "eval" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def samples(folder: Path) -> list[Row]:
-    return [json.loads(line) for line in (folder / "eval" / "samples.jsonl").read_text().splitlines()]
-
-
-def edit(folder: Path, change: Callable[[Row], Any]) -> None:
-    file = folder / "eval" / "results.json"
-    results = json.loads(file.read_text())
-    change(results)
-    file.write_text(json.dumps(results))
+from tests.comparisons import SYSTEM, Row, answered, questions, samples, squad_runs, write
 
 
 @pytest.fixture
 def squad(tmp_path: Path) -> list[Path]:
-    rows = questions("squad_v2")
-    return [
-        write(tmp_path / f"s{i}", "squad_v2", answered("squad_v2", rows, right, i))
-        for i, right in enumerate((0.3, 0.7, 0.72))
-    ]
+    return squad_runs(tmp_path)
 
 
 def percent(values: list[float], clusters: list[str]) -> Row:
@@ -290,135 +196,3 @@ def test_a_long_prompt_is_cut_and_says_so(tmp_path: Path):
     example = compare(folders, tmp_path / "out")["examples"][0]
     assert (len(example["prompt_tail"]), example["characters_cut"]) == (600, 400)
     assert "(the first 400 characters are cut)" in (tmp_path / "out" / "report.html").read_text()
-
-
-def test_text_from_data_cannot_become_markup(tmp_path: Path):
-    evil = '<script>alert("x")</script><img src=x onerror=y>|`*\u202e'
-    rows = questions("squad_v2")
-    for row in rows:
-        row |= {"id": row["id"] + evil, "prompt": evil, "gold": [evil] if row["gold"] else []}
-    folders = [
-        write(tmp_path / f"s{i}", "squad_v2", answered("squad_v2", rows, right, i), name=evil, data=evil, scorer=evil)
-        for i, right in enumerate((0.2, 0.9))
-    ]
-    compare(folders, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
-    page = Page(html)
-    assert not {"script", "img", "link", "iframe"} & {name for name, _ in page.elements}
-    assert "\u202e" not in html
-    assert "&lt;script&gt;" in html
-    lines = (tmp_path / "out" / "report.md").read_text().splitlines()
-    assert not any("<script" in line.replace("\\<", "") for line in lines)
-    tables = [line.replace("\\|", "") for line in lines if line.startswith("| ")]
-    assert len({line.count("|") for line in tables if "\\<" in line}) <= 3  # a table each, none broken
-
-
-def test_page_is_well_formed_and_fetches_nothing(squad: list[Path], tmp_path: Path):
-    compare(squad, tmp_path / "out")
-    html = (tmp_path / "out" / "report.html").read_text()
-    page = Page(html)
-    assert not [value for _, attributes in page.elements for key, value in attributes.items() if key in ("src", "href")]
-    assert "default-src 'none'" in html
-
-
-class Bars(HTMLParser):
-    """The widths of the bars of the main score."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.widths: list[str] = []
-        self.feed(html[html.index('<table class="bars">') : html.index("<h2>Scores")])
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if ("class", "within") in attrs:
-            self.widths.append(str(dict(attrs)["width"]))
-
-
-def test_bars_are_as_long_as_the_scores(squad: list[Path], tmp_path: Path):
-    report = compare(squad, tmp_path / "out")
-    widths = Bars((tmp_path / "out" / "report.html").read_text()).widths
-    assert list(map(float, widths)) == [s["scores"]["total"]["exact"]["score"] for s in report["systems"]]
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (lambda r: r.update(task="squad_v1"), "task is squad_v2 in {0}/eval, but squad_v1 in {1}/eval; evaluate both"),
-        (lambda r: r.update(task_version=2), "task_version is 1 in {0}/eval, but 2 in {1}/eval; evaluate both"),
-        (lambda r: r.update(evaluation_sha256="ef"), "evaluation_sha256 is " + "ab" * 32 + " in {0}/eval, but ef in {1}/eval"),
-        (lambda r: r.pop("evaluation_sha256"), "evaluation_sha256 is missing; evaluate it anew with `graft eval {1}`"),
-        (lambda r: r["scores"]["total"].update(exact=99.0), "scores.total.exact is 99.0, but samples.jsonl gives "),
-        (lambda r: r["scores"]["NoAns"].update(f1=99.0), "scores.NoAns.f1 is 99.0, but samples.jsonl gives "),
-        (lambda r: r.update(questions=119), "119 questions, but 120 rows in samples.jsonl"),
-        (lambda r: r.update(scores={}), "scores or scores.total are no objects"),
-        (lambda r: r.update(system=[1]), "system is [1]; evaluate it anew"),
-        (lambda r: r["system"].update(disk_mib="large"), "disk_mib is 'large', no number"),
-    ],
-)  # fmt: skip
-def test_refuses_results_that_do_not_fit(squad: list[Path], tmp_path: Path, change: Callable[[Row], Any], said: str):
-    edit(squad[1], change)
-    with pytest.raises(CompareError) as error:
-        compare(squad, tmp_path / "out")
-    assert said.format(*squad) in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ('"id": "q1"', '"id": "z1"', "samples.jsonl:2: id is 'q1' in {0}/eval, but 'z1' in {1}/eval; evaluate both"),
-        ('"cluster": "c0", ', "", "samples.jsonl:1: cluster is 'missing'; evaluate it anew with `graft eval {1}`"),
-        ('"exact": 1.0', '"exact": 2.0', "exact is 2.0; evaluate it anew"),
-        ('"exact": 1.0', '"exact": NaN', "NaN is not JSON"),
-        ('"probability": null', '"probability": 1.5', "samples.jsonl:1: probability is 1.5"),
-        ('"gold": []', '"gold": null', "samples.jsonl:1: gold is None"),
-        ('{"id": "q2"', '{"id": q2"', "samples.jsonl:3: "),
-    ],
-)
-def test_refuses_damaged_samples_by_line(squad: list[Path], tmp_path: Path, old: str, new: str, said: str):
-    file = squad[1] / "eval" / "samples.jsonl"
-    text = file.read_text()
-    assert old in text
-    file.write_text(text.replace(old, new, 1))
-    with pytest.raises(CompareError) as error:
-        compare(squad, tmp_path / "out")
-    assert said.format(*squad) in str(error.value)
-
-
-def test_refuses_missing_and_damaged_files(squad: list[Path], tmp_path: Path):
-    out = tmp_path / "out"
-    with pytest.raises(CompareError, match="1 folders to compare where at least 2"):
-        compare(squad[:1], out)
-    with pytest.raises(CompareError, match=r"nowhere/results.json can't be read \(No such file"):
-        compare([squad[0], tmp_path / "nowhere"], out)
-    (squad[1] / "eval" / "results.json").write_text('{\n"task": }')
-    with pytest.raises(CompareError, match=r"results.json:2: not JSON"):
-        compare(squad[:2], out)
-    (squad[2] / "eval" / "samples.jsonl").unlink()
-    with pytest.raises(CompareError, match="samples.jsonl can't be read"):
-        compare([squad[0], squad[2]], out)
-    out.write_text("")
-    with pytest.raises(CompareError, match="is a file; name a folder"):
-        compare([squad[0], squad[0]], out)
-
-
-def test_another_number_of_samples_is_refused(tmp_path: Path):
-    folders = [
-        write(tmp_path / f"s{n}", "squad_v2", answered("squad_v2", questions("squad_v2", n), 0.5, 1)) for n in (40, 44)
-    ]
-    with pytest.raises(CompareError, match=r"40 samples in .*s40/eval, but 44 in .*s44/eval; evaluate both"):
-        compare(folders, tmp_path / "out")
-
-
-@pytest.mark.parametrize(
-    ("question", "word"),
-    [
-        ("Whose idea was it?", "who"),
-        ("In which year, and why?", "which"),
-        ("Somehow whatever?", "other"),
-        ("HOW far?", "how"),
-    ],
-)
-def test_question_word_is_the_first_one(question: str, word: str):
-    assert _question_word(question) == word
