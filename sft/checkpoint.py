@@ -19,7 +19,7 @@ from torch import nn
 
 from data.errors import DiskFull, UserError, is_disk_full
 from data.store import file_sha256
-from sft.run import RunError, write_json
+from sft.run import RunError, write_whole
 
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code that it holds
@@ -47,7 +47,7 @@ def publish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
         flush(aside / name)
     entries = {n: {"bytes": (aside / n).stat().st_size, "sha256": file_sha256(aside / n)} for n in names}
     body = {**facts, "files": entries}
-    write_json(aside / MANIFEST, {**body, "manifest_sha256": _digest(body)})
+    write_whole(aside / MANIFEST, json.dumps({**body, "manifest_sha256": _digest(body)}, indent=2) + "\n")
     flush(aside / MANIFEST)
     for folder in {aside, *((aside / name).parent for name in names)}:
         flush(folder)
