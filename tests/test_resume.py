@@ -22,7 +22,9 @@ from tests.test_checkpoint import HARM
 from tests.test_commands import run as graft
 
 
-def recipe_of(folder: Path, base: Path, steps: int = 20, share: bool = True, **train: object) -> Path:
+def recipe_of(
+    folder: Path, base: Path, steps: int = 20, share: bool = True, dropout: float = 0.1, **train: object
+) -> Path:
     """Several packs a step, dropout, 4 steps an epoch, and a loss that is logged each third step."""
     settings = {
         "examples_per_step": 6, "learning_rate": 1e-2, "max_steps": steps, "logging_steps": 3, "save_strategy": "steps",
@@ -30,7 +32,7 @@ def recipe_of(folder: Path, base: Path, steps: int = 20, share: bool = True, **t
     }  # fmt: skip
     folder.mkdir(exist_ok=True)
     data = {"train": str(SAMPLES / "squad_train.json"), "max_contexts": 4, "pack_tokens": 512, "share_prefixes": share}
-    tune = {"method": "lora", "r": 4, "lora_dropout": 0.1, "target_modules": "all-linear"}
+    tune = {"method": "lora", "r": 4, "lora_dropout": dropout, "target_modules": "all-linear"}
     sections = {"tune": tune, "data": data, "train": settings}
     return write_recipe(folder / "r.yaml", base, **{key: json.dumps(value) for key, value in sections.items()})
 
@@ -270,3 +272,16 @@ def test_two_processes_go_on_bit_for_bit_and_one_process_elastically(tiny, tmp_p
     assert "--elastic" in graft("train", "--resume", elastic, code=2).stderr
     graft("train", "--resume", elastic, "--elastic")
     assert [row["examples"] for row in read_metrics(elastic)] == [row["examples"] for row in whole["rows"]]
+
+
+@pytest.mark.slow
+def test_more_processes_go_on_elastically_with_the_same_losses(tiny, tmp_path):
+    graft("train", recipe_of(tmp_path, tiny, steps=8, save_steps=4, logging_steps=1, dropout=0.0))
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "run", copy)
+    shutil.rmtree(copy / "checkpoint-8")
+    finish(torchrun(2, "--resume", copy, "--elastic"))
+    one, two = (read_metrics(run) for run in (tmp_path / "run", copy))
+    assert [row["step"] for row in two] == list(range(1, 9))
+    assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in two], abs=1e-4)
+    assert [row["examples"] for row in one] == [row["examples"] for row in two]
