@@ -9,6 +9,7 @@ weights, optimizer, random state and logged losses, and must never go on from an
 """
 
 import argparse
+import math
 import os
 import random
 import re
@@ -138,7 +139,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    count, seed = vars(parser.parse_args()).values()
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further run after so many")
+    count, seed, seconds = vars(parser.parse_args()).values()
+    end = time.monotonic() + seconds
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="graft-kills-") as scratch:
         folder = Path(scratch)
@@ -147,7 +150,7 @@ def main() -> None:
         killer = Killer(recipe, folder, seed)
         bar = Bar("kills", count)
         number = 0
-        while killer.counts["killed"] < count and not killer.errors:
+        while killer.counts["killed"] < count and not killer.errors and time.monotonic() < end:
             killer.run_and_kill(number, count - killer.counts["killed"], bar)
             number += 1
         bar.close()
