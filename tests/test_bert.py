@@ -199,7 +199,7 @@ def test_the_best_checkpoint_is_restored(tiny_bert, tmp_path):
         # within the second epoch, whose order is drawn at its start
         ("classification", {"metric_for_best_model": "loss"}, {"method": "gradual_unfreezing"}),
         pytest.param("extractive_qa", {}, {"method": "full"}, marks=pytest.mark.slow),
-        ("mlm", {}, {"method": "full"}),  # masks are drawn at each step
+        pytest.param("mlm", {}, {"method": "full"}, marks=pytest.mark.slow),  # masks are drawn at each step
     ],
 )
 def test_resumed_run_equals_the_undisturbed_one(objective, train, tune, tiny_bert, tmp_path, monkeypatch):
@@ -219,8 +219,8 @@ def test_resumed_run_equals_the_undisturbed_one(objective, train, tune, tiny_ber
         with pytest.raises(SystemExit) as stopped:
             train_baseline(broken, Path("test.yaml"))
     assert stopped.value.code == 143
+    assert (tmp_path / "broken" / "checkpoint-11").is_dir()
     assert train_baseline(broken, Path("test.yaml"), tmp_path / "broken") == tmp_path / "broken"
-    assert [p.name for p in (tmp_path / "broken").glob("checkpoint-11")] == ["checkpoint-11"]
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "broken")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     losses = [
