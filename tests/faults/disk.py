@@ -1,8 +1,9 @@
 """Fill the disk at ten points of a training and of an export; make room, go on, and compare with an undisturbed training.
 
-python -m tests.faults.disk      as root: each point is a small tmpfs of another size, enlarged afterwards
+python -m tests.faults.disk training export      as root: each point is a small tmpfs, enlarged afterwards
 """
 
+import argparse
 import os
 import subprocess
 import sys
@@ -84,6 +85,9 @@ def fill_export(folder: Path, run: Path, size: int) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", nargs="*", choices=["training", "export"], default=["training", "export"])
+    what = parser.parse_args().what
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="graft-disk-") as scratch:
         folder = Path(scratch)
@@ -96,11 +100,14 @@ def main() -> None:
             ("training", bytes_of(run), lambda size: fill_training(folder, recipe, run, size)),
             ("export", bytes_of(exported), lambda size: fill_export(folder, run, size)),
         ):
+            if name not in what:
+                continue
             print(f"{name}, which takes {needed / MIB:.1f} MiB:")
             for point in range(1, POINTS + 1):
                 print(" ", fill(needed * point // (POINTS + 1) // 4096 * 4096), flush=True)
     print(
-        f"{2 * POINTS} of {2 * POINTS}: exit code {ExitCode.DISK_FULL:d}, what was whole stayed, and with room all ended well"
+        f"{len(what) * POINTS} of {len(what) * POINTS}: exit code {ExitCode.DISK_FULL:d}, what was whole stayed, and with "
+        "room all ended well"
     )
 
 
