@@ -86,8 +86,8 @@ def fill_export(folder: Path, run: Path, size: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="*", choices=["training", "export"], default=["training", "export"])
-    what = parser.parse_args().what
+    parser.add_argument("what", nargs="*", help="training, export; left out: both")
+    what = parser.parse_args().what or ["training", "export"]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="graft-disk-") as scratch:
         folder = Path(scratch)
