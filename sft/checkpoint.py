@@ -23,8 +23,6 @@ from sft.run import RunError, write_whole
 
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code that it holds
-
-
 NAME = r"checkpoint-\d+"
 
 
@@ -43,9 +41,10 @@ def publish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
     Raises OSError where what is read is not what was written.
     """
     names = _files(aside)
+    # hashed as they lie in memory, then flushed and forgotten: what is read again comes from the disk
+    entries = {n: {"bytes": (aside / n).stat().st_size, "sha256": file_sha256(aside / n)} for n in names}
     for name in names:
         flush(aside / name)
-    entries = {n: {"bytes": (aside / n).stat().st_size, "sha256": file_sha256(aside / n)} for n in names}
     body = {**facts, "files": entries}
     write_whole(aside / MANIFEST, json.dumps({**body, "manifest_sha256": _digest(body)}, indent=2) + "\n")
     flush(aside / MANIFEST)
