@@ -18,7 +18,7 @@ from tests.test_commands import run as graft
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 4
-QUICK = ("smollm_qlora", "minilm_newsgroups")
+QUICK = ("smollm_qlora",)
 
 
 def recipes() -> list[object]:
