@@ -162,11 +162,10 @@ def forest_attention(
     if attention_mask is None or attention_mask.dtype == torch.bool:
         more = {"scaling": scaling, "dropout": dropout, **kwargs}
         return cast(Any, sdpa_attention_forward(module, query, key, value, attention_mask, **more))
-    groups, heads, tokens = query.shape[1] // key.shape[1], *query.shape[1:3]
+    heads, tokens = query.shape[1:3]
     scores = cast(Any, module).config.num_hidden_layers * heads * tokens**2
     small = scores * 6 <= PLAIN_GIB * 2**30  # fp32 before the softmax, bf16 after it
     plain = query.dtype == torch.bfloat16 and query.device.type == "cpu" and small and not dropout
-    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     found = []
     for piece in pieces_of(tuple(attention_mask.flatten().tolist())):
         ranges = (*piece.before, (piece.start, piece.stop))
@@ -190,7 +189,11 @@ def _attend(
     plain: bool,
 ) -> torch.Tensor:
     if not plain:
-        return scaled_dot_product_attention(query, key, value, sees, dropout, is_causal=sees is None, scale=scaling)
+        causal = sees is None
+        # key heads are not repeated: each piece's copy of its trunk is kept for the backward pass
+        return scaled_dot_product_attention(query, key, value, sees, dropout, causal, scale=scaling, enable_gqa=True)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     products = query @ key.transpose(2, 3) * (query.shape[3] ** -0.5 if scaling is None else scaling)
     if sees is None:
         sees = torch.ones(products.shape[2:], dtype=torch.bool, device=query.device).tril()
