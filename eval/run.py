@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.conversation import Conversation
+from data.scrub import scrub
 from eval.metrics import gold_label, label_counts
 from eval.predict import Prediction
 from eval.stats import bootstrap_sums, cluster_interval, macro_f1
@@ -93,7 +94,7 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     aside = out / ".results.json.new"
-    aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(scrub(json.dumps(results, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
     aside.replace(out / "results.json")
 
 

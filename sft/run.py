@@ -21,12 +21,14 @@ from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
 from data.report import write_html
+from data.scrub import scrub
 from data.source import files_of
 from data.store import file_sha256
-from sft.base import resolve_base
+from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
+from sft.untrusted import brings_code, check_run_folder
 
 S = TypeVar("S", bound=Source)
 A = TypeVar("A", Recipe, BaselineRecipe)
@@ -43,6 +45,7 @@ def agree_on_folder(recipe: Recipe | BaselineRecipe, recipe_path: Path, probe: b
     wanted = recipe.train.output_dir
     if wanted is None:
         stem = Path("runs") / recipe_path.stem
+        check_run_folder(Path(recipe_path.stem), "the recipe's file name")
         names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
         wanted = next(name for name in names if not name.exists())
     elif wanted.is_dir() and any(wanted.iterdir()):
@@ -95,7 +98,9 @@ def manifest(
             "name": recipe.model.base,
             "revision": recipe.model.revision,
             "sha256": {file.name: file_sha256(file) for file in weights},
+            "auto_map": base is not None and _brings_code(recipe.model.base, recipe.model.revision),
         },
+        "trust_remote_code": False,
         "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
         "data_revision": {source["name"]: source["revision"] for source in sources if source["revision"]},
         **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.get("tokenizer")) else {}),
@@ -105,10 +110,15 @@ def manifest(
     }
 
 
+def _brings_code(base: str, revision: str | None) -> bool:
+    with readable(f"model.base: {base}"):
+        return brings_code(stored_config(base, revision))
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Written aside and renamed, so that a file that exists is whole."""
+    """Written aside and renamed, so that a file that exists is whole; without secrets."""
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    aside.write_text(scrub(json.dumps(value, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
     aside.replace(path)
 
 

@@ -9,8 +9,13 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from data.errors import UserError
+from data.scrub import print_scrubbed, scrub, secret_line
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+VISIBLE = (
+    "the command line holds a token, key or password, which every user of this machine can read there; set it in the "
+    "environment instead (HF_TOKEN for the Hub, VLLM_API_KEY for a server)"
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -21,13 +26,17 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         quiet_libraries()
+        sys.excepthook = print_scrubbed
         try:
+            if any(secret_line(argument) for argument in sys.argv[1:]):
+                raise UserError(VISIBLE)
             return command(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {scrub(str(error))}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except OSError as error:  # a file that can't be read, a full disk, a model that is on no hub
-            print(f"error: {str(error).splitlines()[0] if str(error) else error!r}", file=sys.stderr, flush=True)
+            line = str(error).splitlines()[0] if str(error) else repr(error)
+            print(f"error: {scrub(line)}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
         except RuntimeError as error:
             if not _out_of_memory(error):
