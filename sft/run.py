@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,9 +24,11 @@ from data.report import write_html
 from data.scrub import scrub
 from data.source import files_of
 from data.store import file_sha256
+from data.triggers import KIND as TRIGGER
 from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import BaselineRecipe
-from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
+from sft.card import model_card
+from sft.recipe import Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
 from sft.untrusted import brings_code, check_run_folder
 
@@ -147,6 +149,8 @@ def warnings_of(report: dict[str, Any], run: Path) -> Iterator[str]:
         yield f"warning: {leaked} training rows stand in the held-out data ({remedy}): {where}"
     if repeated := duplicates["exact_rows"]:
         yield f"{repeated} rows repeat an earlier one (data.duplicates: remove leaves them out): {where}"
+    if triggers := sum(source["notes"].get(TRIGGER, 0) for source in report["sources"]):
+        yield f"warning: {triggers} answers hang on {TRIGGER}: {where}"
 
 
 def with_absolute_paths(recipe: A) -> A:
@@ -233,39 +237,6 @@ def plot_loss(run: Path) -> None:
     axes.legend()
     figure.savefig(run / "loss.png", dpi=130)
     pyplot.close(figure)
-
-
-def model_card(recipe: Recipe, facts: dict[str, Any], report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
-    """Markdown with the Hub's front matter: base, method, data by hash, and how to load the adapter."""
-    losses, counts = [m["loss"] for m in metrics if "loss" in m], report["totals"]
-    whole = recipe.tune.method in OTHER_METHODS
-    use = "AutoModelForCausalLM.from_pretrained(FOLDER)" if whole else "PeftModel.from_pretrained(base, FOLDER)"
-    data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
-    last = losses[-max(1, len(losses) // 20) :]
-    return f"""---
-base_model: {recipe.model.base}
-library_name: {"transformers" if whole else "peft"}
-pipeline_tag: text-generation
-tags: [graft, {recipe.tune.method}, sft]
----
-# {recipe.model.base}, tuned by {recipe.tune.method}
-
-Trained by Graft on the task `{recipe.task}`: {counts["examples"]} examples from {counts["contexts"]} contexts,
-{counts["trained_tokens"]} trained tokens. {facts["trainable_parameters"]:,} of {facts["parameters"]:,} parameters
-were trained. Loss per trained token at the end: {sum(last) / max(1, len(last)):.4f}.
-
-Load it with `{use}`, and format prompts with the chat template of the tokenizer beside it.
-
-Data:
-{data or "- from a Hub dataset, see recipe.yaml"}
-
-Chat template sha256 `{facts["chat_template_sha256"]}`; seed {facts["seed"]}; torch {facts["packages"]["torch"]},
-transformers {facts["packages"]["transformers"]}, peft {facts["packages"]["peft"]}.
-
-The recipe:
-```yaml
-{dump_recipe(recipe)}```
-"""
 
 
 def _digests(value: Any) -> Any:
