@@ -92,7 +92,7 @@ def test_whole_run_is_taken(adapted: Path, base: Path, capsys):
 def test_pickled_adapter_is_refused_unopened(adapted: Path, marker: Path):
     """S1: adapter_model.bin that would run code when opened, of an LLM and of an encoder."""
     payload = pickle.dumps(Payload(marker))
-    pickle.loads(payload)
+    pickle.loads(payload)  # noqa: S301
     assert marker.exists()  # it would work
     marker.unlink()
     weights = adapted / "adapter" / "adapter_model.safetensors"
