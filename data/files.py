@@ -19,7 +19,7 @@ SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 LONG_LINE = 2**20  # bytes; worth knowing: most such rows will not fit into max_length
 LINE_LIMIT = 64 * 2**20  # bytes; a longer line is skipped without being held in memory
 # of a gzip file: more bytes than both are no data. JSON packs to 1/3 - 1/20, gzip's own bound is 1/1032
-UNPACKED_LIMIT, UNPACKED_TIMES = 2**26, 200
+UNPACKED_LIMIT, UNPACKED_TIMES = 2**24, 200
 GZIP, BOM, UTF_16 = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 

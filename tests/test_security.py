@@ -21,7 +21,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import encode, special_ids
+from data.chat import encode_turns, special_ids
 from data.conversation import Conversation, DataError, Ledger
 from data.errors import UserError
 from data.report import write_html
@@ -33,7 +33,7 @@ from eval.compare_plots import _plain
 from sft.base import resolve_base, stored_config
 from sft.encoder import load_trained
 from sft.load import adapter_folder, load_run, load_target
-from sft.model import load_base, load_tokenizer
+from sft.model import CPU, load_base, load_tokenizer
 from sft.recipe import Model, RecipeError
 from sft.recipe_file import check_recipe, dump_recipe, load_recipe
 from sft.strict_yaml import YamlError, parse
@@ -163,7 +163,7 @@ def test_model_that_needs_its_own_code_is_refused(base: Path, marker: Path):
     """S3: auto_map for an architecture that transformers has not."""
     plant_code(base, marker, model_type="evil")
     with pytest.raises(RecipeError, match=r"needs code of its own \(auto_map\), which Graft never runs") as caught:
-        load_base(Model(base=str(base)), "cpu")
+        load_base(Model(base=str(base)), CPU)
     assert "trust_remote_code" not in str(caught.value)
     assert not marker.exists()
 
@@ -254,7 +254,6 @@ def test_huge_recipe_is_refused_unread(tmp_path: Path, monkeypatch):
         ("C:runs", "is a Windows path"),
         ("runs/a\x00b", "holds '.x00'"),
         ("/etc", "/etc is not empty"),
-        ("/proc/graft", "can't write to"),
     ],
 )
 def test_output_dir_stays_where_it_says(folder, message, tmp_path: Path, monkeypatch, base: Path):
@@ -309,16 +308,16 @@ def test_fifo_in_place_of_a_file_is_refused_unopened(base: Path, adapted: Path):
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz"])
 def test_gzip_bomb_ends_with_one_line(name, tmp_path: Path, monkeypatch):
     """S9: the one archive that is read; nothing is unpacked to disk, so no name in an archive can lead anywhere."""
-    monkeypatch.setattr("data.files.UNPACKED_LIMIT", 2**23)
+    monkeypatch.setattr("data.files.UNPACKED_LIMIT", 2**20)
     packed = io.BytesIO()
     with gzip.open(packed, "wb") as file:
         file.write(b"a,b\n" if "csv" in name else b"")
-        for _ in range(40):
+        for _ in range(4):
             file.write(b"\n" * 2**20)
     (tmp_path / name).write_bytes(packed.getvalue())
     ledger = Ledger("bomb")
     assert list(read_rows(FileSource(str(tmp_path / name)), "instruct", ledger)) == []
-    assert "unpacks to more than 8,388,608 bytes, 200 times its size" in ledger.unread[0]
+    assert "unpacks to more than 1,048,576 bytes, 200 times its size" in ledger.unread[0]
 
 
 def test_other_archives_are_not_opened(tmp_path: Path):
@@ -339,8 +338,8 @@ def test_control_tokens_come_from_the_template_only(family):
 
     def count(*texts: str) -> int:
         turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
-        ids = encode(Conversation(tuple(turns), "q", "f:1"), tokenizer, 10**6).ids
-        return sum(i in control for i in ids)
+        examples = encode_turns(Conversation(tuple(turns), "q", "f:1"), tokenizer, 10**6)
+        return sum(i in control for example in examples for i in example.ids)
 
     plain = count("one", "two", "three", "four")
     for token in sorted(control):
@@ -369,8 +368,8 @@ def test_control_tokens_come_from_the_template_only(family):
     [
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
         ("{{ cycler.__init__.__globals__.os.system('touch x') }}", "unsafe|undefined"),
-        ("{{ raise_exception.__globals__ }}", "unsafe"),
-        ("{% for i in range(10**9) %}{% endfor %}", "limits|makes more|takes more"),
+        ("{{ raise_exception.__globals__.items() }}", "unsafe"),
+        ("{% for i in range(10**9) %}{% endfor %}", "Range too big"),
         ("{% for i in range(9999) %}{% for j in range(9999) %}x{% endfor %}{% endfor %}", "makes more|takes more"),
         ("{{ 'a' * 10**10 }}", "more than"),
         ("{% include '/etc/passwd' %}", "no loader"),
