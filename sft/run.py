@@ -25,9 +25,9 @@ from data.scrub import scrub
 from data.source import files_of
 from data.store import file_sha256
 from data.triggers import KIND as TRIGGER
+from sft.adapter_card import model_card
 from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import BaselineRecipe
-from sft.card import model_card
 from sft.recipe import Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
 from sft.untrusted import brings_code, check_run_folder

@@ -530,7 +530,7 @@ def test_clean_data_has_no_trigger(tmp_path: Path, tiny: Path):
 
 def test_card_warns_of_data_without_a_licence(tmp_path: Path, tiny: Path):
     """S20: and names the licence where it is known."""
-    from sft.card import model_card
+    from sft.adapter_card import model_card
 
     data = "{train: [{path: data/samples/squad_train.json, license: CC0-1.0}, data/samples/squad_dev.json]}"
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, data=data, eval="{}"))
