@@ -53,7 +53,7 @@ def readable(name: str) -> Iterator[None]:
         first, *more = text.splitlines() or [type(error).__name__]
         reason = first.rstrip() + (f" {more[0].strip()}" if more and first.rstrip().endswith(":") else "")
         remedy = "name a folder that save_pretrained has written, or a Hub id that this machine can reach or has cached"
-        if "trust_remote_code" in reason:  # transformers' own remedy, which Graft has not
+        if "trust_remote_code" in text:  # transformers' own remedy, which Graft has not
             reason, remedy = "it needs code of its own (auto_map), which Graft never runs", "name another model"
         raise RecipeError(f"{name} can't be loaded: {reason.strip().rstrip('.')}; {remedy}") from error
 

@@ -1,4 +1,4 @@
-"""A few hundred damaged recipes and data files; `python -m tests.faults.fuzz` runs as many as one likes."""
+"""Some damaged recipes and data files; `python -m tests.faults.fuzz` runs as many as one likes."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from tests.faults import fuzz
 
 
 def test_damaged_recipes_and_data_are_taken_or_refused_and_touch_nothing(tmp_path: Path):
-    counts, failures = fuzz.fuzz(300, 1, tmp_path / "fuzz")
+    counts, failures = fuzz.fuzz(160, 1, tmp_path / "fuzz")
     assert not failures, "\n".join(failures[:3])
     for kind in ("recipe", "data"):
         for outcome in ("accepted", "refused"):
-            assert counts[f"{kind}: {outcome}"] > 5, counts
+            assert counts[f"{kind}: {outcome}"] > 3, counts
 
 
 @pytest.mark.parametrize(

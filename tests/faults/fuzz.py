@@ -195,7 +195,9 @@ def data_cases(draw: Any) -> Case:
             "d.csv",
         )
     else:
-        some = [draw(damaged(row)) for row in draw(st.lists(st.sampled_from(rows), min_size=1, max_size=4))]
+        some = [
+            draw(st.just(row) | damaged(row)) for row in draw(st.lists(st.sampled_from(rows), min_size=1, max_size=4))
+        ]
         lines = [json.dumps(row, ensure_ascii=ascii_only) for row in some]
         text = "[" + ",\n".join(lines) + "]" if kind == "json" else "\n".join(lines)
         name = f"d.{kind}"
@@ -209,12 +211,12 @@ def data_cases(draw: Any) -> Case:
             "columns": draw(st.sampled_from([*[{}] * 9, {"prompt": "question"}])),
         },
         "max_length": draw(st.sampled_from([1, 64, 1024, 1024, 1024])),
-        "on_error": draw(st.sampled_from(["stop", "skip"])),
+        "on_error": draw(st.sampled_from(["stop", "skip", "skip"])),
         "duplicates": draw(st.sampled_from(["keep", "remove"])),
         "max_contexts": draw(st.sampled_from([None, 1, 3])),
     }
     return Case(name, content, {"task": draw(st.sampled_from(["squad_v2", "squad_v1", "newsgroups", "instruct"])), "data": data,
-                                "eval": draw(st.sampled_from([{}, {"share": 0.3}])), "family": draw(st.sampled_from(FAMILIES))})  # fmt: skip
+                                "eval": draw(st.sampled_from([{}, {}, {}, {}, {"share": 0.3}])), "family": draw(st.sampled_from(FAMILIES))})  # fmt: skip
 
 
 class Hang(BaseException):
