@@ -46,14 +46,14 @@ def check_folder(folder: Path, name: str) -> None:
         if not path.is_file() and not path.is_dir():  # opening a FIFO would wait for ever
             raise RecipeError(f"{name}: {path.name} is no regular file; remove it, or name another folder")
     check_configs(folder, name)
-    for index in folder.glob("*.index.json"):
-        shards = _read(index, name).get("weight_map", {})
-        for shard in set(shards.values()) if isinstance(shards, dict) else ():
-            if not isinstance(shard, str) or Path(shard).name != shard or not (folder / shard).is_file():
-                raise RecipeError(
-                    f"{name}: {index.name} names the weights {shard!r}, which is no file of this folder; "
-                    "weights lie beside their index"
-                )
+    index = folder / "model.safetensors.index.json"  # the one that is read
+    shards = _read(index, name).get("weight_map", {}) if index.is_file() else {}
+    for shard in set(map(str, shards.values())) if isinstance(shards, dict) else ():
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise RecipeError(
+                f"{name}: {index.name} names the weights {shard!r}, which is no file of this folder; "
+                "weights lie beside their index"
+            )
 
 
 def check_configs(folder: Path, name: str) -> None:
@@ -107,7 +107,7 @@ def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
 def _same_base(named: str, base: str) -> bool:
     """The adapter may name relatively what the recipe names from the root."""
     tail = Path(named).parts
-    return named == base or (Path(base).is_absolute() and ".." not in tail and Path(base).parts[-len(tail) :] == tail)
+    return named == base or (Path(base).is_absolute() and Path(base).parts[-len(tail) :] == tail)
 
 
 def _members(value: Any) -> Iterator[tuple[str, Any]]:
