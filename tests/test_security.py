@@ -601,3 +601,10 @@ def test_tokenizer_of_a_recipe_has_the_templates_file(tmp_path: Path, tiny: Path
     tokenizer = load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / "t.jinja"))
     assert tokenizer.chat_template == (tmp_path / "t.jinja").read_text()
     assert AutoTokenizer.from_pretrained(tiny).chat_template != tokenizer.chat_template
+
+
+def test_every_case_has_a_test():
+    """But for S2 (tests of resuming), S15 and S16 (tests of the server)."""
+    tests = [node for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.FunctionDef)]
+    named = {found[0] for test in tests if (found := re.match(r"S\d+(?=:)", ast.get_docstring(test) or ""))}
+    assert named == {f"S{i}" for i in range(1, 23)} - {"S2", "S15", "S16"}
