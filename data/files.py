@@ -39,14 +39,15 @@ class _Unpacked(RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        size = self.unpacked.readinto(buffer)
-        self.count += size
+        piece = self.unpacked.read1(len(buffer))  # readinto would lose what it read before a broken end
+        buffer[: len(piece)] = piece
+        self.count += len(piece)
         if self.count > self.limit:
             problem = (
                 f"unpacks to more than {self.limit:,} bytes, {UNPACKED_TIMES} times its size; if it is data, unpack it"
             )
             raise DataError(str(self.path), problem, "gzip bomb")
-        return size
+        return len(piece)
 
 
 @contextmanager
