@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow test-serve lint serve-cpu clean
+.PHONY: quickstart test test-slow test-serve lint audit serve-cpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/graft quickstart
@@ -22,6 +22,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(VENV)/.installed
+	$(BIN)/python .ci/audit.py
 
 serve-cpu: $(VENV)/.serve-cpu
 

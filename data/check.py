@@ -24,6 +24,7 @@ from data.progress import track
 from data.source import SourceLike, read_rows
 from data.store import Examples, Writer
 from data.template import OVER_LIMITS
+from data.triggers import Triggers
 
 
 class WeightedSource(SourceLike, Protocol):
@@ -76,6 +77,7 @@ def examine(
         for conversation in track(read_rows(source, rules.task, account.ledger), f"encode {Path(source.path).name}"):
             examination.take(conversation, account)
     examination.writer.close()
+    examination.triggers.note()
     stops = _stops([*accounts, *([other] if other else [])], examination, rules)
     return examination.report(accounts, other, stops, folder)
 
@@ -95,6 +97,7 @@ class _Examination:
         self.lengths, self.answers = Lengths(), Lengths()
         self.labels: Counter[str] = Counter()
         self.sample = Sample(SHOWN, rules.seed)
+        self.triggers = Triggers()
 
     def take(self, conversation: Conversation, account: SourceAccount) -> None:
         """Encode one row, or count why not."""
@@ -119,6 +122,7 @@ class _Examination:
             return None
         if markers := markers_in(conversation, self.tokenizer):
             ledger.note(conversation.where, "control markers in the text, encoded as plain text", ", ".join(markers))
+        self.triggers.add(conversation, account)
         for example in examples:
             self._keep(dataclasses.replace(example, context=context), account)
         if conversation.label:

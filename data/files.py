@@ -4,7 +4,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from io import BufferedReader
+from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ Rows = Iterator[tuple[str, Row | DataError]]
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 LONG_LINE = 2**20  # bytes; worth knowing: most such rows will not fit into max_length
 LINE_LIMIT = 64 * 2**20  # bytes; a longer line is skipped without being held in memory
+# of a gzip file: more bytes than both are no data. JSON packs to 1/3 - 1/20, gzip's own bound is 1/1032
+UNPACKED_LIMIT, UNPACKED_TIMES = 2**24, 200
 GZIP, BOM, UTF_16 = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -26,8 +28,30 @@ def data_suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
+class _Unpacked(RawIOBase):
+    """A gzip file's content. Raises DataError where it is so much larger than the file that it can only be a bomb."""
+
+    def __init__(self, unpacked: gzip.GzipFile, path: Path) -> None:
+        self.unpacked, self.path, self.count = unpacked, path, 0
+        self.limit = max(UNPACKED_LIMIT, UNPACKED_TIMES * path.stat().st_size)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self.unpacked.read1(len(buffer))  # readinto would lose what it read before a broken end
+        buffer[: len(piece)] = piece
+        self.count += len(piece)
+        if self.count > self.limit:
+            problem = (
+                f"unpacks to more than {self.limit:,} bytes, {UNPACKED_TIMES} times its size; if it is data, unpack it"
+            )
+            raise DataError(str(self.path), problem, "gzip bomb")
+        return len(piece)
+
+
 @contextmanager
-def open_bytes(path: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
+def open_bytes(path: Path) -> Iterator[BufferedReader]:
     """The file's bytes, unpacked where they are gzip's. Raises DataError where they can't be had or break off."""
     try:
         with path.open("rb") as file:
@@ -35,7 +59,7 @@ def open_bytes(path: Path) -> Iterator[BufferedReader | gzip.GzipFile]:
                 yield file
                 return
             with gzip.open(file) as unpacked:
-                yield unpacked
+                yield BufferedReader(_Unpacked(unpacked, path), 2**17)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         problem = f"broken gzip file: {error}; copy or pack the file again"
         raise DataError(str(path), problem, "broken gzip file") from error

@@ -7,7 +7,6 @@ import codecs
 import json
 from collections.abc import Iterator
 from functools import partial
-from gzip import GzipFile
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ CHUNK = 2**18  # bytes
 class JsonStream:
     """One JSON text, read piece by piece: holds an element and a chunk in memory, whatever the size of the file."""
 
-    def __init__(self, path: Path, file: BufferedReader | GzipFile) -> None:
+    def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
         self.chunks = codecs.iterdecode(iter(partial(file.read, CHUNK), b""), "utf-8-sig", "surrogateescape")
         self.text, self.at, self.line = "", 0, 1

@@ -3,8 +3,8 @@
 A chat template is a program that comes with a model. transformers keeps it from Python's internals (a sandbox), but
 lets it run for ever or write until memory is gone. Here each loop step, call, filter and operator that can make text
 draws on a budget first. That works in any thread, and a call in C that would be too large is refused before it starts;
-a signal needs the main thread, a watching thread can't stop a call in C, and a process would be slow.
-What draws no budget is comparison: `==` of two deeply nested lists could still take long.
+a signal needs the main thread, a watching thread can't stop a call in C, and a process would be slow. What is compared
+or looked up draws on it too: `==` of two lists that hold a list twice, fifty times over, would not end.
 """
 
 import functools
@@ -162,7 +162,7 @@ def _environment() -> "_Environment":
     del environment.globals["lipsum"]  # random text of any length
     environment.filters = {name: _bounded(name, function) for name, function in reference.filters.items()}
     # names with a space: no template can use them
-    environment.filters |= {"counted items": _counted, "joined text": _joined}
+    environment.filters |= {"counted items": _counted, "joined text": _joined, "walked value": _walk}
     return environment
 
 
@@ -179,6 +179,8 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         owner = _owner(__obj)
+        for value in (owner, *args) if isinstance(owner, list | tuple | dict) else ():  # index, count, get compare
+            budget.size(value)
         if isinstance(owner, str | bytes | int) and __obj.__name__ in GROWING:
             args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
             budget.allow(__obj.__name__, owner, [*args, *kwargs.values()])
@@ -207,7 +209,25 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Counting(NodeTransformer):
-    """Loops draw on the budget at each step, and `~` before it joins."""
+    """Loops draw on the budget at each step, `~` before it joins, and comparisons, tests and keys before they are."""
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = _walked(node.expr)
+        for operand in node.ops:
+            operand.expr = _walked(operand.expr)
+        return node
+
+    def visit_Test(self, node: nodes.Test) -> nodes.Test:
+        self.generic_visit(node)
+        if node.name not in ("defined", "undefined"):  # which must see the name itself
+            node.node = _walked(node.node)
+        return node
+
+    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
+        self.generic_visit(node)
+        node.key = _walked(node.key)
+        return node
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -218,6 +238,15 @@ class _Counting(NodeTransformer):
         self.generic_visit(node)
         parts = nodes.List(node.nodes, lineno=node.lineno)
         return nodes.Filter(parts, "joined text", [], [], None, None, lineno=node.lineno)
+
+
+def _walked(node: nodes.Expr) -> nodes.Expr:
+    return nodes.Filter(node, "walked value", [], [], None, None, lineno=node.lineno)
+
+
+def _walk(value: Any) -> Any:
+    _budget.get().size(value)
+    return value
 
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:

@@ -205,8 +205,9 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _plain(text: str) -> str:
-    """Markdown that shows just this text, on one line."""
-    return re.sub(r"([\\`*_\[\]<>|&#])", r"\\\1", " ".join(str(_visible(text)).split()))
+    """Markdown that shows just this text, on one line, and is no formula where a cell is pasted into a spreadsheet."""
+    escaped = re.sub(r"([\\`*_\[\]<>|&#])", r"\\\1", " ".join(str(_visible(text)).split()))
+    return re.sub(r"^(?=[=+@]|-(?![\d.]+( |$)))", r"\\", escaped)
 
 
 def _visible(value: Any) -> Any:

@@ -8,11 +8,14 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PretrainedConfig
 
 from data.store import file_sha256, publish
 from sft.recipe import WHEEL, RecipeError, is_hub_id
+from sft.untrusted import check_configs, check_folder
 
 
 def resolve_base(base: str) -> str:
@@ -24,6 +27,7 @@ def resolve_base(base: str) -> str:
     if not path.exists():
         raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
     if path.suffix == ".gguf":
+        check_configs(path.parent, f"model.base: {base}")  # transformers reads them beside the file
         return str(_materialise(path))
     if not (path / "config.json").is_file():
         raise RecipeError(f"model.base: {base} holds no config.json; name a folder saved by save_pretrained")
@@ -33,6 +37,7 @@ def resolve_base(base: str) -> str:
             f"model.base: {base} holds no weights (*.safetensors)"
             + (f"; {', '.join(found)} is not read: convert it to safetensors" if found else "")
         )
+    check_folder(path, f"model.base: {base}")
     return str(path)
 
 
@@ -41,12 +46,21 @@ def readable(name: str) -> Iterator[None]:
     """What a library raises while it reads a model becomes a RecipeError of one line, with the name and a remedy."""
     try:
         yield
+    except RecipeError:
+        raise
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key says nothing
         first, *more = text.splitlines() or [type(error).__name__]
         reason = first.rstrip() + (f" {more[0].strip()}" if more and first.rstrip().endswith(":") else "")
         remedy = "name a folder that save_pretrained has written, or a Hub id that this machine can reach or has cached"
+        if "trust_remote_code" in text:  # transformers' own remedy, which Graft has not
+            reason, remedy = "it needs code of its own (auto_map), which Graft never runs", "name another model"
         raise RecipeError(f"{name} can't be loaded: {reason.strip().rstrip('.')}; {remedy}") from error
+
+
+def stored_config(base: str, revision: str | None) -> dict[str, Any]:
+    """What stands in a base's config.json; nothing of it is built or run."""
+    return dict(PretrainedConfig.get_config_dict(resolve_base(base), revision=revision)[0])
 
 
 def cache_dir() -> Path:
@@ -75,12 +89,13 @@ def _materialise(gguf: Path) -> Path:
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
         with readable(f"model.base: {gguf}"):
-            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+            tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
             model = AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,
                 quantization_config=GgufConfig(dequantize=True),  # packed weights can't be saved
                 dtype=torch.bfloat16,
+                trust_remote_code=False,
             )
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -22,11 +22,12 @@ from transformers import (
 )
 
 from data.progress import Bar
-from sft.base import readable, resolve_base
+from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import PEFT_TASKS, BaselineTune, EncoderModel
 from sft.model import train_matching
 from sft.recipe import RecipeError
 from sft.recipe_file import peft_types
+from sft.untrusted import check_adapter, check_config
 
 HEADS = {
     "classification": "AutoModelForSequenceClassification",
@@ -55,6 +56,7 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
     names = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers} if labels else {}
     with readable(f"model.base: {model.base}"):
         folder = resolve_base(model.base)
+        check_config(stored_config(model.base, model.revision), f"model.base: {model.base}")
         config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False, **names)
         _set_attention_dropout(config, model)
         loaded, found = getattr(transformers, HEADS[head]).from_pretrained(
@@ -141,6 +143,7 @@ def load_trained(
     from peft import PeftModel
 
     adapter = folder / "adapter"
+    check_adapter(adapter, (base.base, resolve_base(base.base)))
     with readable(str(adapter)):
         model = PeftModel.from_pretrained(load_encoder(base, objective, seed, labels), str(adapter))
     return cast(PreTrainedModel, model.eval())

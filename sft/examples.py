@@ -196,7 +196,7 @@ def _key(
     template = str(tokenizer.chat_template)
     return cache_key(
         rules=rules.__dict__,
-        sources=[source.model_dump() for source in sources],
+        sources=[source.model_dump(exclude={"license"}) for source in sources],
         files=[sorted(sha256.items()) for sha256 in digests],  # with names: a folder's may be its posts' label
         tokenizer=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
         special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],

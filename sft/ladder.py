@@ -86,7 +86,7 @@ def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: f
     changes: dict[str, Any] = {
         "tune": _tune(method, recipe, kind),
         "train.learning_rate": rate or rate_of(method, recipe),
-        "train.output_dir": str(run),
+        "train.output_dir": str(run.absolute()),  # a relative one may not lead out of this folder
     }
     if isinstance(recipe, Recipe):
         own = recipe.model.quantization

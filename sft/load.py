@@ -1,6 +1,7 @@
 """What a command names, loaded: a run (base and adapter), an export, or any base."""
 
 import difflib
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -9,12 +10,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import check_template
-from sft.base import readable
+from sft.base import readable, resolve_base
 from sft.baseline_recipe import BaselineRecipe
 from sft.model import default_device, load_base, load_tokenizer, load_weights, takes_packs
 from sft.recipe import WHEEL, Model, Recipe, is_hub_id
 from sft.recipe_file import load_any_recipe, load_recipe
 from sft.run import RunError
+from sft.untrusted import check_adapter
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,8 @@ def load_run(run: Path, dtype: str | None = None) -> Loaded:
 
     with readable(f"{adapter}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)  # with the template of training
+    if note := template_note(tokenizer, recipe.model, adapter):
+        print(note, file=sys.stderr, flush=True)
     base = load_base(recipe.model, device)
     whole = takes_packs(base)
     with readable(str(adapter)):
@@ -98,9 +102,20 @@ def adapter_folder(run: Path) -> Path:
     adapter = run / "adapter"
     if not (adapter / "adapter_config.json").is_file():
         raise RunError(f"{run}: holds no finished adapter; go on with `graft train --resume {run}`")
-    if not (adapter / "adapter_model.safetensors").is_file():
-        raise RunError(f"{adapter}: holds no adapter_model.safetensors")
+    base = run_any_recipe(run).model.base
+    check_adapter(adapter, (base, resolve_base(base)))  # PEFT writes down the folder that the base was loaded from
     return adapter
+
+
+def template_note(tokenizer: PreTrainedTokenizerBase, model: Model, adapter: Path) -> str:
+    """A line where the template beside the adapter is not that of the base or of the recipe; else nothing. It is a
+    program that came with the adapter, and decides what is put before and after every text."""
+    if model.chat_template and not model.chat_template.is_file():
+        return f"warning: {adapter}: its chat template can't be compared: {model.chat_template} is gone"
+    if tokenizer.chat_template == load_tokenizer(model).chat_template:
+        return ""
+    of = f"model.chat_template {model.chat_template}" if model.chat_template else f"its base {model.base}"
+    return f"warning: {adapter} brings a chat template other than that of {of}; look at it before you trust its answers"
 
 
 def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

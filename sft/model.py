@@ -21,10 +21,11 @@ from transformers import (
 from data.chat import Example
 from data.pack import attention_mask, build_pack
 from eval.predict import max_positions
-from sft.base import readable, resolve_base
+from sft.base import readable, resolve_base, stored_config
 from sft.flops import matmul_flops_per_s
 from sft.recipe import Model, Quantization, Recipe, RecipeError, Tune
 from sft.recipe_file import peft_types
+from sft.untrusted import check_config
 
 CPU = torch.device("cpu")
 
@@ -77,6 +78,7 @@ def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedMod
     """The model of a folder or Hub id. Raises RecipeError, also where a weight is missing or of another shape, which
     transformers would draw at random. Its attention is PyTorch's SDPA where the architecture has it, as packs need."""
     with readable(name):
+        check_config(stored_config(str(folder), options.get("revision")), name)
         model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder,
             use_safetensors=True,

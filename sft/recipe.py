@@ -130,6 +130,8 @@ class Source(Section):
     """Of a Hub dataset."""
     columns: dict[str, str] = {}
     """Where the data names them otherwise: {prompt: question, completion: answer}, ours to theirs."""
+    license: str | None = None
+    """For the model card, which warns where it is left out."""
 
 
 class TrainSource(Source):

@@ -10,10 +10,12 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from data.conversation import DataError
+from data.scrub import secret_line
 from data.source import files_of
 from sft.baseline_recipe import FLOORS, PEFT_TASKS, STRATEGIES, BaselineRecipe
 from sft.recipe import OTHER_METHODS, WHEEL, Recipe, RecipeError, Source, Tune, is_hub_id
-from sft.strict_yaml import YamlError, parse
+from sft.strict_yaml import MOST_CHARACTERS, YamlError, parse
+from sft.untrusted import check_peft, check_run_folder
 
 R = TypeVar("R", bound=BaseModel)
 # names that users bring from elsewhere, and what stands for them here
@@ -42,19 +44,34 @@ def load_any_recipe(
     path: Path, overrides: list[str] | None = None, check_files: bool = True
 ) -> Recipe | BaselineRecipe:
     """The same, or the recipe of a baseline where the file names an `objective`."""
-    if not path.is_file():
-        raise RecipeError(f"{path}: no such recipe file")
     try:
-        tree = parse(path.read_text(encoding="utf-8"), str(path))
+        tree = parse(_text(path), str(path))
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections (task, model, tune, data, train, eval)")
         for override in overrides or []:
             _set(tree, override)
+        return check_baseline(tree, check_files) if "objective" in tree else check_recipe(tree, check_files)
     except YamlError as error:
         raise RecipeError(str(error)) from error
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise RecipeError(f"{path}: {error.strerror or error}: {str(error.filename)[:60]}; correct the name") from error
+
+
+def _text(path: Path) -> str:
+    if not path.is_file():
+        raise RecipeError(f"{path}: no such recipe file")
+    if (size := path.stat().st_size) > MOST_CHARACTERS:  # before it is read
+        raise RecipeError(f"{path}: {size:,} bytes, a recipe has at most {MOST_CHARACTERS:,}; name data by its path")
+    try:
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise RecipeError(f"{path}: not UTF-8: {error.reason} at byte {error.start}") from error
-    return check_baseline(tree, check_files) if "objective" in tree else check_recipe(tree, check_files)
+    if line := secret_line(text):
+        raise RecipeError(
+            f"{path}:{line}: holds a token, key or password, and recipes are copied into run folders; remove it "
+            "and set it in the environment (HF_TOKEN for the Hub, VLLM_API_KEY for a server)"
+        )
+    return text
 
 
 def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
@@ -122,6 +139,7 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         if key not in allowed:
             near = nearest(key, [*allowed, *type(tune).model_fields])
             raise RecipeError(f"tune.{key}: unknown key of method {tune.method}{near}")
+    check_peft(tune.peft, "tune.")
     fields: dict[str, Any] = {key: allowed[key] for key in tune.peft}
     settings = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=(), allow_inf_nan=False)
     model = create_model("tune", __config__=settings, **fields)
@@ -136,6 +154,8 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
 
 
 def _check_files(recipe: Recipe | BaselineRecipe) -> None:
+    if recipe.train.output_dir:
+        check_run_folder(recipe.train.output_dir, "train.output_dir")
     sources: list[tuple[str, Source]] = [
         (f"data.train[{i}].path", source) for i, source in enumerate(recipe.data.train)
     ]

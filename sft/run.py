@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,12 +21,16 @@ from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
 from data.report import write_html
+from data.scrub import scrub
 from data.source import files_of
 from data.store import file_sha256
-from sft.base import resolve_base
+from data.triggers import KIND as TRIGGER
+from sft.adapter_card import model_card
+from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import BaselineRecipe
-from sft.recipe import OTHER_METHODS, Recipe, RecipeError, Source
+from sft.recipe import Recipe, RecipeError, Source
 from sft.recipe_file import dump_recipe
+from sft.untrusted import brings_code, check_run_folder
 
 S = TypeVar("S", bound=Source)
 A = TypeVar("A", Recipe, BaselineRecipe)
@@ -43,6 +47,7 @@ def agree_on_folder(recipe: Recipe | BaselineRecipe, recipe_path: Path, probe: b
     wanted = recipe.train.output_dir
     if wanted is None:
         stem = Path("runs") / recipe_path.stem
+        check_run_folder(Path(recipe_path.stem), "the recipe's file name")
         names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
         wanted = next(name for name in names if not name.exists())
     elif wanted.is_dir() and any(not p.name.startswith(".") for p in wanted.iterdir()):  # the lock may be there
@@ -95,7 +100,9 @@ def manifest(
             "name": recipe.model.base,
             "revision": recipe.model.revision,
             "sha256": {file.name: file_sha256(file) for file in weights},
+            "auto_map": base is not None and _brings_code(recipe.model.base, recipe.model.revision),
         },
+        "trust_remote_code": False,
         "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
         "data_revision": {source["name"]: source["revision"] for source in sources if source["revision"]},
         **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.get("tokenizer")) else {}),
@@ -103,6 +110,11 @@ def manifest(
         "trainable_parameters": trainable,
         "parameters": parameters,
     }
+
+
+def _brings_code(base: str, revision: str | None) -> bool:
+    with readable(f"model.base: {base}"):
+        return brings_code(stored_config(base, revision))
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -113,7 +125,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """The same, without secrets."""
+    write_whole(path, scrub(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
 
 
 def start_run(run: Path, recipe: A, facts: dict[str, Any], report: dict[str, Any]) -> None:
@@ -141,6 +154,8 @@ def warnings_of(report: dict[str, Any], run: Path) -> Iterator[str]:
         yield f"warning: {leaked} training rows stand in the held-out data ({remedy}): {where}"
     if repeated := duplicates["exact_rows"]:
         yield f"{repeated} rows repeat an earlier one (data.duplicates: remove leaves them out): {where}"
+    if triggers := sum(source["notes"].get(TRIGGER, 0) for source in report["sources"]):
+        yield f"warning: {triggers} answers hang on {TRIGGER}: {where}"
 
 
 def with_absolute_paths(recipe: A) -> A:
@@ -214,39 +229,6 @@ def plot_loss(run: Path) -> None:
     axes.legend()
     figure.savefig(run / "loss.png", dpi=130)
     pyplot.close(figure)
-
-
-def model_card(recipe: Recipe, facts: dict[str, Any], report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:
-    """Markdown with the Hub's front matter: base, method, data by hash, and how to load the adapter."""
-    losses, counts = [m["loss"] for m in metrics if "loss" in m], report["totals"]
-    whole = recipe.tune.method in OTHER_METHODS
-    use = "AutoModelForCausalLM.from_pretrained(FOLDER)" if whole else "PeftModel.from_pretrained(base, FOLDER)"
-    data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
-    last = losses[-max(1, len(losses) // 20) :]
-    return f"""---
-base_model: {recipe.model.base}
-library_name: {"transformers" if whole else "peft"}
-pipeline_tag: text-generation
-tags: [graft, {recipe.tune.method}, sft]
----
-# {recipe.model.base}, tuned by {recipe.tune.method}
-
-Trained by Graft on the task `{recipe.task}`: {counts["examples"]} examples from {counts["contexts"]} contexts,
-{counts["trained_tokens"]} trained tokens. {facts["trainable_parameters"]:,} of {facts["parameters"]:,} parameters
-were trained. Loss per trained token at the end: {sum(last) / max(1, len(last)):.4f}.
-
-Load it with `{use}`, and format prompts with the chat template of the tokenizer beside it.
-
-Data:
-{data or "- from a Hub dataset, see recipe.yaml"}
-
-Chat template sha256 `{facts["chat_template_sha256"]}`; seed {facts["seed"]}; torch {facts["packages"]["torch"]},
-transformers {facts["packages"]["transformers"]}, peft {facts["packages"]["peft"]}.
-
-The recipe:
-```yaml
-{dump_recipe(recipe)}```
-"""
 
 
 def _cpu_name() -> str:

@@ -9,8 +9,13 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from data.errors import ExitCode, UserError, is_disk_full
+from data.scrub import print_scrubbed, scrub, secret_line
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+VISIBLE = (
+    "the command line holds a token, key or password, which every user of this machine can read there; set it in the "
+    "environment instead (HF_TOKEN for the Hub, VLLM_API_KEY for a server)"
+)
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -21,7 +26,10 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         quiet_libraries()
+        sys.excepthook = print_scrubbed
         try:
+            if any(secret_line(argument) for argument in sys.argv[1:]):
+                raise UserError(VISIBLE)
             return command(*args, **kwargs)
         except KeyboardInterrupt:
             raise SystemExit(ExitCode.INTERRUPTED) from None
@@ -29,7 +37,7 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
             said = _what_to_do(error)
             if said is None:
                 raise
-            print(f"error: {said[1]}", file=sys.stderr, flush=True)
+            print(f"error: {scrub(said[1])}", file=sys.stderr, flush=True)
             raise SystemExit(said[0]) from None
 
     return wrapped

@@ -5,6 +5,9 @@ from typing import Any
 
 import yaml
 
+MOST_CHARACTERS = 65_536  # of a document; PyYAML reads some 50,000 a second, and a recipe has 2,000
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+
 
 class YamlError(ValueError):
     """A document that is not what it seems; the text names the line."""
@@ -21,6 +24,8 @@ class _Loader(yaml.SafeLoader):
             raise _error("anchors and aliases are not allowed, write the value out", event.start_mark)
         if getattr(event, "tag", None) is not None:
             raise _error(f"the tag {event.tag} is not allowed, write a plain value", event.start_mark)
+        if isinstance(event, yaml.ScalarEvent) and (odd := CONTROL.search(event.value)):
+            raise _error(f"the character U+{ord(odd[0]):04X} is not allowed, remove it", event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -47,6 +52,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 def parse(text: str, name: str) -> Any:
     """The document's value. Raises YamlError that begins with `name` and the line."""
+    if len(text) > MOST_CHARACTERS:
+        raise YamlError(f"{name}: {len(text):,} characters, the limit is {MOST_CHARACTERS:,}; shorten it")
     try:
         loader = _Loader(text)
         try:

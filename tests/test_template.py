@@ -43,6 +43,9 @@ LANGUAGE = [
     "{% set x %}{{ 'a' | center(9) }}{{ '{:>4}|{}'.format(1, 'b') }}{{ 7 // 2 ** 2 % 3 }}{% endset %}[{{ x }}]{{ x | length }}",
     "{% for k, v in messages[0].items() %}{{ k }}={{ v | replace('o', '0') | e }}{% endfor %}{{ [1, {'a': (2,)}] }}",
     "{{ 'a%' }}{{ range(3) | list }}{{ 'x'.join(['a', 'b']) }}{{ messages[0].content.strip() }}{{- '  ' -}} end",
+    "{{ messages[0].role == 'user' and 1 < 2 <= 3 }}{{ nothing is defined }}{{ messages[0].nothing is none }}{{ nothing is undefined }}",
+    "{{ 'user' in [messages[0].role] }}{{ messages[0] is mapping }}{{ 4 is divisibleby(2) }}{{ {'a': 1, messages[0].role: 2} }}",
+    "{{ messages | selectattr('role', 'in', ['user']) | list | length }}{{ messages[0].get('tools', []) == [] }}{{ 'a' not in 'b' }}",
     "{% for m in messages recursive %}{{ m.role if m.role else m }}{% if m.role %}{{ loop(['deep']) }}{% endif %}{% endfor %}",
 ]
 
@@ -96,6 +99,12 @@ def test_template_that_makes_too_much_is_stopped_before_it_does(rendered, name):
     assert time.monotonic() - start < 5
 
 
+def twin(kind: str) -> str:
+    one, step = ("[1]", "[n.{0}, n.{0}]") if kind == "list" else ("(1, 1)", "(n.{0}, n.{0})")
+    both = "".join(f"{{% set n.{name} = {step.format(name)} %}}" for name in "xy")
+    return f"{{% set n = namespace(x={one}, y={one}) %}}{{% for i in range(60) %}}{both}{{% endfor %}}"
+
+
 ENDLESS = {
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "calls": "{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
@@ -103,6 +112,22 @@ ENDLESS = {
     "nested list in json": doubled("[n.x, n.x]", "[1]", "{{ n.x | tojson }}"),
     "nested list as text": doubled("[n.x, n.x]", "[1]", "{{ n.x | string }}"),
     "nested list in a format": doubled("[n.x, n.x]", "[1]", "{{ '%s' % n.x }}"),
+    **{
+        f"nested {kind} compared: {use}": f"{twin(kind)}{use}"
+        for kind in ("list", "tuple")
+        for use in (
+            "{{ n.x == n.y }}",
+            "{{ n.x in [n.y] }}",
+            "{{ 1 < n.x < n.y }}",
+            "{{ n.x is eq(n.y) }}",
+            "{{ [n.x].index(n.y) }}",
+            "{{ [n.x].count(n.y) }}",
+            "{{ [n.x] | select('equalto', n.y) | list }}",
+            "{{ {}.get(n.x) }}",
+            "{{ {n.x: 1} }}",
+        )
+        if kind == "tuple" or ("{}" not in use and "{n.x: 1}" not in use)
+    },
 }
 
 

@@ -1,0 +1,133 @@
+"""What a model, adapter or recipe from elsewhere may not hold, checked before a library opens it.
+
+Weights are safetensors, no code of a repository is run, and no file of a folder names another file outside it.
+transformers and PEFT hold most of that by themselves; here it is said in one line, and what they leave open is closed:
+shards of an index (transformers joins whatever path stands there), kernels that a config names (they are code), and
+what PEFT opens because a config names it.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sft.recipe import RecipeError
+
+CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+# each may name a repository of kernels, which transformers would fetch and run
+IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
+PLAIN = re.compile(r"[a-z0-9_|]+")
+# what PEFT imports, unpickles or loads from elsewhere because a config names it
+OPENED = ("megatron_config", "adapters", "cache_file", "covariance_file")
+# what a shell or a terminal would act on when the name is copied from a printed line
+UNSAFE = re.compile(r"""[\x00-\x1f\x7f-\x9f;&|$`<>*?"'!#\\~]""")
+
+
+def check_run_folder(folder: Path, key: str) -> None:
+    """Raise RecipeError for a run folder with a name to beware of, or that is elsewhere than its relative path says."""
+    text = str(folder)
+    if odd := UNSAFE.search(text):
+        why = f"holds {odd[0]!r}, which a shell or terminal would act on; use letters, digits, . _ - and spaces"
+    elif any(part.startswith("-") for part in folder.parts):
+        why = "has a part that begins with -, like an option; name it otherwise"
+    elif re.match("[A-Za-z]:", text) and not folder.is_absolute():
+        why = "is a Windows path; write it as a path of this machine"
+    elif not folder.is_absolute() and not folder.resolve().is_relative_to(Path.cwd()):
+        why = f"leads out of the current folder, to {folder.resolve()}; if that is meant, write it so"
+    else:
+        return
+    raise RecipeError(f"{key}: {text!r} {why}")
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Raise RecipeError where a local model's files are no files, or name code or files elsewhere; runs nothing."""
+    for path in folder.iterdir():
+        if not path.is_file() and not path.is_dir():  # opening a FIFO would wait for ever
+            raise RecipeError(f"{name}: {path.name} is no regular file; remove it, or name another folder")
+    check_configs(folder, name)
+    index = folder / "model.safetensors.index.json"  # the one that is read
+    shards = _read(index, name).get("weight_map", {}) if index.is_file() else {}
+    for shard in set(map(str, shards.values())) if isinstance(shards, dict) else ():
+        if Path(shard).name != shard or not (folder / shard).is_file():
+            raise RecipeError(
+                f"{name}: {index.name} names the weights {shard!r}, which is no file of this folder; "
+                "weights lie beside their index"
+            )
+
+
+def check_configs(folder: Path, name: str) -> None:
+    for file in CONFIGS:
+        if (folder / file).is_file():
+            check_config(_read(folder / file, name), f"{name}: {file}")
+
+
+def check_config(config: dict[str, Any], name: str) -> None:
+    """Raise RecipeError where a config asks for code: trust_remote_code, or kernels of some repository."""
+    for key, value in _members(config):
+        if key == "trust_remote_code" and value:
+            raise RecipeError(f"{name} sets trust_remote_code, and Graft runs no code of a model; remove that line")
+        values = value.values() if isinstance(value, dict) else [value]
+        if IMPLEMENTATIONS.fullmatch(key) and not all(v is None or PLAIN.fullmatch(str(v)) for v in values):
+            raise RecipeError(f"{name}: {key} {value!r} names code to be fetched and run; remove that line")
+
+
+def brings_code(config: dict[str, Any]) -> bool:
+    """Whether a config names classes of its own repository; they are never run."""
+    return any(key == "auto_map" and value for key, value in _members(config))
+
+
+def check_peft(settings: dict[str, Any], name: str) -> None:
+    """Raise RecipeError where PEFT would import, unpickle or load something because these settings name it."""
+    for key, value in _members(settings):
+        state = key == "prompt_tuning_init_state_dict_path" and not str(value).endswith(".safetensors")
+        if value and (key in OPENED or state):
+            raise RecipeError(f"{name}{key}: PEFT would open what {str(value)[:60]!r} names, code or pickle; remove it")
+
+
+def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
+    """Raise RecipeError for an adapter without safetensors, with settings that open other files, or of another base
+    than `bases`, the names under which its own may stand."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        pickled = sorted(p.name for p in adapter.glob("*.bin"))
+        why = f"; {', '.join(pickled)} may be a pickle, which can hold code, and is not read" if pickled else ""
+        raise RecipeError(f"{adapter}: holds no adapter_model.safetensors{why}")
+    check_folder(adapter, str(adapter))
+    config = _read(adapter / "adapter_config.json", str(adapter))
+    check_config(config, f"{adapter}: adapter_config.json")
+    check_peft(config, f"{adapter}: adapter_config.json: ")
+    named = config.get("base_model_name_or_path")
+    if named and not any(_same_base(str(named), base) for base in bases):
+        raise RecipeError(
+            f"{adapter}: adapter_config.json is of base {named!r}, the run's recipe of {bases[0]!r}; an adapter on "
+            "another base answers at random. If it is the same one, write its name into adapter_config.json"
+        )
+
+
+def _same_base(named: str, base: str) -> bool:
+    """The adapter may name relatively what the recipe names from the root."""
+    tail = Path(named).parts
+    return named == base or (Path(base).is_absolute() and Path(base).parts[-len(tail) :] == tail)
+
+
+def _members(value: Any) -> Iterator[tuple[str, Any]]:
+    """Every key and value at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from ((str(key), item) for key, item in value.items())
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+
+
+def _read(path: Path, name: str) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        remedy = "name a folder that save_pretrained has written"
+        raise RecipeError(f"{name} can't be loaded: {path.name}: {type(error).__name__}: {error}; {remedy}") from error
+    if not isinstance(found, dict):
+        raise RecipeError(f"{name} can't be loaded: {path.name} holds no object; get it anew")
+    return found
