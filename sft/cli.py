@@ -102,6 +102,32 @@ def serve(
             print("stopping", flush=True)
 
 
+@app.command("verify")
+@user_errors
+def verify_command(
+    run: Annotated[Path, typer.Argument(help="The run folder that the served model was made from.")],
+    url: Annotated[str, typer.Argument(help="The server's /v1 address.")],
+    model: ServedModel = None,
+    data: Annotated[str | None, typer.Option(help="Held-out data; default: the run's.")] = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="How many prompts, drawn at random.")] = 200,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record of verify.json, not tables.")] = False,
+) -> None:
+    """Prove that a server renders, stops, answers and scores as the run does in-process; exit code 1 where not."""
+    from rich.console import Console
+
+    from sft.verify import print_record, verify
+
+    record = verify(run, url, model, data, n, concurrency)
+    if as_json:
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        print_record(record, Console())
+        print(f"written to {run / 'verify.json'}")
+    if not record["passed"]:
+        raise SystemExit(1)
+
+
 @app.command("eval")
 @user_errors
 def eval_command(

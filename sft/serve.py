@@ -17,7 +17,7 @@ from pathlib import Path
 
 import httpx
 
-from eval.predict import ServerError
+from eval.client import ServerError
 
 READY_WITHIN_S = 900
 LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -12,7 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from eval.predict import ServerError
+from eval.client import ServerError
 from sft.recipe import RecipeError
 from sft.serve import _stop, free_port, precision_note, serve_command, server
 from tests.conftest import ROOT, SMOLLM
