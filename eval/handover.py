@@ -1,4 +1,4 @@
-"""Whether a server answers as the model it was made from does in-process: the prompt's ids, the end, the first token."""
+"""Whether a server does with a prompt what the model it serves does in-process: ids, first token, end, score."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

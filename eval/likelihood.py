@@ -142,7 +142,7 @@ def next_logprobs(
                 logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1:]
             logprobs = logits.float().log_softmax(-1).cpu()
             rows |= {number[id(e)]: row for e, row in zip(chain.from_iterable(trees), logprobs, strict=True)}
-    return torch.stack([rows[i] for i in range(len(prompts))])
+    return torch.stack([rows[i] for i in range(len(prompts))]) if prompts else torch.empty(0, 0)
 
 
 def _choice(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -41,12 +42,14 @@ def verify(
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{run}: is a baseline, which no model server serves; verify a run of a language model")
     questions, source = questions_to_score(str(run), recipe, recipe.task, data, None, n)
-    served = model or _name_at(url, run)
+    served = served_model(url, model or _name_at(url, run))
     start = time.monotonic()
-    there = ask_there(url, served_model(url, served), questions, recipe.eval.max_new_tokens, concurrency)
+    there = ask_there(url, served, questions, recipe.eval.max_new_tokens, concurrency)
     loaded = load_run(run)
     predictions, here = answer_here(loaded, questions, recipe.eval.max_new_tokens, recipe.eval.batch_tokens)
     asked = [i for i, p in enumerate(predictions) if p.asked]  # others have no answer in-process to compare with
+    if not asked:
+        raise RecipeError(f"--data: none of {len(questions)} prompts fits into the model's positions; name other data")
     here, told = [here[i] for i in asked], [there[i] for i in asked]
     scores = [
         summarize(recipe.task, score(recipe.task, [questions[i] for i in asked], answers))["scores"]["total"]
@@ -76,8 +79,9 @@ def ask_there(
 ) -> list[There]:
     """What the server makes of each prompt. `return_token_ids` and `return_tokens_as_token_ids` are vLLM's."""
     ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-    more = {"logprobs": True, "top_logprobs": TOP, "extra_body": ids}
-    return ask_all(url, model, questions, max_new_tokens, concurrency, _there, **more)
+    return ask_all(
+        url, model, questions, max_new_tokens, concurrency, _there, logprobs=True, top_logprobs=TOP, extra_body=ids
+    )
 
 
 def answer_here(
@@ -91,9 +95,8 @@ def answer_here(
     first = dict(
         zip(asked, next_logprobs(model, [prompts[i] for i in asked], batch_tokens, loaded.packed), strict=True)
     )
-    nothing = next(iter(first.values())).new_empty(0)
     return predictions, [
-        Here(prompt, list(p.ids), p.finished, first.get(i, nothing))
+        Here(prompt, list(p.ids), p.finished, first.get(i, torch.empty(0)))
         for i, (prompt, p) in enumerate(zip(prompts, predictions, strict=True))
     ]
 

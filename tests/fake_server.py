@@ -1,0 +1,55 @@
+"""An OpenAI-like server in this process, whose replies a test makes up."""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = tuple[int, dict[str, Any]]  # status and body; status 0 closes the connection, as a server that is killed
+
+
+@contextmanager
+def serving(answer: Callable[[dict[str, Any]], Reply], *models: str) -> Iterator[str]:
+    """Its /v1 address; `answer` makes the reply of a chat completion's request."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            named = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in models]
+            self.reply(200, {"object": "list", "data": named})
+
+        def do_POST(self) -> None:
+            self.reply(*answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+
+        def reply(self, status: int, body: dict[str, Any]) -> None:
+            if not status:
+                self.close_connection = True
+                return
+            data = json.dumps(body).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/v1"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def completion(
+    text: str, finish: str = "stop", tokens: int = 7, choice: dict[str, Any] | None = None, **more: Any
+) -> Reply:
+    message = {"role": "assistant", "content": text}
+    usage = {"prompt_tokens": 1, "completion_tokens": tokens, "total_tokens": 1 + tokens}
+    one = {"index": 0, "finish_reason": finish, "message": message, **(choice or {})}
+    body = {"id": "1", "object": "chat.completion", "created": 0, "model": "served", "choices": [one], "usage": usage}
+    return 200, body | more
