@@ -77,27 +77,45 @@ def export_command(
 @app.command()
 @user_errors
 def serve(
-    target: Annotated[Path, typer.Argument(help="An exported model, or a run (its adapter is served on the base).")],
-    host: Annotated[str, typer.Option(help="Others than loopback need VLLM_API_KEY.")] = "127.0.0.1",
+    targets: Annotated[
+        list[str],
+        typer.Argument(help="An exported model or a base, or runs, whose adapters are served on their common base."),
+    ],
+    lora: Annotated[list[str] | None, typer.Option(help="NAME=RUN: its adapter too, under that name.")] = None,
+    host: Annotated[str, typer.Option(help="Others than loopback need a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with the key that clients must send; or set VLLM_API_KEY.")
+    ] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share each layer.")] = 1,
+    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Groups of GPUs that share the layers.")] = 1,
+    data_parallel_size: Annotated[int, typer.Option(min=1, help="Copies of the model that share requests.")] = 1,
     vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
 ) -> None:
     """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
+    import os
     import signal
 
-    from sft.load import check_target
-    from sft.serve import check_completion, curl_line, server
+    from eval.client import ServerError
+    from sft.serve import check_completion, curl_line, read_key, server
 
-    check_target(str(target))
-    log = target / "serve.log"
+    if wrong := [pair for pair in lora or [] if not all(pair.partition("="))]:
+        raise ServerError(f"--lora {wrong[0]}: write NAME=RUN, for example --lora squad=runs/smollm_qlora")
+    if api_key_file:
+        os.environ["VLLM_API_KEY"] = read_key(api_key_file)  # where vLLM and our own requests look for it
+    parallel = {"tensor": tensor_parallel_size, "pipeline": pipeline_parallel_size, "data": data_parallel_size}
+    extra = [f"--{kind}-parallel-size={size}" for kind, size in parallel.items() if size > 1]
+    folder = Path(targets[0]) if Path(targets[0]).is_dir() else Path()
+    log = folder / f"serve-{port}.log"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
-    with server(target, host, port, log, vllm or []) as url:
-        name = target.resolve().name
+    loras = dict(pair.split("=", 1) for pair in lora or [])
+    with server(targets, host, port, log, [*extra, *(vllm or [])], loras) as running:
+        url, name = running.url, running.names[0]
         answer = check_completion(url, name)
-        print(f"ready: {url}   (log: {log})\nit answers: {answer!r}\n\n{curl_line(url, name)}\n", flush=True)
-        print("Ctrl-C stops it", flush=True)
+        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
+        print(f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True)
         try:
-            signal.pause()
+            running.wait()
         except KeyboardInterrupt:
             print("stopping", flush=True)
 
