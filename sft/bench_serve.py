@@ -134,14 +134,11 @@ def summarize(loads: Sequence[Load], target: Target, clients: int, first: Target
 
 
 def print_loads(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    table = Table()
     several = len({row["url"] for row in rows}) > 1
-    for heading in ("clients", "model"):
-        table.add_column(heading)
-    for heading in (
-        "requests/s", "output tokens/s", "first token ms p50 / p95", "inter-token ms p50 / p95",
-        f"against {rows[0]['model']}",
-    ):  # fmt: skip
+    table = Table(caption="milliseconds: p50 / p95", caption_justify="left")
+    table.add_column("clients")
+    table.add_column("model")
+    for heading in ("requests/s", "tokens/s", "first token", "between tokens", f"of {rows[0]['model']}'s tokens/s"):
         table.add_column(heading, justify="right")
     for row in rows:
         times = [" / ".join(f"{v:.0f}" for v in row[key].values()) for key in ("first_token_ms", "inter_token_ms")]
