@@ -60,7 +60,7 @@ class Streaming(BaseHTTPRequestHandler):
 def url():
     Streaming.seen, Streaming.together, Streaming.most = [], 0, 0
     server = ThreadingHTTPServer(("127.0.0.1", 0), Streaming)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}/v1"
     server.shutdown()
 

@@ -174,7 +174,7 @@ def test_web_server_that_is_no_model_server_is_a_clear_error():
             pass
 
     server = HTTPServer(("127.0.0.1", 0), Page)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     with pytest.raises(ServerError, match="is the address its /v1"):
         served_model(f"http://127.0.0.1:{server.server_port}", None)
     server.shutdown()

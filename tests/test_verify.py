@@ -107,16 +107,19 @@ def test_record_can_be_printed_as_json(run):
 
 def test_other_template_is_shown_side_by_side(run):
     engine = Engine(run)
-    engine.tokenizer.chat_template = engine.tokenizer.chat_template.replace("helpful", "hateful")
+    engine.tokenizer.chat_template = engine.tokenizer.chat_template.replace(
+        "<|im_start|>assistant", "<|im_start|>robot"
+    )
     record, shown = verified(run, engine, 1)
     assert results(record)["render"] is False
     found = record["first_difference"]
     assert (found["check"], record["checks"]["render"]["equal"]) == ("render", 0)
     here, there = found["prompt"]["in_process"], found["prompt"]["server"]
-    assert ("helpful" in here["text"], "hateful" in there["text"]) == (True, True)
-    assert engine.tokenizer.decode(here["ids"][0]).strip() == "helpful"
+    assert here["text"].endswith("<|im_start|>assistant\n")
+    assert there["text"].endswith("<|im_start|>robot\n")
+    assert engine.tokenizer.decode(here["ids"]) == "assistant\n", "ids from the first that differs"
     assert found["id"] in shown
-    assert "hateful" in shown
+    assert "<|im_start|>robot" in shown
 
 
 def test_end_token_that_the_server_does_not_know_is_found(run):
@@ -133,7 +136,7 @@ def test_end_token_that_the_server_does_not_know_is_found(run):
 
 def test_answer_that_the_server_ends_too_early_is_found(run, questions, tokenizer):
     engine = Engine(run)
-    engine.stop = {generate_one(engine.model, encode_prompt(q.prompt, tokenizer), set(), 1)[0] for q in questions}
+    engine.stop = {generate_one(engine.model, encode_prompt(q.prompt, tokenizer), {0}, 1)[0] for q in questions}
     assert results(verified(run, engine, 1)[0])["stop"] is False
 
 
