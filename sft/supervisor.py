@@ -26,7 +26,8 @@ def main(command: list[str]) -> int:
 
 
 def _stop_after_parent(child: "subprocess.Popen[bytes]") -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # sys.stdin's lock, held here, would abort this process at its own end
+        pass
     _send(child.pid, signal.SIGTERM)  # not SIGINT, which a shell's background jobs ignore
     deadline = time.monotonic() + PATIENCE_S
     while child.returncode is None and time.monotonic() < deadline:
