@@ -5,12 +5,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from typer.testing import CliRunner
 
 from data.conversation import Conversation
 from eval import client
 from eval.client import ServerError, ask_server, served_model
 from eval.partial import NAME
-from tests.fake_server import completion, serving
+from sft.cli import app
+from tests.fake_server import Streaming, completion, serving, streaming
 
 LONGEST = 4096  # characters
 
@@ -160,6 +162,15 @@ def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
         assert not (tmp_path / NAME).exists()
         (tmp_path / NAME).write_text('{"key": "of something else"}\n')
         assert "questions_per_s" not in evaluate(url, tmp_path, "squad_v2", str(SAMPLES / "squad_dev.json"), 5)
+
+
+def test_chat_prints_what_the_server_streams_and_sends_what_was_said_before():
+    with streaming() as url:
+        done = CliRunner().invoke(app, ["chat", url, "--model", "merged"], input="Hello\nMore\n\n")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("abc\n") == 2
+    assert [m["content"] for m in Streaming.seen[-1]["messages"]] == ["Hello", "abc", "More"]
+    assert all(request["stream"] for request in Streaming.seen)
 
 
 def test_web_server_that_is_no_model_server_is_a_clear_error():
