@@ -20,6 +20,7 @@ import httpx
 
 from eval.client import ServerError
 from sft import supervisor
+from sft.base import resolve_base
 from sft.server_log import why_it_stopped
 from sft.targets import Served, resolve_targets
 
@@ -69,8 +70,8 @@ def server(
         raise ServerError(f"port {port} of {host} is in use; name another with --port")
     served = resolve_targets(targets, loras)
     command = serve_command(served, host, port, extra)
-    for run in [*targets, *(loras or {}).values()]:
-        if note := precision_note(Path(run)):
+    for run in (loras or {}).values():
+        if note := precision_note(served, Path(run)):
             print(note, file=sys.stderr, flush=True)
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -125,16 +126,17 @@ def read_key(file: Path) -> str:
     return key
 
 
-def precision_note(target: Path) -> str:
-    """A line to print where the server's base is not the one that the adapter was trained on; else nothing."""
-    from sft.load import is_run, run_recipe
+def precision_note(served: Served, run: Path) -> str:
+    """A line to print where the server's base is not the one that the run's adapter was trained on; else nothing."""
+    from sft.load import run_recipe
     from sft.model import is_quantized
 
-    if not is_run(str(target)) or not is_quantized(run_recipe(target).model.quantization):
+    model = run_recipe(run).model
+    if not is_quantized(model.quantization) or served.model != resolve_base(model.base):
         return ""
     return (
-        f"note: {target} was trained on a quantized base, and vLLM puts its adapter on the original one; "
-        f"`graft export {target}` merges it into the base of training, with a parity check"
+        f"note: {run} was trained on a quantized base, and here its adapter is put on the original one, where it "
+        f"answers otherwise; `graft serve {run}` serves it on the base of training"
     )
 
 

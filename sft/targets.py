@@ -1,17 +1,28 @@
-"""What `graft serve` is given -> one model and the adapters on it, checked before vLLM starts."""
+"""What `graft serve` is given -> one model and the adapters on it, checked before vLLM starts.
+
+An adapter of a quantized run is served on the base that its training saw: the rounded weights, dequantized once into
+the cache folder. On the original weights 64 of 96 answers of a QLoRA run were those of the run, so that is only what
+`graft serve BASE --lora NAME=RUN` asks for.
+"""
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any, cast
 
+import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from data.chat import end_of_turn
+from data.store import file_sha256, publish, text_sha256
 from eval.client import ServerError
-from sft.base import readable, resolve_base
+from sft.base import cache_dir, readable, resolve_base
 from sft.load import adapter_folder, check_target, is_run, is_url, run_recipe
-from sft.recipe import WHEEL
+from sft.model import default_device, is_quantized, load_base, load_tokenizer
+from sft.recipe import WHEEL, Model
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -73,6 +84,7 @@ def _folder(target: str) -> str:
 
 def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Served:
     revision, first, rank = None, next(iter(runs)), 0
+    original = model is not None  # as it was named
     adapters: dict[str, Path] = {}
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     for served, run in runs.items():
@@ -81,9 +93,9 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
         adapters[served] = adapter_folder(run)
         rank = max(rank, _rank(adapters[served]))
         recipe = run_recipe(run).model
-        base = resolve_base(recipe.base)
+        base = resolve_base(recipe.base) if original else trained_base(recipe)
         if model is None:
-            model, revision = base, recipe.revision
+            model, revision = base, recipe.revision if base == recipe.base else None
         if base != model:
             raise ServerError(
                 f"{run}: its adapter was trained on {recipe.base}, and the server's model is {model}; serve it with a "
@@ -99,6 +111,29 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
                 )
     ends = _ends(str(model), revision, tokenizers[first])
     return Served(str(model), name, adapters, adapters[first], revision, next(r for r in RANKS if r >= rank), ends)
+
+
+def trained_base(model: Model) -> str:
+    """Hub id or folder of the base that training computed with; of a quantized one its dequantized weights in bfloat16,
+    written into the cache folder once."""
+    base = resolve_base(model.base)
+    if not is_quantized(model.quantization) or model.quantization is None:
+        return base
+    weights = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    origin = [file_sha256(file) for file in weights] or [model.base, str(model.revision)]
+    digest = text_sha256(json.dumps([origin, model.quantization.model_dump(), version("bitsandbytes")]))
+    folder = cache_dir() / f"{Path(base).name}-dequantized-{digest[:16]}"
+
+    def build(aside: Path) -> None:
+        print(f"the base as training saw it, dequantized, goes to {folder} (once)", file=sys.stderr, flush=True)
+        loaded = load_base(model, default_device())
+        if getattr(loaded, "is_quantized", False):
+            loaded = cast(Any, loaded).dequantize(dtype=torch.bfloat16)
+        loaded.config.use_cache = True
+        cast(Any, loaded).to(torch.bfloat16).save_pretrained(aside)
+        load_tokenizer(model).save_pretrained(aside)
+
+    return str(publish(folder, build))
 
 
 def _rank(adapter: Path) -> int:

@@ -114,17 +114,17 @@ def print_record(record: dict[str, Any], console: Console) -> None:
     if long := record["too_long_in_process"]:
         console.print(f"{long} prompts need more positions than the model has and are left out", highlight=False)
     if found := record["first_difference"]:
-        console.print(f"\nfirst difference ({found['check']}): {found['id']}, {found['where']}", highlight=False)
+        console.print(f"\nfirst difference ({found['check']}): {found['where']}", highlight=False)
         sides = Table(show_lines=True)
         sides.add_column("")
         sides.add_column("training, in-process", overflow="fold")
         sides.add_column("server", overflow="fold")
         for part in ("prompt", "answer"):
-            both = found[part]
-            sides.add_row(part, *(escape(both[side]["text"]) for side in ("in_process", "server")))
-            if both["equal_tokens"] is not None:
-                ids = (str(both[side]["ids"]) for side in ("in_process", "server"))
-                sides.add_row(f"ids from {both['equal_tokens']}", *map(escape, ids))
+            here, there = found[part]["in_process"], found[part]["server"]
+            same = here == there
+            sides.add_row(part, escape(here["text"]), "(the same)" if same else escape(there["text"]))
+            if not same and found[part]["equal_tokens"] is not None:
+                sides.add_row(f"ids from {found[part]['equal_tokens']}", str(here["ids"]), str(there["ids"]))
         console.print(sides)
 
 

@@ -13,10 +13,13 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from eval.client import ServerError
 from sft import serve
+from sft.load import load_plain, run_recipe
+from sft.model import load_base
 from sft.recipe import RecipeError
 from sft.run import RunError
 from sft.serve import check_extra, free_port, precision_note, read_key, serve_command, server
@@ -115,12 +118,28 @@ def test_run_is_served_as_an_adapter_on_its_base(tmp_path, tiny, tokenizer):
     assert after(command, "--max-lora-rank") == "16"
     ends = json.loads(after(command, "--override-generation-config"))["eos_token_id"]
     assert tokenizer.eos_token_id in ends, "the base's generation config may not know what training ended turns with"
-    assert precision_note(run) == ""
-    (run / "recipe.yaml").write_text(RECIPE.format(tiny, ", quantization: {load_in_4bit: true}"))
-    assert f"graft export {run}" in precision_note(run)
     (run / "adapter" / "adapter_config.json").write_text("{")
     with pytest.raises(RecipeError, match="adapter can't be loaded"):
         command_of(run)
+
+
+def test_adapter_of_a_quantized_run_is_served_on_the_base_that_training_saw(tmp_path, tiny):
+    run, recipe = make_run(tmp_path / "run", tiny), RECIPE.format(tiny, ", quantization: {load_in_4bit: true}")
+    (run / "recipe.yaml").write_text(recipe)
+    served = resolve_targets([str(run)])
+    weights, original = (load_plain(Path(folder), torch.float32).state_dict() for folder in (served.model, tiny))
+    trained = load_base(run_recipe(run).model, torch.device("cpu")).state_dict()
+    assert weights.keys() == trained.keys()
+    for name in weights:
+        assert torch.equal(weights[name], trained[name].to(torch.bfloat16).float())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(weights[name], original[name], rtol=0.01)
+    assert resolve_targets([str(run)]).model == served.model, "written once"
+    beside = resolve_targets([str(tiny)], {"squad": str(run)})
+    assert beside.model == str(tiny)
+    assert f"`graft serve {run}`" in precision_note(beside, run)
+    (run / "recipe.yaml").write_text(RECIPE.format(tiny, ""))
+    assert precision_note(beside, run) == ""
 
 
 def test_runs_of_one_base_are_served_together_each_under_its_name(tmp_path, tiny):
