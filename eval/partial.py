@@ -31,19 +31,20 @@ class Partial:
         if lines and json.loads(lines[0]) == {"key": key}:
             rows: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
             self.found = {row.pop("number"): Prediction(**row) for row in rows}
-            print(f"{len(self.found)} answers are kept from before it broke off ({path})", file=sys.stderr, flush=True)
+            print(f"{len(self.found)} answers are there from before it broke off ({path})", file=sys.stderr, flush=True)
         else:
             lines = [json.dumps({"key": key})]
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.new")  # without a cut line, and never less than what is there
         aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
         aside.replace(path)
-        self.file = path.open("a", encoding="utf-8")
+        self.file, self.kept = path.open("a", encoding="utf-8"), len(lines) - 1
 
     def add(self, number: int, prediction: Prediction) -> None:
         row = {"number": number} | {name: getattr(prediction, name) for name in SERVED}
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
+        self.kept += 1
 
     def __enter__(self) -> Self:
         return self
@@ -52,6 +53,9 @@ class Partial:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close()
+        if kind and self.kept:
+            told = f"{self.kept} answers are kept in {self.path}; the same command goes on from there"
+            print(told, file=sys.stderr, flush=True)
 
 
 def key_of(url: str, model: str, conversations: Sequence[Conversation], max_new_tokens: int) -> str:

@@ -26,6 +26,7 @@ from sft.evaluate import questions_to_score
 from sft.load import Loaded, is_url, load_run, run_any_recipe
 from sft.recipe import Recipe, RecipeError
 from sft.run import write_json
+from sft.session import use_all_cores
 
 if TYPE_CHECKING:
     from openai.types.chat import ChatCompletion
@@ -45,6 +46,7 @@ def verify(
     served = served_model(url, model or _name_at(url, run))
     start = time.monotonic()
     there = ask_there(url, served, questions, recipe.eval.max_new_tokens, concurrency)
+    use_all_cores()
     loaded = load_run(run)
     predictions, here = answer_here(loaded, questions, recipe.eval.max_new_tokens, recipe.eval.batch_tokens)
     asked = [i for i, p in enumerate(predictions) if p.asked]  # others have no answer in-process to compare with

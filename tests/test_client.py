@@ -138,12 +138,13 @@ def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
     with serving(answer, "served", "other") as url:
         with pytest.raises(ServerError, match="broken"):
             ask_server(url, "served", questions[:12], 9, 1, keep)
+        assert "6 answers are kept" in capsys.readouterr().err
         with keep.open("a") as file:
             file.write('{"number": 11, "te')  # as a crash leaves it
         breaks[0], seen[:] = False, []
         answers = ask_server(url, "served", questions[:12], 9, 1, keep)
         assert (len(seen), [a.text for a in answers]) == (6, texts(questions[:12]))
-        assert "6 answers are kept" in capsys.readouterr().err
+        assert "6 answers are there" in capsys.readouterr().err
         assert answers == ask_server(url, "served", questions[:12], 9, 1, None)
         for changed in (("other", questions[:12], 9), ("served", questions[1:12], 9), ("served", questions[:12], 8)):
             seen[:] = []
