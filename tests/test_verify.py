@@ -1,5 +1,6 @@
 """The gate: a server that does as the run does passes; each way to serve something else is named."""
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -13,14 +14,17 @@ from typer.testing import CliRunner
 from data.chat import encode_prompt
 from eval.generate import generate_one
 from eval.handover import Here, There, check_first_token, check_score, check_stop
-from eval.likelihood import answer_logprobs, next_logprobs
+from eval.likelihood import next_logprobs
 from eval.predict import end_tokens
+from eval.run import limit_questions
 from sft.cli import app
-from sft.load import load_run
+from sft.load import Loaded, load_run
+from sft.model import load_base
+from sft.recipe import Model
 from tests.conftest import save_tiny, write_recipe
 from tests.fake_server import completion, serving
 
-N = 12
+N = 8
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +47,8 @@ def run(tmp_path_factory, tokenizer, questions) -> Path:
     recipe = write_recipe(folder / "r.yaml", base, eval="{data: data/samples/squad_dev.json, max_new_tokens: 5}")
     shutil.copy(recipe, path / "recipe.yaml")
     third = {
-        generate_one(tuned, encode_prompt(q.prompt, tokenizer), {tokenizer.eos_token_id}, 3)[-1] for q in questions
+        generate_one(tuned, encode_prompt(q.prompt, tokenizer), {tokenizer.eos_token_id}, 3)[-1]
+        for q in limit_questions(questions, N)
     }
     settings = json.loads((base / "generation_config.json").read_text())
     settings["eos_token_id"] = sorted(third | {tokenizer.eos_token_id})
@@ -51,12 +56,27 @@ def run(tmp_path_factory, tokenizer, questions) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def served(run) -> Loaded:
+    return load_run(run)
+
+
+@pytest.fixture(scope="module")
+def in_process(run) -> Loaded:
+    return load_run(run)
+
+
+@pytest.fixture
+def engine(served, in_process, monkeypatch) -> "Engine":
+    monkeypatch.setattr("sft.verify.load_run", lambda run: in_process)
+    return Engine(served)
+
+
 class Engine:
     """What vLLM's chat completions tell of the run's model; a test changes a part of it."""
 
-    def __init__(self, run: Path) -> None:
-        loaded = load_run(run)
-        self.model, self.tokenizer = loaded.model, loaded.tokenizer
+    def __init__(self, loaded: Loaded) -> None:
+        self.model, self.tokenizer = loaded.model, copy.copy(loaded.tokenizer)
         self.stop = end_tokens(self.model, self.tokenizer)
         self.tells = True
 
@@ -87,8 +107,8 @@ def results(record: dict) -> dict:
     return {name: check["passed"] for name, check in record["checks"].items()}
 
 
-def test_server_that_does_as_the_run_does_passes(run):
-    record, shown = verified(run, Engine(run), 0)
+def test_server_that_does_as_the_run_does_passes(run, served):
+    record, shown = verified(run, Engine(served), 0)
     assert record["passed"]
     assert set(results(record).values()) == {True}
     assert record["checks"]["render"]["equal"] == record["equal_answers"] == record["prompts"] == N
@@ -100,13 +120,12 @@ def test_server_that_does_as_the_run_does_passes(run):
     assert "FAILED" not in shown
 
 
-def test_record_can_be_printed_as_json(run):
-    record, shown = verified(run, Engine(run), 0, "--json")
+def test_record_can_be_printed_as_json(run, engine):
+    record, shown = verified(run, engine, 0, "--json")
     assert json.loads(shown[shown.index("{") :]) == record
 
 
-def test_other_template_is_shown_side_by_side(run):
-    engine = Engine(run)
+def test_other_template_is_shown_side_by_side(run, engine):
     engine.tokenizer.chat_template = engine.tokenizer.chat_template.replace(
         "<|im_start|>assistant", "<|im_start|>robot"
     )
@@ -122,8 +141,7 @@ def test_other_template_is_shown_side_by_side(run):
     assert "<|im_start|>robot" in shown
 
 
-def test_end_token_that_the_server_does_not_know_is_found(run):
-    engine = Engine(run)
+def test_end_token_that_the_server_does_not_know_is_found(run, engine):
     engine.stop = {engine.tokenizer.eos_token_id}
     record, shown = verified(run, engine, 1)
     assert results(record)["stop"] is False
@@ -134,30 +152,31 @@ def test_end_token_that_the_server_does_not_know_is_found(run):
     assert "do not" in shown
 
 
-def test_answer_that_the_server_ends_too_early_is_found(run, questions, tokenizer):
-    engine = Engine(run)
-    engine.stop = {generate_one(engine.model, encode_prompt(q.prompt, tokenizer), {0}, 1)[0] for q in questions}
+def test_answer_that_the_server_ends_too_early_is_found(run, engine, questions, tokenizer):
+    engine.stop = {
+        generate_one(engine.model, encode_prompt(q.prompt, tokenizer), {0}, 1)[0] for q in limit_questions(questions, N)
+    }
     assert results(verified(run, engine, 1)[0])["stop"] is False
 
 
-def test_other_model_is_found_by_its_first_tokens(run):
-    engine = Engine(run)
+def test_other_model_is_found_by_its_first_tokens(run, engine):
     engine.model.disable_adapter_layers()  # the base, as where a server forgot the adapter
-    record, _ = verified(run, engine, 1)
+    try:
+        record, _ = verified(run, engine, 1)
+    finally:
+        engine.model.enable_adapter_layers()
     assert results(record)["first token"] is False
     assert results(record)["render"] is True
 
 
-def test_server_that_tells_no_ids_passes_no_check_that_needs_them(run):
-    engine = Engine(run)
+def test_server_that_tells_no_ids_passes_no_check_that_needs_them(run, engine):
     engine.tells = False
     record, shown = verified(run, engine, 1)
     assert results(record) == {"render": None, "stop": None, "first token": None, "score": True}
     assert "the server returns no prompt_token_ids (vLLM does)" in shown
 
 
-def test_server_that_refuses_a_prompt_for_its_length_is_found(run):
-    engine = Engine(run)
+def test_server_that_refuses_a_prompt_for_its_length_is_found(run, engine):
 
     def short(request: dict):
         if len(request["messages"][-1]["content"]) > 600:
@@ -180,18 +199,15 @@ def test_address_that_is_none_is_one_line(run):
     assert (done.exit_code, "name the server's /v1" in done.output) == (2, True)
 
 
-def test_next_logprobs_are_those_of_one_token_answers(smollm, tokenizer, questions):
-    from sft.model import load_base
-    from sft.recipe import Model
-
-    model = load_base(Model(base=str(smollm), dtype="float32"), torch.device("cpu"))
-    chosen = questions[:6]
-    prompts = [encode_prompt(q.prompt, tokenizer) for q in chosen]
-    packed, alone = next_logprobs(model, prompts, 900), next_logprobs(model, prompts, 900, packed=False)
-    assert torch.allclose(packed, alone, atol=2e-3)
-    token = tokenizer.encode("The")[0]
-    end = answer_logprobs(model, tokenizer, [q.prompt for q in chosen], [["The"]] * 6, 900)
-    assert all(row[token] > whole[0] for row, whole in zip(packed, end, strict=True))
+def test_next_logprobs_are_those_of_each_prompt_alone(tiny, tokenizer, questions):
+    model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
+    prompts = [encode_prompt(q.prompt, tokenizer) for q in (*questions[:6], questions[0])]
+    found = next_logprobs(model, prompts, 900)
+    with torch.inference_mode():
+        alone = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts])
+    assert torch.allclose(found, alone, atol=1e-4)
+    assert torch.allclose(next_logprobs(model, prompts, 900, packed=False), alone, atol=1e-4)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2), "else any order would do"
 
 
 def here(answer: list[int], ended: bool = True, first: list[float] = [0.0, -1.0, -9.0]) -> Here:  # noqa: B006
