@@ -32,6 +32,7 @@ OURS = {
     "--host": "use --host of graft serve",
     "--port": "use --port of graft serve",
     "--api-key": "a command line can be read by other users; use --api-key-file or VLLM_API_KEY",
+    "--config": "a file could hold any of these; pass options one by one",
     "--trust-remote-code": "no code from a model repository is run",
     "--trust-request-chat-template": "a request's template is a program; the model's own is served",
 }

@@ -58,7 +58,11 @@ def verify(
         for answers in ([predictions[i] for i in asked], [Prediction(t.text, 0, t.ended, t.asked) for t in told])
     ]
     checks = [check_render(here, told), check_stop(here, told), check_first_token(here, told), check_score(*scores)]
-    equal = sum(predictions[i].text == t.text for i, t in zip(asked, told, strict=True))
+    different = [
+        {"id": questions[i].id, "in_process": predictions[i].text, "server": t.text}
+        for i, t in zip(asked, told, strict=True)
+        if predictions[i].text != t.text
+    ]
     record = {
         "run": run.name,
         "url": url,
@@ -67,9 +71,10 @@ def verify(
         "prompts": len(asked),
         "too_long_in_process": len(questions) - len(asked),
         "passed": all(check.passed is True for check in checks),
-        "equal_answers": equal,
+        "equal_answers": len(asked) - len(different),
         "seconds": round(time.monotonic() - start, 1),
         "checks": {check.name: {"passed": check.passed, "text": check.text, **check.numbers} for check in checks},
+        "different_answers": different,
         "first_difference": _first_difference(checks, asked, questions, here, told, loaded.tokenizer),
     }
     write_json(run / "verify.json", record)

@@ -236,7 +236,15 @@ def test_key_stands_in_a_file_and_never_on_the_command_line(tmp_path, tiny, monk
 
 
 @pytest.mark.parametrize(
-    "option", ["--api-key=x", "--host=0.0.0.0", "--hos=0.0.0.0", "--trust_remote_code", "--trust-request-chat-template"]
+    "option",
+    [
+        "--api-key=x",
+        "--host=0.0.0.0",
+        "--hos=0.0.0.0",
+        "--config=f.yaml",
+        "--trust_remote_code",
+        "--trust-request-chat-template",
+    ],
 )
 def test_options_of_vllm_that_would_open_the_server_are_refused(option):
     with pytest.raises(ServerError, match=r"--vllm=--"):

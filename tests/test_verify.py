@@ -115,7 +115,7 @@ def test_server_that_does_as_the_run_does_passes(run, served):
     assert record["checks"]["stop"]["equal"] > N // 2
     assert record["checks"]["first token"]["equal_sets"] == N
     assert record["checks"]["first token"]["mean_logprob_difference"] < 1e-3
-    assert record["first_difference"] is None
+    assert (record["first_difference"], record["different_answers"]) == (None, [])
     assert "passed" in shown
     assert "FAILED" not in shown
 
@@ -148,6 +148,7 @@ def test_end_token_that_the_server_does_not_know_is_found(run, engine):
     assert results(record)["render"] is True
     answer = record["first_difference"]["answer"]
     assert answer["in_process"]["ids"] == []
+    assert {row["id"] for row in record["different_answers"]} >= {record["first_difference"]["id"]}
     assert len(answer["server"]["ids"]) > 0, "the server goes on where the run ends"
     assert "do not" in shown
 
