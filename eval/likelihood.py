@@ -116,6 +116,35 @@ def no_answer_differences(
     return [differences.get(i, math.inf) for i in range(len(conversations))]
 
 
+def next_logprobs(
+    model: PreTrainedModel, prompts: Sequence[list[int]], batch_tokens: int, packed: bool = True
+) -> torch.Tensor:
+    """Log-probabilities [prompts, vocab] of the token after each prompt's ids, in nats, float32 on the CPU."""
+    examples = [Example([*ids, 0], [0] * len(ids) + [1]) for ids in prompts]  # the 0 stands for what is predicted
+    number = {id(example): i for i, example in enumerate(examples)}
+    device, rows = next(model.parameters()).device, dict[int, torch.Tensor]()
+    together = packed and takes_rows(model)
+    packs = plan_packs(examples, Layout(pack_tokens=batch_tokens)) if together else [[[e]] for e in examples]
+    with torch.inference_mode():
+        for trees in track(packs, "first tokens"):
+            if together:
+                pack = build_pack(trees)
+                logits = model(
+                    input_ids=torch.tensor([pack.input_ids], device=device),
+                    position_ids=torch.tensor([pack.position_ids], device=device),
+                    attention_mask=attention_mask(pack, device),
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(pack.source, device=device),
+                ).logits[0]
+            else:
+                ids = torch.tensor([trees[0][0].ids[:-1]], device=device)
+                mask = torch.ones_like(ids)
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=1).logits[0, -1:]
+            logprobs = logits.float().log_softmax(-1).cpu()
+            rows |= {number[id(e)]: row for e, row in zip(chain.from_iterable(trees), logprobs, strict=True)}
+    return torch.stack([rows[i] for i in range(len(prompts))]) if prompts else torch.empty(0, 0)
+
+
 def _choice(
     prompt: Sequence[Message], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> _Choice:

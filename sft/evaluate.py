@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversation import Conversation, DataError
+from eval.partial import NAME
 from eval.run import limit_questions, score, summarize, write_results
 from eval.shots import with_shots
 from eval.tasks import TASKS, read_conversations
@@ -55,7 +56,7 @@ def evaluate(
         near = nearest(task, list(TASKS)) if task else ""
         raise RecipeError(f"--task {task or ''}: name one of {', '.join(TASKS)}{near}")
     check_writable(out, "--out")
-    conversations, source = _questions(target, recipe, task, data, split, limit)
+    conversations, source = questions_to_score(target, recipe, task, data, split, limit)
 
     use_all_cores()
     if target_is_run and isinstance(recipe, BaselineRecipe):
@@ -66,7 +67,8 @@ def evaluate(
         known = training_questions(recipe, conversations) if asking.shots or asking.threshold_from else []
         if asking.shots:
             conversations = with_shots(conversations, known, asking.shots, recipe.train.seed if recipe else 0)
-        answer = model_answerer(target, task, base, settings, asking, known)
+        answer = model_answerer(target, task, base, settings, asking, known, out / NAME)
+    goes_on = (out / NAME).exists()  # then a part of the answers took none of the time below
     start = time.monotonic()
     predictions = answer(conversations)
     seconds = time.monotonic() - start
@@ -81,18 +83,20 @@ def evaluate(
         "threshold_from": asking.threshold_from,
         "max_new_tokens": asking.max_new_tokens,
         "seconds": round(seconds, 1),
-        "questions_per_s": round(len(predictions) / seconds, 2),
     }
+    if not goes_on:
+        results["questions_per_s"] = round(len(predictions) / seconds, 2)
     if not is_url(target):
         results["latency_ms"] = latency_ms(answer, conversations)
         results["peak_memory_gib"] = round(peak_memory_gib(), 2)
     if target_is_run and recipe:
         results["system"] = system_of(Path(target), recipe, base)
     write_results(out, results, scored)
+    (out / NAME).unlink(missing_ok=True)
     return results
 
 
-def _questions(
+def questions_to_score(
     target: str,
     recipe: Recipe | BaselineRecipe | None,
     task: str,

@@ -59,8 +59,8 @@ def score_served(run: Path) -> dict[str, Any] | None:
 
     log = run / "serve.log"
     try:
-        with server(run / "export", "127.0.0.1", free_port(), log) as url:
-            return evaluate(url, run / "eval-served", run=run)
+        with server([str(run / "export")], "127.0.0.1", free_port(), log) as running:
+            return evaluate(running.url, run / "eval-served", run=run)
     except UserError as error:
         print(f"not served: {error}\nlog: {log}; training, scores and merge above are not affected", flush=True)
     except KeyboardInterrupt:

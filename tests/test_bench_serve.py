@@ -1,0 +1,75 @@
+"""The load test: how many ask at once, what is counted, and who is compared with whom."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from eval.client import ServerError
+from sft.bench_serve import Load, Request, Target, bench_serve, make_prompts, summarize
+from sft.cli import app
+from tests.fake_server import Streaming, streaming
+
+
+@pytest.fixture
+def url():
+    with streaming() as address:
+        yield address
+
+
+def test_as_many_ask_at_once_as_are_asked_for_and_all_are_counted(url):
+    rows = bench_serve([url], ["base"], [3], requests=9, prompt_words=5, new_tokens=4, rounds=2)
+    assert Streaming.most == 3
+    assert len(Streaming.seen) == 2 * 9 + 1, "one more before the first round"
+    (row,) = rows
+    assert (row["requests"], row["relative"]) == (18, [1.0, 1.0, 1.0])
+    assert row["output_tokens_per_s"] == pytest.approx(4 * row["requests_per_s"], rel=0.01), "tokens, not chunks"
+    assert 40 <= row["first_token_ms"]["p50"] < 400, "an empty delta is no token"
+    assert 20 <= row["inter_token_ms"]["p50"] < 200
+    assert row["requests_per_s"] <= 3 / 0.08, "four waits of 20 ms a request"
+
+
+def test_models_take_turns_and_are_asked_the_same_which_is_never_asked_again(url):
+    bench_serve([url], [], [2], requests=2, prompt_words=5, new_tokens=4, rounds=2)
+    order = [request["model"] for request in Streaming.seen]
+    assert order == ["base"] * 3 + ["merged"] * 5 + ["base"] * 2, "the second round begins with the other one"
+    asked = {name: sorted(r["messages"][0]["content"] for r in Streaming.seen if r["model"] == name) for name in order}
+    assert asked["base"] == asked["merged"]
+    beginnings = {text.split()[0] for text in asked["base"]}
+    assert len(beginnings) == len(asked["base"])
+    assert all(request["ignore_eos"] for request in Streaming.seen)
+
+
+def test_prompts_are_the_same_each_time():
+    assert make_prompts(3, 5, "a") == make_prompts(3, 5, "a")
+    assert len(set(make_prompts(3, 5, "a") + make_prompts(3, 5, "b"))) == 6
+
+
+def test_ratio_is_taken_round_by_round():
+    def load(target: Target, number: int, seconds: float) -> Load:
+        return Load(target, 1, number, seconds, [Request(0.1, seconds, [0.1], 10)])
+
+    one, two = Target("u", "one"), Target("u", "two")
+    loads = [load(one, 0, 1.0), load(two, 0, 2.0), load(one, 1, 10.0), load(two, 1, 10.0), load(one, 2, 3.0)]
+    assert summarize([*loads, load(two, 2, 4.0)], two, 1, one)["relative"] == [0.75, 0.5, 1.0]
+
+
+def test_refused_request_ends_it_with_one_line(url, monkeypatch):
+    monkeypatch.setattr("sft.bench_serve.served_models", lambda url: ["broken"])
+    with pytest.raises(ServerError, match="broken: status 500"):
+        bench_serve([url], [], [2], 4, 5, 4, 1)
+    with pytest.raises(ServerError, match="--model base: is not among those served: broken"):
+        bench_serve([url], ["base"], [2], 4, 5, 4, 1)
+
+
+def test_command_prints_a_table_and_writes_the_same(url, tmp_path):
+    out = tmp_path / "bench.json"
+    common = ["--requests", "2", "--rounds", "1", "--prompt-words", "5"]
+    done = CliRunner().invoke(
+        app, ["bench", "serve", url, "--clients", "1,2", *common, "--out", str(out)], env={"COLUMNS": "120"}
+    )
+    assert done.exit_code == 0, done.output
+    assert "of base's tokens/s" in done.output
+    rows = json.loads(out.read_text())
+    assert [(row["clients"], row["model"]) for row in rows] == [(1, "base"), (1, "merged"), (2, "base"), (2, "merged")]
+    assert CliRunner().invoke(app, ["bench", "serve", url, "--clients", "x"]).exit_code == 2

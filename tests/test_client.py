@@ -1,0 +1,197 @@
+"""A server is asked for what in-process generation gives; what it refuses, delays or breaks off is told and mended."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+from typer.testing import CliRunner
+
+from data.conversation import Conversation
+from eval import client
+from eval.client import ServerError, ask_server, served_model
+from eval.partial import NAME
+from sft.cli import app
+from tests.fake_server import Streaming, completion, serving, streaming
+
+LONGEST = 4096  # characters
+
+
+def last(request: dict) -> str:
+    return request["messages"][-1]["content"]
+
+
+def echo(request: dict):
+    """The question as the answer; what a server might refuse, by words in it."""
+    if "crash" in last(request):
+        return 0, {}
+    if "forbidden" in last(request):
+        return 400, {"error": {"message": "no such role", "code": 400}}
+    if len(last(request)) > LONGEST:
+        return 400, {"error": {"message": "This model's maximum context length is 2048 tokens.", "code": 400}}
+    return completion(f" {last(request).split('Question: ')[1]} ")
+
+
+@pytest.fixture
+def url():
+    with serving(echo, "served") as address:
+        yield address
+
+
+@pytest.fixture(autouse=True)
+def _short_waits(monkeypatch):
+    monkeypatch.setattr(client, "FIRST_WAIT_S", 0.001)
+
+
+def texts(questions) -> list[str]:
+    return [last({"messages": q.prompt}).split("Question: ")[1] for q in questions]
+
+
+def test_server_is_asked_greedily_and_answers_come_in_order(questions):
+    seen = []
+    with serving(lambda request: (seen.append(request), echo(request))[1], "served") as url:
+        answers = ask_server(url, served_model(url, None), questions[:20], max_new_tokens=9)
+    assert [a.text for a in answers] == texts(questions[:20])
+    assert all(a.finished and a.new_tokens == 7 for a in answers)
+    assert (seen[-1]["temperature"], seen[-1]["max_tokens"], seen[-1]["model"]) == (0, 9, "served")
+
+
+def test_model_that_is_not_served_is_named(url):
+    assert served_model(url, "served") == "served"
+    with pytest.raises(ServerError, match="serves served; name one of them with --model"):
+        served_model(url, "other")
+
+
+def asked(text: str, name: str) -> Conversation:
+    return Conversation(({"role": "user", "content": text}, {"role": "assistant", "content": "?"}), name, "")
+
+
+def test_question_too_long_for_the_server_is_told_and_the_others_are_answered(url, questions):
+    long = asked("Question: " + "word " * 1000, "long1")
+    answers = ask_server(url, "served", [*questions[:4], long, *questions[4:8]], 9)
+    assert [a.asked for a in answers] == [True] * 4 + [False] + [True] * 4
+
+
+def test_question_that_the_server_refuses_is_named(url, questions):
+    with pytest.raises(ServerError, match="question q9 is refused: .*no such role"):
+        ask_server(url, "served", [*questions[:4], asked("Question: forbidden", "q9")], 9)
+
+
+def test_server_that_goes_away_is_one_line(url, questions):
+    with pytest.raises(ServerError, match=r"\(7 tries\); is the server up") as caught:
+        ask_server(url, "served", [*questions[:4], asked("Question: crash", "q"), *questions[4:8]], 9)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("status", [429, 503, 0])
+def test_overloaded_server_is_asked_again_and_that_is_told(questions, status, capsys):
+    lock, refused = threading.Lock(), set()
+
+    def overloaded(request: dict):
+        with lock:
+            if len(refused) < 5 and last(request) not in refused:
+                refused.add(last(request))
+                return status, {"error": {"message": "later"}}
+        return echo(request)
+
+    with serving(overloaded, "served") as url:
+        answers = ask_server(url, "served", questions[:10], 9)
+    assert [a.text for a in answers] == texts(questions[:10])
+    told = capsys.readouterr().err
+    assert told.count("asking again, up to 7 times") == 1
+    assert "5 requests were asked again; all are answered" in told
+
+
+def test_waits_grow_and_end(questions, monkeypatch):
+    waits = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(client.asyncio, "sleep", sleep)
+    with serving(lambda request: (503, {}), "served") as url, pytest.raises(ServerError):
+        ask_server(url, "served", questions[:1], 9)
+    assert len(waits) == client.TRIES - 1
+    assert all(later > earlier for earlier, later in zip(waits, waits[1:], strict=False))
+
+
+def test_refused_key_is_not_tried_again(questions):
+    seen = []
+
+    def refuses(request: dict):
+        seen.append(1)
+        return 401, {"error": "Unauthorized"}
+
+    with serving(refuses, "served") as url, pytest.raises(ServerError, match="401"):
+        ask_server(url, "served", questions[:1], 9)
+    assert len(seen) == 1
+
+
+def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
+    keep, seen = tmp_path / "out" / NAME, []
+    breaks = [True]
+
+    def answer(request: dict):
+        seen.append(last(request))
+        return (400, {"error": {"message": "broken"}}) if breaks[0] and len(seen) > 6 else echo(request)
+
+    with serving(answer, "served", "other") as url:
+        with pytest.raises(ServerError, match="broken"):
+            ask_server(url, "served", questions[:12], 9, 1, keep)
+        assert "6 answers are kept" in capsys.readouterr().err
+        with keep.open("a") as file:
+            file.write('{"number": 11, "te')  # as a crash leaves it
+        breaks[0], seen[:] = False, []
+        answers = ask_server(url, "served", questions[:12], 9, 1, keep)
+        assert (len(seen), [a.text for a in answers]) == (6, texts(questions[:12]))
+        assert "6 answers are there" in capsys.readouterr().err
+        assert answers == ask_server(url, "served", questions[:12], 9, 1, None)
+        for changed in (("other", questions[:12], 9), ("served", questions[1:12], 9), ("served", questions[:12], 8)):
+            seen[:] = []
+            ask_server(url, *changed, 1, keep)
+            assert len(seen) == len(changed[1]), "another model, other data or another length are asked anew"
+    assert json.loads(keep.read_text().split("\n")[1])["text"]
+
+
+def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
+    from sft.evaluate import evaluate
+    from tests.conftest import SAMPLES
+
+    with serving(echo, "served") as url:
+        results = evaluate(url, tmp_path, "squad_v2", str(SAMPLES / "squad_dev.json"), 5)
+        assert results["questions_per_s"] > 0
+        assert not (tmp_path / NAME).exists()
+        (tmp_path / NAME).write_text('{"key": "of something else"}\n')
+        assert "questions_per_s" not in evaluate(url, tmp_path, "squad_v2", str(SAMPLES / "squad_dev.json"), 5)
+
+
+def test_chat_prints_what_the_server_streams_and_sends_what_was_said_before():
+    with streaming() as url:
+        done = CliRunner().invoke(app, ["chat", url, "--model", "merged"], input="Hello\nMore\n\n")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("abc\n") == 2
+    assert [m["content"] for m in Streaming.seen[-1]["messages"]] == ["Hello", "abc", "More"]
+    assert all(request["stream"] for request in Streaming.seen)
+
+
+def test_web_server_that_is_no_model_server_is_a_clear_error():
+    class Page(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(b"<html>")
+
+        def log_message(self, *args: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    with pytest.raises(ServerError, match="is the address its /v1"):
+        served_model(f"http://127.0.0.1:{server.server_port}", None)
+    server.shutdown()
+
+
+def test_server_that_is_not_there_is_a_clear_error(questions):
+    with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*is the server up"):
+        ask_server("http://127.0.0.1:9/v1", "m", questions[:2], 5)

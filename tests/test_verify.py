@@ -1,0 +1,258 @@
+"""The gate: a server that does as the run does passes; each way to serve something else is named."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
+from typer.testing import CliRunner
+
+from data.chat import encode_prompt
+from eval.generate import generate_one
+from eval.handover import Here, There, check_first_token, check_score, check_stop
+from eval.likelihood import next_logprobs
+from eval.predict import end_tokens
+from eval.run import limit_questions
+from sft.cli import app
+from sft.load import Loaded, load_run
+from sft.model import load_base
+from sft.recipe import Model
+from tests.conftest import save_tiny, write_recipe
+from tests.fake_server import completion, serving
+
+N = 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tokenizer, questions) -> Path:
+    """A run folder with a random adapter on a random base of large logits, whose answers end within three tokens."""
+    folder = tmp_path_factory.mktemp("verify")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    base = save_tiny(config, folder / "base", tokenizer)
+    set_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    tuned = get_peft_model(model, lora)
+    path = folder / "run"
+    tuned.save_pretrained(path / "adapter")
+    tokenizer.save_pretrained(path / "adapter")
+    recipe = write_recipe(folder / "r.yaml", base, eval="{data: data/samples/squad_dev.json, max_new_tokens: 5}")
+    shutil.copy(recipe, path / "recipe.yaml")
+    third = {
+        generate_one(tuned, encode_prompt(q.prompt, tokenizer), {tokenizer.eos_token_id}, 3)[-1]
+        for q in limit_questions(questions, N)
+    }
+    settings = json.loads((base / "generation_config.json").read_text())
+    settings["eos_token_id"] = sorted(third | {tokenizer.eos_token_id})
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def served(run) -> Loaded:
+    return load_run(run)
+
+
+@pytest.fixture(scope="module")
+def in_process(run) -> Loaded:
+    return load_run(run)
+
+
+@pytest.fixture
+def engine(served, in_process, monkeypatch) -> "Engine":
+    monkeypatch.setattr("sft.verify.load_run", lambda run: in_process)
+    return Engine(served)
+
+
+class Engine:
+    """What vLLM's chat completions tell of the run's model; a test changes a part of it."""
+
+    def __init__(self, loaded: Loaded) -> None:
+        self.model, self.tokenizer = loaded.model, copy.copy(loaded.tokenizer)
+        self.stop = end_tokens(self.model, self.tokenizer)
+        self.tells = True
+
+    def __call__(self, request: dict):
+        prompt = encode_prompt(request["messages"], self.tokenizer)
+        answer = generate_one(self.model, prompt, self.stop, request["max_tokens"])
+        logprobs, ids = next_logprobs(self.model, [prompt], 4096, packed=False)[0].topk(request["top_logprobs"])
+        top = [
+            {"token": f"token_id:{i}", "logprob": p, "bytes": []}
+            for i, p in zip(ids.tolist(), logprobs.tolist(), strict=True)
+        ]
+        finish = "stop" if answer[-1] in self.stop else "length"
+        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        if not self.tells:
+            return completion(text, finish)
+        told = {"content": [{**top[0], "top_logprobs": top}]}
+        return completion(text, finish, len(answer), {"logprobs": told, "token_ids": answer}, prompt_token_ids=prompt)
+
+
+def verified(run: Path, engine: Engine, code: int, *more: str) -> tuple[dict, str]:
+    with serving(engine, "served") as url:
+        done = CliRunner().invoke(app, ["verify", str(run), url, "--n", str(N), *more], env={"COLUMNS": "160"})
+    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
+    return json.loads((run / "verify.json").read_text()), done.output
+
+
+def results(record: dict) -> dict:
+    return {name: check["passed"] for name, check in record["checks"].items()}
+
+
+def test_server_that_does_as_the_run_does_passes(run, served):
+    record, shown = verified(run, Engine(served), 0)
+    assert record["passed"]
+    assert set(results(record).values()) == {True}
+    assert record["checks"]["render"]["equal"] == record["equal_answers"] == record["prompts"] == N
+    assert record["checks"]["stop"]["equal"] > N // 2
+    assert record["checks"]["first token"]["equal_sets"] == N
+    assert record["checks"]["first token"]["mean_logprob_difference"] < 1e-3
+    assert (record["first_difference"], record["different_answers"]) == (None, [])
+    assert "passed" in shown
+    assert "FAILED" not in shown
+
+
+def test_record_can_be_printed_as_json(run, engine):
+    record, shown = verified(run, engine, 0, "--json")
+    assert json.loads(shown[shown.index("{") :]) == record
+
+
+def test_other_template_is_shown_side_by_side(run, engine):
+    engine.tokenizer.chat_template = engine.tokenizer.chat_template.replace(
+        "<|im_start|>assistant", "<|im_start|>robot"
+    )
+    record, shown = verified(run, engine, 1)
+    assert results(record)["render"] is False
+    found = record["first_difference"]
+    assert (found["check"], record["checks"]["render"]["equal"]) == ("render", 0)
+    here, there = found["prompt"]["in_process"], found["prompt"]["server"]
+    assert here["text"].endswith("<|im_start|>assistant\n")
+    assert there["text"].endswith("<|im_start|>robot\n")
+    assert engine.tokenizer.decode(here["ids"]) == "assistant\n", "ids from the first that differs"
+    assert found["id"] in shown
+    assert "<|im_start|>robot" in shown
+
+
+def test_end_token_that_the_server_does_not_know_is_found(run, engine):
+    engine.stop = {engine.tokenizer.eos_token_id}
+    record, shown = verified(run, engine, 1)
+    assert results(record)["stop"] is False
+    assert results(record)["render"] is True
+    answer = record["first_difference"]["answer"]
+    assert answer["in_process"]["ids"] == []
+    assert {row["id"] for row in record["different_answers"]} >= {record["first_difference"]["id"]}
+    assert len(answer["server"]["ids"]) > 0, "the server goes on where the run ends"
+    assert "do not" in shown
+
+
+def test_answer_that_the_server_ends_too_early_is_found(run, engine, questions, tokenizer):
+    engine.stop = {
+        generate_one(engine.model, encode_prompt(q.prompt, tokenizer), {0}, 1)[0] for q in limit_questions(questions, N)
+    }
+    assert results(verified(run, engine, 1)[0])["stop"] is False
+
+
+def test_other_model_is_found_by_its_first_tokens(run, engine):
+    engine.model.disable_adapter_layers()  # the base, as where a server forgot the adapter
+    try:
+        record, _ = verified(run, engine, 1)
+    finally:
+        engine.model.enable_adapter_layers()
+    assert results(record)["first token"] is False
+    assert results(record)["render"] is True
+
+
+def test_server_that_tells_no_ids_passes_no_check_that_needs_them(run, engine):
+    engine.tells = False
+    record, shown = verified(run, engine, 1)
+    assert results(record) == {"render": None, "stop": None, "first token": None, "score": True}
+    assert "the server returns no prompt_token_ids (vLLM does)" in shown
+
+
+def test_server_that_refuses_a_prompt_for_its_length_is_found(run, engine):
+
+    def short(request: dict):
+        if len(request["messages"][-1]["content"]) > 600:
+            return 400, {"error": {"message": "This model's maximum context length is 128 tokens."}}
+        return engine(request)
+
+    record, shown = verified(run, short, 1)
+    assert results(record)["render"] is False
+    assert "too long for the server" in shown
+
+
+def test_server_that_is_not_there_is_one_line(run):
+    done = CliRunner().invoke(app, ["verify", str(run), "http://127.0.0.1:9/v1"])
+    assert done.exit_code == 2
+    assert "is the server up" in done.output
+
+
+def test_address_that_is_none_is_one_line(run):
+    done = CliRunner().invoke(app, ["verify", str(run), str(run)])
+    assert (done.exit_code, "name the server's /v1" in done.output) == (2, True)
+
+
+def test_next_logprobs_are_those_of_each_prompt_alone(tiny, tokenizer, questions):
+    model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
+    prompts = [encode_prompt(q.prompt, tokenizer) for q in (*questions[:6], questions[0])]
+    found = next_logprobs(model, prompts, 900)
+    with torch.inference_mode():
+        alone = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts])
+    assert torch.allclose(found, alone, atol=1e-4)
+    assert torch.allclose(next_logprobs(model, prompts, 900, packed=False), alone, atol=1e-4)
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2), "else any order would do"
+
+
+def here(answer: list[int], ended: bool = True, first: list[float] = [0.0, -1.0, -9.0]) -> Here:  # noqa: B006
+    return Here([1], answer, ended, torch.tensor(first))
+
+
+def there(answer: list[int] | None, ended: bool = True, top: dict[int, float] | None = None) -> There:
+    return There([1], answer, ended, top, "")
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "passed"),
+    [
+        (here([5, 9]), there([5, 9]), True),
+        (here([5, 9]), there([5, 9], ended=False), False),  # cut by length on the very token
+        (here([5, 9]), there([5, 9, 5], ended=False), False),
+        (here([5, 6, 9]), there([5]), False),
+        (here([5, 6], ended=False), there([5, 6, 9]), False),
+        (here([5, 6, 9]), there([5, 7, 7, 7], ended=False), False),  # nothing is left that proves it
+        (here([5, 6], ended=False), there([5, 6], ended=False), False),
+    ],
+)
+def test_ends_are_compared_where_tokens_are_the_same_before(one, other, passed):
+    assert check_stop([one], [other]).passed is passed
+
+
+def test_answers_that_went_other_ways_are_counted_and_not_judged():
+    check = check_stop([here([5, 9]), here([5, 6, 9])], [there([5, 9]), there([5, 7, 7], ended=False)])
+    assert check.passed
+    assert check.numbers["diverged_and_cut"] == 1
+
+
+def test_first_token_may_differ_within_the_margin_only():
+    near, far = there([], top={1: -0.5, 0: -0.6}), there([], top={2: -0.5, 0: -0.6})
+    assert check_first_token([here([])], [near], margin=1.5).passed
+    assert not check_first_token([here([])], [near], margin=0.5).passed
+    assert not check_first_token([here([])], [far], margin=1.5).passed
+    assert not check_first_token([here([])], [there([], top={7: -0.1})]).passed, "an id that the run's vocabulary lacks"
+
+
+def test_score_must_lie_in_the_other_ones_interval():
+    def total(value: float, low: float, high: float) -> dict:
+        return {"questions": 9, "exact": value, "exact_95": [low, high]}
+
+    assert check_score(total(50, 45, 55), total(54, 52, 60)).passed
+    assert check_score(total(50, 49, 51), total(54, 48, 60)).passed
+    assert not check_score(total(50, 49, 51), total(54, 52, 60)).passed
