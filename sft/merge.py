@@ -5,7 +5,6 @@ the base's files, merged by PEFT's own layer in float32, and written into the fi
 touches is copied by the kernel. So a merge needs memory for two weights, whatever the model's size.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -13,21 +12,16 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from data.progress import Bar
-from sft.base import readable
 from sft.parity import ParityError
 from sft.shards import Shard, Stored, Tensor, read_header, shard_files, writing
+from sft.skeleton import build, fit_vocabulary, names_by_weight, put_on, quantizers, stored_weights
 
 WORKERS = 2  # one merges while the other reads or writes
-PREFIX = "base_model.model."  # of PEFT's names in front of the base's
-
-
-class CannotStream(Exception):
-    """Why this base or adapter has to be merged in memory."""
+SLICE = 2**20  # weights that are merged at once where rows can be: they stay in a core's cache
 
 
 @dataclass
@@ -86,6 +80,62 @@ class Merge:
                 _forget_merge(layer)
         return {f"{owner}.{leaf}": (before.get(leaf), value) for leaf, value in values.items()}
 
+    def by_rows(self, owner: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """The same of a layer's weight a few rows at a time, with the number of the first: PEFT merges rows of B into
+        rows of the weight. For layers that `has_rows`."""
+        layer, name = cast(Any, self.adapted[owner]), f"{owner}.weight"
+        base, up = layer.get_base_layer(), layer.lora_B[layer.active_adapter[0]]
+        kept, whole = base._parameters["weight"], up.weight
+        of = whole.shape[0]
+        step = max(1, SLICE // self.stored[name].shape[1])
+        try:
+            for first in range(0, of, step):
+                rows = range(first, min(first + step, of))
+                values = self.stored[name].read(rows)
+                base._parameters["weight"] = nn.Parameter(values.float(), requires_grad=False)
+                up.weight = nn.Parameter(whole[rows.start : rows.stop], requires_grad=False)
+                layer.merge(safe_merge=False)
+                yield first, values.to(self.dtype), base.weight.detach().to(self.dtype)
+                _forget_merge(layer)
+        finally:
+            base._parameters["weight"], up.weight = kept, whole
+            _forget_merge(layer)
+
+    def has_rows(self, owner: str) -> bool:
+        """Whether each row of a module's merged weight comes of that row alone, and the module is no more than it:
+        plain LoRA on a stored linear layer."""
+        from peft.tuners.lora.layer import Linear
+
+        layer = self.adapted[owner]
+        if type(layer) is not Linear or layer.lora_variant or layer.fan_in_fan_out or len(layer.active_adapters) > 1:
+            return False
+        name, active = f"{owner}.weight", layer.active_adapters[0]
+        plain = name not in self.replaced and name not in self.quantize and not layer.lora_bias[active]
+        return plain and self.shapes[name] == self.stored[name].shape
+
+    def result(self, owner: str | None, names: list[str]) -> dict[str, tuple[torch.Tensor | None, torch.Tensor]]:
+        """What stands in the files under the names of a group, as `merged` returns it."""
+        if owner is None:
+            return {name: (None, self._stored_as_is(name)) for name in names}
+        found = self.merged(owner)
+        return {name: found[name] for name in names}
+
+    def is_copied(self, name: str) -> bool:
+        """Whether a weight that no adapter touches stays byte for byte."""
+        stored = self.stored.get(name)
+        untouched = name not in self.replaced and name not in self.quantize
+        return untouched and stored is not None and stored.dtype == self.dtype_of(name)
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The result's: only floating-point weights are converted."""
+        stored = self.stored.get(name)
+        return stored.dtype if stored and not stored.dtype.is_floating_point else self.dtype
+
+    def _stored_as_is(self, name: str) -> torch.Tensor:
+        if self.is_copied(name):
+            return self.stored[name].read()
+        return self.before(name).to(self.dtype_of(name))
+
     def groups(self) -> Iterator[tuple[str | None, list[str]]]:
         """The names of the result's weights in the order of their files: an adapted module's together with its name,
         others by themselves."""
@@ -113,20 +163,17 @@ def read_merge(
 ) -> Merge:
     """The plan of a merge. `quantization`: merge into what is left of the weights after 4 bits, rounded from and to
     the dtype and on the device of training. Raises CannotStream, and ParityError where adapter and base don't fit."""
-    with readable(str(base)):
-        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    ties = [names for names in _names_by_weight(model).values() if len(names) > 1]
-    stored = _stored(base, model)
-    quantize = _quantizers(model, quantization, *trained) if quantization else {}
+    model = build(base)
+    ties = [names for names in names_by_weight(model).values() if len(names) > 1]
+    stored = stored_weights(base, model)
+    quantize = quantizers(model, quantization, *trained) if quantization else {}
     adapted: dict[str, nn.Module] = {}
     replaced: dict[str, torch.Tensor] = {}
     if adapter:
-        _resize(model, adapter)
+        fit_vocabulary(model, adapter)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if adapter:
-        adapted, replaced = _put_on(model, adapter)
+        adapted, replaced = put_on(model, adapter)
         for names in ties:  # what replaces one of them replaces all, unless they come apart below
             replaced |= {name: replaced[n] for n in names if n in replaced for name in names}
     merge = Merge(model, stored, adapted, replaced, dtype, quantize, shapes)
@@ -167,26 +214,25 @@ def _write_group(
     merge: Merge, shards: dict[str, Shard], owner: str | None, names: list[str]
 ) -> tuple[int, list[str]]:
     """Bytes written, and which adapted weights equal their base's."""
-    if owner is None:
-        (name,) = names
-        stored = merge.stored.get(name)
-        if stored and name not in merge.replaced and name not in merge.quantize and stored.dtype == _dtype(merge, name):
-            shards[name].copy(name, stored)
-            return stored.bytes, []
-        values = merge.before(name).to(_dtype(merge, name))
-        _check_finite(name, values)
-        shards[name].write(name, values)
-        return values.nbytes, []
-    unchanged = []
-    found = merge.merged(owner)
-    for name in names:
-        before, after = found[name]
+    if owner is None and merge.is_copied(names[0]):
+        stored = merge.stored[names[0]]
+        shards[names[0]].copy(names[0], stored)
+        return stored.bytes, []
+    if owner and names == [f"{owner}.weight"] and merge.has_rows(owner):
+        (name,), same, done = names, True, 0
+        for first, old, new in merge.by_rows(owner):
+            _check_finite(name, new)
+            same = same and torch.equal(old, new)
+            shards[name].write(name, new, first)
+            done += new.nbytes
+        return done, [name] if same else []
+    found = merge.result(owner, names)
+    for name, (_, after) in found.items():
         _check_finite(name, after)
-        if before is not None and torch.equal(before, after):
-            unchanged.append(name)
         shards[name].write(name, after)
-    changed = len(unchanged) < len(names)  # of a module's weight and bias one may stay
-    return sum(after.nbytes for _, after in found.values()), [] if changed else unchanged
+    equal = [n for n, (before, after) in found.items() if owner and before is not None and torch.equal(before, after)]
+    changed = len(equal) < len(found)  # of a module's weight and bias one may stay
+    return sum(after.nbytes for _, after in found.values()), [] if changed else equal
 
 
 def _check_finite(name: str, values: torch.Tensor) -> None:
@@ -195,120 +241,6 @@ def _check_finite(name: str, values: torch.Tensor) -> None:
             f"{name}: the merged weight holds values that are not finite in {str(values.dtype).removeprefix('torch.')}; "
             "if float16 is too narrow for it, set export.dtype to bfloat16; else the adapter or its base is broken"
         )
-
-
-def _stored(base: Path, model: PreTrainedModel) -> dict[str, Stored]:
-    """The base's weights by every name that the model has for them."""
-    found: dict[str, Stored] = {}
-    for file in shard_files(base):
-        if not file.is_file():
-            raise CannotStream(f"{file.name} is not there")
-        try:
-            found |= read_header(file)
-        except KeyError as error:
-            raise CannotStream(f"{file.name} holds a dtype {error} that is not merged") from error
-    by_weight = _names_by_weight(model)
-    names = {name for group in by_weight.values() for name in group}
-    if strange := sorted(found.keys() - names):
-        raise CannotStream(f"transformers loads {strange[0]} under another name ({len(strange)} such weights)")
-    for group in by_weight.values():
-        there = [name for name in group if name in found]
-        if len(there) != 1 and len(group) > 1:
-            raise CannotStream(f"of the tied {' and '.join(group)} {len(there)} are stored")
-        if not there:
-            raise CannotStream(f"{group[0]} is not stored")
-        found |= {name: found[there[0]] for name in group if name not in found}
-    for name, stored in found.items():
-        wanted = tuple(model.get_parameter_or_buffer(name).shape)
-        if stored.shape != wanted:
-            raise CannotStream(f"{name} is stored as {stored.shape}, and the model has {wanted}")
-    return found
-
-
-def _names_by_weight(model: nn.Module) -> dict[int, list[str]]:
-    """Names in the state dict that stand for one weight."""
-    groups: dict[int, list[str]] = {}
-    for name, value in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(value), []).append(name)
-    return groups
-
-
-def _resize(model: PreTrainedModel, adapter: Path) -> None:
-    """As many rows of the embedding as the adapter was trained with, where its tensors tell."""
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    with readable(str(adapter)), safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        whole = PREFIX + embedding + ".weight"
-        rows = file.get_slice(whole).get_shape()[0] if whole in file.keys() else None  # noqa: SIM118: no mapping
-    if rows and rows != model.get_input_embeddings().weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-
-
-def _put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
-    """PEFT's layers in place of the model's, with the adapter's values, and the base's weights that came along.
-    Raises ParityError unless each tensor of the adapter has its place and each place its tensor."""
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.tuners.lora.layer import ParamWrapper
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    empty = _without_memory(model)
-    with readable(str(adapter)):
-        tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            there = set(file.keys())
-    adapted: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, adapted):
-            if isinstance(module, ParamWrapper):
-                raise CannotStream(f"{name} is a parameter with an adapter, no layer")
-            adapted[name] = module
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    replaced = {
-        _original(name): value.detach()
-        for name, value in tensors.items()
-        if _is_base(name, adapted) and not value.is_meta and value.data_ptr() != empty.data_ptr()
-    }
-    wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    came_along = {PREFIX + name for name in replaced}
-    if strange := sorted(there - wanted - came_along):
-        raise ParityError(
-            f"{adapter}: {strange[0]} has no place in the base ({len(strange)} such tensors); it is an adapter of "
-            "another base"
-        )
-    if missing := sorted(wanted - there):
-        raise ParityError(f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer's adapter is gone")
-    if built := [n for n, v in tensors.items() if v.is_meta and not _is_base(n, adapted)]:
-        raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
-    return adapted, replaced
-
-
-def _without_memory(model: nn.Module) -> torch.Tensor:
-    """Let each weight be one number seen at every place (stride 0), the returned one: with weights on the meta device
-    PEFT would move the adapter there too."""
-    number = torch.zeros(())
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for leaf, parameter in module._parameters.items():
-            if parameter is not None:
-                empty = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
-                module._parameters[leaf] = made.setdefault(id(parameter), empty)
-    return number
-
-
-def _inside(name: str, adapted: dict[str, nn.Module]) -> bool:
-    return any(name.startswith(f"{owner}.") for owner in adapted)
-
-
-def _is_base(name: str, adapted: dict[str, nn.Module]) -> bool:
-    """Whether a parameter is the base's own, not the adapter's."""
-    return not _inside(name, adapted) or ".base_layer." in name or ".original_module." in name
-
-
-def _original(name: str) -> str:
-    """The name that a base's parameter had before PEFT wrapped its module."""
-    for wrapper in (".token_adapter", ".base_layer", ".original_module"):
-        name = name.replace(wrapper, "")
-    return name
 
 
 def _base_layer(layer: Any) -> nn.Module:
@@ -334,15 +266,10 @@ def _come_apart(merge: Merge, names: list[str]) -> bool:
     return not all(torch.equal(first, other) for other in others)
 
 
-def _dtype(merge: Merge, name: str) -> torch.dtype:
-    stored = merge.stored.get(name)
-    return stored.dtype if stored and not stored.dtype.is_floating_point else merge.dtype
-
-
 def _layout(merge: Merge, base: Path, untied: list[list[str]]) -> dict[str, dict[str, Tensor]]:
     """The base's files with the result's tensors; weights that came apart follow in the last file."""
     layout = {
-        file.name: {name: Tensor(_dtype(merge, name), merge.shapes[name]) for name in read_header(file)}
+        file.name: {name: Tensor(merge.dtype_of(name), merge.shapes[name]) for name in read_header(file)}
         for file in shard_files(base)
     }
     written = {name for tensors in layout.values() for name in tensors}
@@ -352,27 +279,3 @@ def _layout(merge: Merge, base: Path, untied: list[list[str]]) -> dict[str, dict
     return layout
 
 
-def _quantizers(
-    model: PreTrainedModel, quantization: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device
-) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """For each weight that bitsandbytes packs into 4 bits, what is left of it, as transformers packs and unpacks it."""
-    import bitsandbytes as bnb
-    from transformers.integrations.bitsandbytes import dequantize_bnb_weight, replace_with_bnb_linear
-    from transformers.quantizers.base import HfQuantizer
-
-    packed = copy.deepcopy(model)
-    kept = HfQuantizer.get_modules_to_not_convert(packed, None, packed._keep_in_fp32_modules)
-    packed = replace_with_bnb_linear(packed, modules_to_not_convert=kept, quantization_config=quantization)
-
-    def rounding(options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
-        def through_4_bits(values: torch.Tensor) -> torch.Tensor:
-            weight = bnb.nn.Params4bit(values.to(dtype), requires_grad=False, **options).to(device)
-            return dequantize_bnb_weight(weight).to(dtype).float().cpu()
-
-        return through_4_bits
-
-    return {
-        f"{name}.weight": rounding(module.weight.__dict__)
-        for name, module in packed.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit)
-    }

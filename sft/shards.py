@@ -50,17 +50,19 @@ class Stored(Tensor):
     file: Path
     start: int
 
-    def read(self) -> torch.Tensor:
-        """The values, by plain reads: mapped pages would count as memory of this process."""
-        raw = torch.empty(self.bytes, dtype=torch.uint8)
-        view, done = memoryview(raw.numpy()), 0
+    def read(self, rows: range | None = None) -> torch.Tensor:
+        """The values, or some rows, by plain reads: mapped pages would count as memory of this process."""
+        shape = self.shape if rows is None else (len(rows), *self.shape[1:])
+        start = self.start if rows is None else self.start + rows.start * (self.bytes // self.shape[0])
+        values = torch.empty(shape, dtype=self.dtype)
+        view, done = memoryview(values.flatten().view(torch.uint8).numpy()), 0
         with self.file.open("rb", buffering=0) as file:
-            while done < self.bytes:  # one call reads at most 2 GiB
-                count = os.preadv(file.fileno(), [view[done:]], self.start + done)
+            while done < len(view):  # one call reads at most 2 GiB
+                count = os.preadv(file.fileno(), [view[done:]], start + done)
                 if not count:
                     raise OSError(f"{self.file} ends in the middle of a tensor")
                 done += count
-        return raw.view(self.dtype).view(self.shape)
+        return values
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -110,9 +112,11 @@ class Shard:
         os.posix_fallocate(self.descriptor, 0, self.start + end)  # a full disk is found now, not after an hour
         _write(self.descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
 
-    def write(self, name: str, values: torch.Tensor) -> None:
+    def write(self, name: str, values: torch.Tensor, row: int = 0) -> None:
+        """Whole, or rows of a tensor from `row` on."""
         view = memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
-        _write(self.descriptor, view, self.start + self.offsets[name])
+        skipped = row * (len(view) // len(values)) if row else 0
+        _write(self.descriptor, view, self.start + self.offsets[name] + skipped)
 
     def copy(self, name: str, stored: Stored) -> None:
         """Byte for byte; the kernel does it where it can, and file systems that share blocks share them."""
