@@ -64,14 +64,26 @@ def export_command(
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Write it even below the threshold.")
     ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Prove a finished export anew; nothing is written.")] = False,
+    parity: Annotated[bool, typer.Option(help="Off: load no model, for one larger than memory.")] = True,
+    others: Annotated[list[Path] | None, typer.Option("--with", help="A run to combine with; several may be.")] = None,
+    method: Annotated[str, typer.Option("--combine", help="linear, ties, dare_linear, ...: see PEFT.")] = "linear",
+    weights: Annotated[str, typer.Option(help="Of the runs, RUN first: 0.5,0.5; default: equal ones.")] = "",
+    density: Annotated[float | None, typer.Option(min=0, max=1, help="Share of values that ties, dare keep.")] = None,
 ) -> None:
     """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
-    from sft.export import export
+    from sft.combine import combination_of
+    from sft.export import check_export, export
 
     folder = out or run / "export"
-    parity = export(run, folder, data, allow_mismatch)
-    print(json.dumps(parity, indent=2))
-    print(f"exported to {folder}\nnext: graft serve {folder}")
+    if check:
+        print(json.dumps(check_export(run, folder, data), indent=2))
+        print(f"{folder}: weights, template, stops and answers are those of {run}")
+        return
+    combination = combination_of([run, *others], method, weights, density) if others else None
+    record = export(run, folder, data, allow_mismatch, parity, combination)
+    print(json.dumps(record, indent=2))
+    print(f"{record['reason']}\nexported to {folder}\nnext: graft serve {folder}")
 
 
 @app.command()

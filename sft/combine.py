@@ -12,7 +12,6 @@ from typing import Any
 from transformers import set_seed
 
 from sft.base import readable
-from sft.proof import adapter_sha256, check_origin
 from sft.run import RunError
 from sft.skeleton import build, without_memory
 
@@ -49,6 +48,15 @@ class Combination:
     def record(self) -> dict[str, Any]:
         runs = [run.name for run in self.runs]
         return {"runs": runs, "method": self.method, "weights": list(self.weights), "density": self.density}
+
+
+def combination_of(runs: Sequence[Path], method: str, weights: str, density: float | None) -> Combination:
+    """As a user writes it: weights with commas between, none for equal ones that sum to 1."""
+    try:
+        numbers = [float(w) for w in weights.split(",")] if weights else [1 / len(runs)] * len(runs)
+    except ValueError as error:
+        raise RunError(f"--weights {weights}: write numbers with commas between, for example 0.5,0.5") from error
+    return Combination(runs, method, numbers, density)
 
 
 def combine(combination: Combination, base: Path, adapters: Sequence[Path], folder: Path, seed: int) -> None:

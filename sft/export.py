@@ -3,46 +3,31 @@
 graft export RUN [--out DIR] [--check]
 """
 
+import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.chat import Example
-from data.store import text_sha256
+from data.conversation import Conversation
 from eval.run import limit_questions
 from eval.tasks import read_conversations
-from sft.base import readable, resolve_base
+from sft.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
 from sft.card import export_card
-from sft.combine import Combination, combine, parts
+from sft.combine import Combination, combine
 from sft.examples import encode_held_out, held_out_conversations, with_split
 from sft.load import adapter_folder, load_plain, load_run, run_recipe
-from sft.merge import CannotStream, Merge, read_merge, write_merge
-from sft.model import bitsandbytes_config, compute_dtype, default_device, is_quantized, load_base
+from sft.model import compute_dtype, default_device
 from sft.parity import ParityError, Trace, compare, trace
-from sft.proof import PARITY, adapter_sha256, check_origin, end_ids, generation_config, text_faults, weight_faults
+from sft.proof import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
 from sft.recipe import Recipe, Source
 from sft.run import RunError, check_writable, write_json
-from sft.skeleton import hub_folder
-
-TRAINED = {"dequantized": "dequantized, as trained", "original": "original", "whole": "trained as a whole: no merge"}
-
-
-@dataclass(frozen=True)
-class Made:
-    """What is exported: the folder of the base's weights, the adapter (none where all weights were trained), and the
-    run's folder with its tokenizer."""
-
-    recipe: Recipe
-    base: Path
-    adapter: Path | None
-    tokenizer: Path
+from sft.skeleton import CannotStream, base_folder
 
 
 def export(
@@ -54,107 +39,206 @@ def export(
     combination: Combination | None = None,
 ) -> dict[str, Any]:
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. With
-    `measure` off no model is loaded, for one that is larger than memory: only its files are checked."""
-    made = _made(run)
+    `measure` off no model is loaded, for one that is larger than memory: only its weights are checked."""
+    trained = read_trained(run)
     check_writable(out, "--out")
-    if out.exists() and any(out.iterdir()):
+    out = out.resolve()
+    if out.exists() and any(path.name != _aside_name(out) for path in out.iterdir()):
         raise RunError(f"{out} is not empty; name another folder with --out")
-    origin = check_origin(run, made.recipe, made.adapter)
-    with _aside(out.resolve()) as aside:
+    if len(base_names(trained)) > 1 and not measure:
+        raise RunError("export.base: auto is decided by measuring; set it to dequantized, or leave out --no-parity")
+    origin = check_origin(run, trained.recipe, trained.adapter)
+    with _aside(out) as aside:
         if combination:
-            made = _combined(run, made, combination, aside / "adapter")
-        examples, too_long = held_out(run, made, data) if measure else ([], 0)
-        before = _adapter_traces(run, made, examples) if measure else []
-        tried: dict[str, dict[str, Any]] = {}
-        for base in _candidates(made):
-            folder = aside / base
-            folder.mkdir()
-            facts = _write(made, base, folder)
-            unchanged = facts["merge"].pop("unchanged")
-            if made.adapter and len(unchanged) == facts["merge"]["adapted"]:
-                raise ParityError(
-                    f"{made.adapter}: the merged model equals its base in {made.recipe.export.dtype}; nothing was learnt"
-                )
-            if unchanged and not allow_mismatch:
-                raise ParityError(
-                    f"{made.adapter}: {len(unchanged)} of {facts['merge']['adapted']} adapted weights equal their base in "
-                    f"{made.recipe.export.dtype}, first {unchanged[0]}; set export.dtype: float32, or pass "
-                    "--allow-mismatch"
-                )
-            if faults := list(text_faults(run, made.tokenizer, made.base, folder)):
-                raise ParityError(f"{run}: {faults[0]}; nothing was written")
-            facts["merge"]["unchanged"] = unchanged
-            tried[base] = facts | (_measured(made, before, folder, examples) if measure else {})
-        best = min(tried, key=lambda base: tried[base].get("mean_kl_nats", 0.0))
+            trained = _combined(combination, trained, aside / "adapter")
+        examples, too_long = _held_out(run, trained, data) if measure else ([], 0)
+        before = _adapter_traces(trained, examples, "adapter on base") if measure else []
+        tried = {}
+        for base in base_names(trained):
+            made = write_candidate(trained, base, aside / base, allow_mismatch)
+            measured = compare(before, _export_traces(trained, examples, aside / base)) if measure else {}
+            tried[base] = measured | {"merge": made}
+        best = min(tried, key=lambda base: tried[base].get("mean_kl_nats", 0.0))  # of equals the first: as trained
+        folder = aside / best
         parity = {
             "run": run.name,
-            "base": TRAINED[best],
+            "base": CANDIDATES[best],
             "reason": _reason(tried, best),
-            "dtype": made.recipe.export.dtype,
+            "dtype": trained.recipe.export.dtype,
             "measured": measure,
             "held_out_examples": len(examples),
             "held_out_too_long": too_long,
             **tried[best],
-            "min_agreement": made.recipe.export.min_agreement,
-            "candidates": {TRAINED[base]: facts for base, facts in tried.items()} if len(tried) > 1 else {},
+            "min_agreement": trained.recipe.export.min_agreement,
+            "candidates": {CANDIDATES[base]: facts for base, facts in tried.items()},
             "base_sha256": origin,
-            **({"adapter_sha256": adapter_sha256(made.adapter)} if made.adapter else {}),
+            "adapter_sha256": adapter_sha256(trained.adapter) if trained.adapter else None,
         }
         if combination:
             parity["combination"] = combination.record()
             if measure:
-                parity["against"] = _against(combination, made, examples, aside / best)
-        if measure and parity["answer_argmax_agreement"] < parity["min_agreement"] and not allow_mismatch:
-            raise ParityError(
-                f"merged and adapter agree on {parity['answer_argmax_agreement']:.2%} of the answer tokens, less than "
-                f"export.min_agreement {parity['min_agreement']:.2%}; nothing was written. Set export.base to the "
-                "other base, export.dtype: float32, or pass --allow-mismatch"
-            )
-        folder = aside / best
+                parity["against"] = _against(combination, examples, trained, folder)
+        if measure and not allow_mismatch:
+            _check_agreement(parity, trained.recipe)
         if combination:
             (aside / "adapter").rename(folder / "adapter")
         write_json(folder / PARITY, parity)
-        (folder / "README.md").write_text(export_card(run, made.recipe, made.base, parity), encoding="utf-8")
-        _publish(folder, out.resolve())
+        (folder / "README.md").write_text(export_card(run, trained.recipe, trained.base, parity), encoding="utf-8")
+        _publish(folder, out)
     return parity
 
 
 def check_export(run: Path, out: Path, data: str | None = None) -> dict[str, Any]:
-    """Prove an export anew, against its run; nothing is written. Raises ParityError with a line for each fault."""
-    if not (out / PARITY).is_file():
-        raise RunError(f"{out}: holds no {PARITY}, so it is no finished export; name one with --out")
-    with readable(str(out / PARITY)):
-        parity = read_parity(out)
-    made = _made(run)
-    combined = out / "adapter"
-    if "combination" in parity:
-        made = Made(made.recipe, made.base, combined, made.tokenizer)
-    else:
-        check_origin(run, made.recipe, made.adapter)
-    base = next((name for name, told in TRAINED.items() if told == parity["base"]), None)
+    """Prove an export anew against its run; nothing is written. Raises ParityError with a line for each fault."""
+    parity, trained = read_parity(out), read_trained(run)
+    base = next((name for name, told in CANDIDATES.items() if told == parity["base"]), None)
     if base is None:
-        raise RunError(f"{out / PARITY}: base {parity['base']!r} is none of {', '.join(TRAINED.values())}")
-    recipe = made.recipe.model_copy(
-        update={"export": made.recipe.export.model_copy(update={"dtype": parity["dtype"]})}
-    )
-    made = Made(recipe, made.base, made.adapter, made.tokenizer)
+        raise RunError(f"{out / PARITY}: base {parity['base']!r} is none of {', '.join(CANDIDATES.values())}")
+    check_origin(run, trained.recipe, trained.adapter)
+    settings = trained.recipe.export.model_copy(update={"dtype": parity["dtype"]})
+    trained = dataclasses.replace(trained, recipe=trained.recipe.model_copy(update={"export": settings}))
+    if "combination" in parity:
+        trained = dataclasses.replace(trained, adapter=out / "adapter")
     faults = []
-    if made.adapter and adapter_sha256(made.adapter) != parity.get("adapter_sha256"):
-        faults.append(f"{made.adapter} is not the adapter that was merged: its sha256 has changed since")
-    faults += text_faults(run, made.tokenizer, made.base, out)
+    if trained.adapter and adapter_sha256(trained.adapter) != parity["adapter_sha256"]:
+        faults.append(f"{trained.adapter} is not the adapter that was merged: its sha256 is another now")
+    faults += text_faults(run, trained.weights, trained.base, out)
     try:
-        faults += weight_faults(_plan(made, base), out)
+        faults += weight_faults(plan(trained, base), out)
     except CannotStream as reason:
-        print(f"the weights are not compared one by one, only by what they answer: {reason}", flush=True)
+        print(f"weights are not compared one by one, only by what they answer: {reason}", flush=True)
     if faults:
-        raise ParityError(f"{out} is not what {run} was trained to be:\n" + "\n".join(f"- {f}" for f in faults))
-    examples, too_long = held_out(run, made, data)
-    result = _measured(made, _adapter_traces(run, made, examples), out, examples)
-    if result["answer_argmax_agreement"] < recipe.export.min_agreement and not parity["answer_argmax_agreement"] == (
-        result["answer_argmax_agreement"]
-    ):
+        raise ParityError(f"{out} is not the export of {run}:\n" + "\n".join(f"- {fault}" for fault in faults))
+    examples, _ = _held_out(run, trained, data)
+    found = compare(_adapter_traces(trained, examples, "adapter on base"), _export_traces(trained, examples, out))
+    _check_agreement(found, trained.recipe)
+    return {"run": run.name, "export": str(out), "faults": 0, **found}
+
+
+def read_trained(run: Path) -> Trained:
+    """What a run trained. On a CPU it is measured in float32, whatever the run computed in: bfloat16 rounds activations
+    as coarsely as weights, so that near ties would flip on both sides, merged right or not."""
+    recipe = run_recipe(run)
+    if default_device().type == "cpu":
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+    if (run / "model").is_dir():
+        return Trained(run, recipe, run / "model", None, run / "model")
+    adapter = adapter_folder(run)
+    return Trained(run, recipe, base_folder(recipe.model), adapter, adapter)
+
+
+def _held_out(run: Path, trained: Trained, data: str | None) -> tuple[list[Example], int]:
+    recipe = trained.recipe
+    conversations: Sequence[Conversation]
+    if data:
+        conversations = read_conversations(recipe.task, data, with_split(Source(path=data), "validation").split)
+    else:
+        conversations = held_out_conversations(recipe)
+    if not conversations:
+        raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(trained.weights, trust_remote_code=False)
+    return encode_held_out(limit_questions(conversations, recipe.export.prompts), tokenizer, recipe.data.max_length)
+
+
+def _adapter_traces(trained: Trained, examples: Sequence[Example], name: str) -> list[Trace]:
+    """Of the adapter on the base of training, which is gone from memory afterwards."""
+    return trace(load_run(trained.run, trained.recipe.model.dtype, trained.adapter).model, examples, name)
+
+
+def _export_traces(trained: Trained, examples: Sequence[Example], folder: Path) -> list[Trace]:
+    """In the same compute dtype: only the weights' rounding differs."""
+    return trace(load_plain(folder, compute_dtype(trained.recipe.model, default_device())), examples, "merged model")
+
+
+def _combined(combination: Combination, trained: Trained, folder: Path) -> Trained:
+    """The first run, with the adapter of all. Raises ParityError where bases differ, RunError where templates do."""
+    adapters = []
+    for run in combination.runs:
+        other = read_trained(run)
+        if trained.adapter is None or other.adapter is None:
+            raise RunError(f"{run}: --combine takes runs with adapters, not whole models")
+        if check_origin(run, other.recipe, other.adapter) != check_origin(trained.run, trained.recipe, trained.adapter):
+            raise ParityError(f"{run} and {trained.run} have different bases; only adapters of one can be combined")
+        if other.recipe.model.quantization != trained.recipe.model.quantization:
+            raise ParityError(f"{run} and {trained.run} have different model.quantization; what they see differs")
+        if fault := next(text_faults(trained.run, trained.weights, trained.base, other.weights, stops=False), None):
+            raise RunError(f"{run} and {trained.run}: {fault}")
+        adapters.append(other.adapter)
+    combine(combination, trained.base, adapters, folder, trained.recipe.train.seed)
+    return dataclasses.replace(trained, adapter=folder)
+
+
+def _against(
+    combination: Combination, examples: Sequence[Example], trained: Trained, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """How far the combined model is from each run that it was made of."""
+    after = _export_traces(trained, examples, folder)
+    runs = [read_trained(run) for run in combination.runs]
+    return {run.run.name: compare(_adapter_traces(run, examples, run.run.name), after) for run in runs}
+
+
+def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
+    """The sentence that says which base was chosen, and why."""
+    if len(tried) == 1:
+        return f"{CANDIDATES[best]}: the only candidate"
+    told = [
+        f"{CANDIDATES[base]}: mean KL {facts['mean_kl_nats']:.2e} nats, largest logit difference "
+        f"{facts['max_logit_difference']:.3g}, {facts['answer_argmax_agreement']:.2%} of answer tokens agree, "
+        f"{facts['teacher_forced_exact']['merged']:.1%} of gold answers likeliest token by token"
+        for base, facts in tried.items()
+    ]
+    adapter = tried[best]["teacher_forced_exact"]["adapter"]
+    return (
+        f"{CANDIDATES[best]} is written, because its answers diverge least from those of the adapter on the base of "
+        f"training ({'; '.join(told)}; adapter {adapter:.1%})"
+    )
+
+
+def _check_agreement(found: dict[str, Any], recipe: Recipe) -> None:
+    agreement, least = found["answer_argmax_agreement"], recipe.export.min_agreement
+    if agreement < least:
         raise ParityError(
-            f"{out} and the adapter agree on {result['answer_argmax_agreement']:.2%} of the answer tokens, less than "
-            f"export.min_agreement {recipe.export.min_agreement:.2%}"
+            f"merged and adapter agree on {agreement:.2%} of the answer tokens, less than export.min_agreement "
+            f"{least:.2%}; nothing was written. Set export.base to the other base, export.dtype: float32, or pass "
+            "--allow-mismatch"
         )
-    return {"run": run.name, "export": str(out), "faults": 0, "held_out_too_long": too_long, **result}
+
+
+def _aside_name(out: Path) -> str:
+    return f".{out.name}.new"
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder on the same disk, gone at the end: inside an empty folder that is there, which may be a mount or the
+    current one; beside one to be made."""
+    aside = (out if out.is_dir() else out.parent) / _aside_name(out)
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """All files on the disk, then the name. In a folder that is there config.json comes last: without it nothing loads
+    the model."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(file)
+    _sync(folder)
+    if out.is_dir():
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            file.rename(out / file.name)
+        _sync(out)
+    else:
+        folder.rename(out)
+    _sync(out.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

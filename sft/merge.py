@@ -73,12 +73,12 @@ class Merge:
             else:
                 layer.merge(safe_merge=False)
                 result = layer.get_base_layer()
-            values = {leaf: value.detach().to(self.dtype) for leaf, value in result.state_dict().items()}
+            after = {leaf: value.detach().to(self.dtype) for leaf, value in result.state_dict().items()}
         finally:
             if base is not None:
                 base._parameters.update(kept)
                 _forget_merge(layer)
-        return {f"{owner}.{leaf}": (before.get(leaf), value) for leaf, value in values.items()}
+        return {f"{owner}.{leaf}": (before.get(leaf), value) for leaf, value in after.items()}
 
     def by_rows(self, owner: str) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
         """The same of a layer's weight a few rows at a time, with the number of the first: PEFT merges rows of B into
@@ -210,9 +210,7 @@ def write_merge(merge: Merge, folder: Path) -> dict[str, Any]:
     return {"adapted": adapted, "other": sum(map(len, merge.layout.values())) - adapted, "unchanged": unchanged}
 
 
-def _write_group(
-    merge: Merge, shards: dict[str, Shard], owner: str | None, names: list[str]
-) -> tuple[int, list[str]]:
+def _write_group(merge: Merge, shards: dict[str, Shard], owner: str | None, names: list[str]) -> tuple[int, list[str]]:
     """Bytes written, and which adapted weights equal their base's."""
     if owner is None and merge.is_copied(names[0]):
         stored = merge.stored[names[0]]
@@ -238,7 +236,7 @@ def _write_group(
 def _check_finite(name: str, values: torch.Tensor) -> None:
     if values.is_floating_point() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
         raise ParityError(
-            f"{name}: the merged weight holds values that are not finite in {str(values.dtype).removeprefix('torch.')}; "
+            f"{name}: the merged weight is not finite in {str(values.dtype).removeprefix('torch.')}; "
             "if float16 is too narrow for it, set export.dtype to bfloat16; else the adapter or its base is broken"
         )
 
@@ -277,5 +275,3 @@ def _layout(merge: Merge, base: Path, untied: list[list[str]]) -> dict[str, dict
     for name in (name for names in untied for name in names if name not in written):
         last[name] = Tensor(merge.dtype, merge.shapes[name])
     return layout
-
-

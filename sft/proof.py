@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from data.chat import end_of_turn
 from data.progress import track
 from data.store import file_sha256, text_sha256
-from data.chat import end_of_turn
 from sft.base import readable, resolve_base
 from sft.merge import Merge
 from sft.parity import ParityError
@@ -70,7 +70,15 @@ def generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 
-def text_faults(run: Path, weights: Path, base: Path, folder: Path) -> Iterator[str]:
+def read_parity(out: Path) -> dict[str, Any]:
+    """The record of an export. Raises RunError where the folder is none."""
+    record = _read(out / PARITY)
+    if not record or not record.keys() >= {"base", "dtype", "adapter_sha256"}:
+        raise RunError(f"{out}: holds no {PARITY} of a finished export; name one with --out, or export anew")
+    return record
+
+
+def text_faults(run: Path, weights: Path, base: Path, folder: Path, stops: bool = True) -> Iterator[str]:
     """What of a written model's chat template, tokens and stops is not that of the run, a line each."""
     with readable(str(folder)):
         ours = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
@@ -87,10 +95,9 @@ def text_faults(run: Path, weights: Path, base: Path, folder: Path) -> Iterator[
         was, is_now = ours.special_tokens_map.get(kind), theirs.special_tokens_map.get(kind)
         if was != is_now:
             yield f"the tokenizer's {kind} is {is_now}, the run's is {was}"
-    listed = generation_config(folder).eos_token_id
-    stops = sorted(listed) if isinstance(listed, list) else [listed]
-    if stops != (wanted := end_ids(base, ours)):
-        yield f"generation_config.json stops at EOS {stops}, training taught to stop at {wanted}"
+    listed = generation_config(folder).eos_token_id if stops else None
+    if stops and (found := sorted(listed) if isinstance(listed, list) else [listed]) != (wanted := end_ids(base, ours)):
+        yield f"generation_config.json stops at EOS {found}, training taught to stop at {wanted}"
 
 
 def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
@@ -101,7 +108,8 @@ def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
     groups = list(merge.groups())
     wanted = {name for _, names in groups for name in names}
     if odd := sorted(wanted ^ there.keys()):
-        yield f"{odd[0]} is {'missing' if odd[0] in wanted else 'no weight of the merged model'} ({len(odd)} such weights)"
+        kind = "missing" if odd[0] in wanted else "no weight of the merged model"
+        yield f"{odd[0]} is {kind} ({len(odd)} such weights)"
     adapted = at_base = 0
     faults = []
     for owner, names in track(groups, "check the weights"):

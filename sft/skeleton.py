@@ -10,15 +10,35 @@ from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from sft.base import readable
+from sft.base import readable, resolve_base
 from sft.parity import ParityError
-from sft.shards import Stored, read_header, shard_files
+from sft.recipe import Model, is_hub_id
+from sft.shards import INDEX, SINGLE, Stored, read_header, shard_files
 
 PREFIX = "base_model.model."  # of PEFT's names in front of the base's
 
 
 class CannotStream(Exception):
     """Why this base or adapter has to be merged in memory."""
+
+
+def base_folder(model: Model) -> Path:
+    """The folder of a base's configuration and weights; those of a Hub id are fetched, or found in the hub's cache."""
+    name = resolve_base(model.base)
+    if not is_hub_id(name):
+        return Path(name)
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    options: dict[str, Any] = {"revision": model.revision}
+    with readable(f"model.base: {name}"):
+        config = cached_file(name, "config.json", **options)
+        cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
+        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **options)
+        if index:
+            get_checkpoint_shard_files(name, index, **options)
+        else:
+            cached_file(name, SINGLE, _raise_exceptions_for_missing_entries=False, **options)
+    return Path(config).parent
 
 
 def build(base: Path) -> PreTrainedModel:
@@ -66,7 +86,7 @@ def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
 
 
 def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
-    """As many rows of the embedding as the adapter was trained with, where its tensors tell."""
+    """As many rows of the embedding as the adapter was trained with, where it holds the whole embedding."""
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     with readable(str(adapter)), safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         whole = PREFIX + embedding + ".weight"
@@ -77,7 +97,7 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
 
 def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
     """PEFT's layers in place of the model's, with the adapter's values, and the base's weights that came along.
-    Raises ParityError unless each tensor of the adapter has its place and each place its tensor."""
+    Raises CannotStream, and ParityError unless each tensor of the adapter has its place and each place its tensor."""
     from peft import PeftModel, get_peft_model_state_dict
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -96,7 +116,7 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
             adapted[name] = module
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     replaced = {
-        _original(name): value.detach()
+        original_name(name): value.detach()
         for name, value in tensors.items()
         if _is_base(name, adapted) and not value.is_meta and value.data_ptr() != empty.data_ptr()
     }
@@ -108,7 +128,9 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
             "another base"
         )
     if missing := sorted(wanted - there):
-        raise ParityError(f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer's adapter is gone")
+        raise ParityError(
+            f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer's adapter is gone"
+        )
     if built := [n for n, v in tensors.items() if v.is_meta and not _is_base(n, adapted)]:
         raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
     return adapted, replaced
@@ -136,7 +158,7 @@ def _is_base(name: str, adapted: dict[str, nn.Module]) -> bool:
     return not _inside(name, adapted) or ".base_layer." in name or ".original_module." in name
 
 
-def _original(name: str) -> str:
+def original_name(name: str) -> str:
     """The name that a base's parameter had before PEFT wrapped its module."""
     for wrapper in (".token_adapter", ".base_layer", ".original_module"):
         name = name.replace(wrapper, "")
