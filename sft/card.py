@@ -14,7 +14,11 @@ def export_card(run: Path, recipe: Recipe, base: Path, parity: dict[str, Any]) -
     """Markdown with the Hub's front matter."""
     facts = json.loads((run / "manifest.json").read_text())
     licence = licence_of(base)
-    front = {"base_model": recipe.model.base, "license": licence or "unknown", "library_name": "transformers"}
+    front: dict[str, Any] = {
+        "base_model": recipe.model.base,
+        "license": licence or "unknown",
+        "library_name": "transformers",
+    }
     front |= {"pipeline_tag": "text-generation", "tags": ["graft", recipe.tune.method, "sft"]}
     data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
     return f"""---

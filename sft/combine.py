@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import set_seed
 
@@ -79,7 +79,7 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
         raise RunError(f"{combination.runs[0]}: PEFT combines LoRA adapters, not {type(tuned.base_model).__name__}")
     options = {} if combination.density is None else {"density": combination.density}
     try:
-        tuned.base_model.add_weighted_adapter(
+        cast(Any, tuned.base_model).add_weighted_adapter(
             names, list(combination.weights), "combined", combination_type=combination.method, **options
         )
     except ValueError as error:

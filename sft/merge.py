@@ -41,7 +41,7 @@ class Merge:
     def before(self, name: str) -> torch.Tensor:
         """The base's weight as training saw it, in float32."""
         if name in self.replaced:
-            return self.replaced[name].float()
+            return self.replaced[name].to(torch.float32, copy=True)
         stored = self.stored[name]
         if stored.shape != self.shapes[name]:
             raise ParityError(
@@ -65,7 +65,7 @@ class Merge:
                     if parameter is None:
                         continue
                     values = self.before(f"{owner}.{leaf}")
-                    before[leaf] = values.to(self.dtype)
+                    before[leaf] = values.to(self.dtype, copy=True)  # PEFT adds in place
                     base._parameters[leaf] = nn.Parameter(values, requires_grad=False)
             # not safe_merge: it copies the weight to be able to go back; the result is checked below
             if hasattr(layer, "unload_and_optionally_merge_module"):
@@ -92,7 +92,7 @@ class Merge:
             for first in range(0, of, step):
                 rows = range(first, min(first + step, of))
                 values = self.stored[name].read(rows)
-                base._parameters["weight"] = nn.Parameter(values.float(), requires_grad=False)
+                base._parameters["weight"] = nn.Parameter(values.to(torch.float32, copy=True), requires_grad=False)
                 up.weight = nn.Parameter(whole[rows.start : rows.stop], requires_grad=False)
                 layer.merge(safe_merge=False)
                 yield first, values.to(self.dtype), base.weight.detach().to(self.dtype)

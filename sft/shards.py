@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -55,7 +56,7 @@ class Stored(Tensor):
         shape = self.shape if rows is None else (len(rows), *self.shape[1:])
         start = self.start if rows is None else self.start + rows.start * (self.bytes // self.shape[0])
         values = torch.empty(shape, dtype=self.dtype)
-        view, done = memoryview(values.flatten().view(torch.uint8).numpy()), 0
+        view, done = _bytes_of(values), 0
         with self.file.open("rb", buffering=0) as file:
             while done < len(view):  # one call reads at most 2 GiB
                 count = os.preadv(file.fileno(), [view[done:]], start + done)
@@ -114,7 +115,7 @@ class Shard:
 
     def write(self, name: str, values: torch.Tensor, row: int = 0) -> None:
         """Whole, or rows of a tensor from `row` on."""
-        view = memoryview(values.contiguous().flatten().view(torch.uint8).numpy())
+        view = _bytes_of(values)
         skipped = row * (len(view) // len(values)) if row else 0
         _write(self.descriptor, view, self.start + self.offsets[name] + skipped)
 
@@ -161,6 +162,11 @@ def writing(folder: Path, layout: Mapping[str, Mapping[str, Tensor]]) -> Iterato
     finally:
         for shard in shards.values():
             shard.close()
+
+
+def _bytes_of(values: torch.Tensor) -> memoryview:
+    """Of a contiguous tensor its own bytes, no copy."""
+    return cast(Any, values.contiguous().flatten().view(torch.uint8).numpy()).data
 
 
 def _write(descriptor: int, view: memoryview, offset: int) -> None:

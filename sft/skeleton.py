@@ -1,9 +1,10 @@
 """A model without memory for its weights: its architecture, PEFT's layers on it, and where its weights are stored."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -38,7 +39,7 @@ def base_folder(model: Model) -> Path:
             get_checkpoint_shard_files(name, index, **options)
         else:
             cached_file(name, SINGLE, _raise_exceptions_for_missing_entries=False, **options)
-    return Path(config).parent
+    return Path(cast(str, config)).parent
 
 
 def build(base: Path) -> PreTrainedModel:
@@ -89,9 +90,9 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
     """As many rows of the embedding as the adapter was trained with, where it holds the whole embedding."""
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     with readable(str(adapter)), safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        whole = PREFIX + embedding + ".weight"
-        rows = file.get_slice(whole).get_shape()[0] if whole in file.keys() else None  # noqa: SIM118: no mapping
-    if rows and rows != model.get_input_embeddings().weight.shape[0]:
+        names = {f"{PREFIX}{embedding}.weight", f"{PREFIX}{embedding}.base_layer.weight"} & set(file.keys())
+        rows = max((file.get_slice(name).get_shape()[0] for name in names), default=None)
+    if rows and rows != cast(Any, model.get_input_embeddings()).weight.shape[0]:
         model.resize_token_embeddings(rows, mean_resizing=False)
 
 
@@ -113,7 +114,7 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, adapted):
             if isinstance(module, ParamWrapper):
                 raise CannotStream(f"{name} is a parameter with an adapter, no layer")
-            adapted[name] = module
+            adapted[name] = cast(nn.Module, module)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     replaced = {
         original_name(name): value.detach()
@@ -121,8 +122,10 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
         if _is_base(name, adapted) and not value.is_meta and value.data_ptr() != empty.data_ptr()
     }
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
-    came_along = {PREFIX + name for name in replaced}
-    if strange := sorted(there - wanted - came_along):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it tells at length that it was told to include embeddings
+        may_come_along = set(get_peft_model_state_dict(tuned, save_embedding_layers=True))
+    if strange := sorted(there - wanted - may_come_along):
         raise ParityError(
             f"{adapter}: {strange[0]} has no place in the base ({len(strange)} such tensors); it is an adapter of "
             "another base"
@@ -174,12 +177,13 @@ def quantizers(
     from transformers.quantizers.base import HfQuantizer
 
     packed = copy.deepcopy(model)
-    kept = HfQuantizer.get_modules_to_not_convert(packed, None, packed._keep_in_fp32_modules)
+    kept = HfQuantizer.get_modules_to_not_convert(packed, None, cast(Any, packed)._keep_in_fp32_modules)
     packed = replace_with_bnb_linear(packed, modules_to_not_convert=kept, quantization_config=quantization)
 
     def rounding(options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
         def through_4_bits(values: torch.Tensor) -> torch.Tensor:
-            weight = bnb.nn.Params4bit(values.to(dtype), requires_grad=False, **options).to(device)
+            weight: Any = bnb.nn.Params4bit(values.to(dtype), requires_grad=False, **options)
+            weight = weight.to(device)
             return dequantize_bnb_weight(weight).to(dtype).float().cpu()
 
         return through_4_bits
