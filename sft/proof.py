@@ -30,25 +30,26 @@ UNTOLD = ("transformers_version", "_name_or_path", "dtype", "architectures", "us
 def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, str]:
     """sha256 of the base's files by name, which equal those of the run's manifest; where the base came from a hub,
     the manifest has none. Raises ParityError for another base."""
+    if adapter is None:  # the trained weights are in the run folder themselves
+        return {}
     base = Path(resolve_base(recipe.model.base))
     then = _manifest(run)["base"]["sha256"]
-    files = sorted(base.glob("*.safetensors")) if base.is_dir() and adapter else []
+    files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
     if then and sorted(then.values()) != sorted(now.values()):
         record = _read(base / PARITY)
-        twice = adapter is not None and record and record.get("adapter_sha256") == adapter_sha256(adapter)
+        twice = record and record.get("adapter_sha256") == adapter_sha256(adapter)
         why = "it already contains this adapter, which would be merged twice" if twice else "it is another base"
         raise ParityError(
             f"{recipe.model.base} is not what {run} was trained on: {why} (sha256 of its weights, then {_short(then)}, "
             f"now {_short(now)}); put the base of training back"
         )
-    if adapter:
-        named = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
-        if named and not recipe.model.base.endswith(named):  # a recipe in a run folder has absolute paths
-            raise ParityError(
-                f"{adapter} is an adapter of another base: its adapter_config.json names {named}, the run was trained "
-                f"on {recipe.model.base}; put the run's own adapter back"
-            )
+    named = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if named and not recipe.model.base.endswith(named):  # a recipe in a run folder has absolute paths
+        raise ParityError(
+            f"{adapter} is an adapter of another base: its adapter_config.json names {named}, the run was trained "
+            f"on {recipe.model.base}; put the run's own adapter back"
+        )
     return now
 
 

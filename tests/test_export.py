@@ -1,24 +1,36 @@
 """Merges against PEFT's own in memory, and exports whose faults are planted."""
 
 import json
+import os
+import shutil
+import signal
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MixtralConfig, Qwen2Config, set_seed
+from typer.testing import CliRunner
 
+import sft.export
+from data.store import file_sha256, text_sha256
+from sft import shards
+from sft.cli import app
+from sft.export import export
+from sft.load import run_recipe
 from sft.merge import read_merge, write_merge
 from sft.model import bitsandbytes_config, load_base
-from sft.parity import ParityError
+from sft.parity import ParityError, Trace, compare
 from sft.recipe import Model, Quantization
 from sft.shards import INDEX, Tensor, read_header, writing
 from sft.skeleton import CannotStream
+from tests.conftest import write_recipe
 
 CPU = torch.device("cpu")
 SMALL = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -281,3 +293,299 @@ def test_two_weights_are_all_that_is_in_memory(untied, tmp_path, monkeypatch):
         if not list((tmp_path / "out").iterdir()):
             write_merge(plan, tmp_path / "out")
     assert isinstance(plan.model, nn.Module)
+
+
+def command(*arguments: object, code: int = 0):
+    done = CliRunner().invoke(app, ["export", *(str(a) for a in arguments)])
+    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
+    return done
+
+
+def make_run(folder: Path, base: Path, seed: int = 1, quantized: bool = True) -> Path:
+    """A run folder as training leaves it, with an adapter that nobody trained."""
+    folder.mkdir()
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n} and no more."} for n in ("blue", "the sea", "7")]
+    (folder / "held_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    nf4 = ", quantization: {load_in_4bit: true}" if quantized else ""
+    write_recipe(
+        folder / "recipe.yaml",
+        base,
+        task="instruct",
+        model=f"{{base: '{base}', dtype: float32{nf4}}}",
+        eval=f"{{data: '{folder / 'held_out.jsonl'}'}}",
+        export="{min_agreement: 0.9}",
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tuned = get_peft_model(model, LoraConfig(**ALL))
+    set_seed(seed)
+    for name, parameter in tuned.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter) * 0.05
+    tuned.save_pretrained(folder / "adapter")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.save_pretrained(folder / "adapter")
+    facts = {
+        "base": {"sha256": {f.name: file_sha256(f) for f in sorted(base.glob("*.safetensors"))}},
+        "data_sha256": {"rows.jsonl": "0" * 64},
+        "chat_template_sha256": text_sha256(tokenizer.chat_template),
+    }
+    (folder / "manifest.json").write_text(json.dumps(facts))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny) -> Path:
+    folder = tmp_path_factory.mktemp("export")
+    shutil.copytree(tiny, folder / "base")
+    (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    return make_run(folder / "run", folder / "base")
+
+
+@pytest.fixture(scope="module")
+def record(run) -> dict:
+    """Of the run's export, in its folder."""
+    command(run)
+    return json.loads((run / "export" / "parity.json").read_text())
+
+
+def test_both_bases_are_measured_and_the_nearer_one_is_written(run, record):
+    tried = record["candidates"]
+    assert set(tried) == {"dequantized, as trained", "original"}
+    assert tried["dequantized, as trained"]["mean_kl_nats"] < tried["original"]["mean_kl_nats"]
+    assert record["base"] == "dequantized, as trained"
+    assert record["reason"].startswith("dequantized, as trained is written, because its answers diverge least")
+    assert record["merge"]["streamed"]
+    assert record["merge"]["adapted"] == 14
+    assert 0 < record["mean_kl_nats"] < record["max_kl_nats"] < 0.01
+    merged = load_file(run / "export" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    base = load_file(run.parent / "base" / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    assert len((merged - base.bfloat16()).unique()) > 16  # NF4's rounding and the adapter
+
+
+def test_original_base_is_written_where_it_is_nearer(run, tmp_path, monkeypatch):
+    divergences = iter([0.2, 0.1])
+    monkeypatch.setattr("sft.export.compare", lambda *t: compare(*t) | {"mean_kl_nats": next(divergences)})
+    command(run, "--out", tmp_path / "out")
+    told = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert told["base"] == "original"
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_equal_models_do_not_diverge_and_others_do():
+    same = Trace(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    other = Trace(torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([1, 1]))
+    equal, differ = compare([same], [same]), compare([same, same], [same, other])
+    assert (equal["mean_kl_nats"], equal["max_logit_difference"], equal["answer_argmax_agreement"]) == (0, 0, 1)
+    p = torch.tensor([2.0, 0.0]).softmax(0)
+    kl = (p * (p.log() - p.flip(0).log())).sum().item()
+    assert differ["max_kl_nats"] == pytest.approx(kl, abs=1e-6)
+    assert differ["mean_kl_nats"] == pytest.approx(kl / 4, abs=1e-6)
+    assert differ["teacher_forced_exact"] == {"adapter": 1.0, "merged": 0.5}
+    assert differ["answer_argmax_agreement"] == 0.75
+
+
+def test_card_names_base_licence_data_and_proof(run, record):
+    card = (run / "export" / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert (front["license"], front["base_model"]) == ("apache-2.0", str(run.parent / "base"))
+    for text in ("0" * 64, f"{record['answer_tokens']} answer tokens", "load_in_4bit: true"):
+        assert text in card, text
+
+
+def test_finished_export_is_proven_anew(run, record):
+    before = {p: p.stat().st_mtime_ns for p in (run / "export").rglob("*")}
+    done = command(run, "--check")
+    assert "weights, template, stops and answers are those of" in done.stdout
+    assert {p: p.stat().st_mtime_ns for p in (run / "export").rglob("*")} == before
+
+
+def edit_weights(folder: Path, change: Callable) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_json(file: Path, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+def dequantized(run: Path) -> dict[str, torch.Tensor]:
+    """What the export was merged into."""
+    return {n: v.bfloat16() for n, v in load_base(run_recipe(run).model, CPU).state_dict().items()}
+
+
+def twice(run: Path, tensors: dict[str, torch.Tensor]) -> None:
+    base = dequantized(run)
+    for name, value in tensors.items():
+        value += (value.float() - base[name].float()).bfloat16()
+
+
+LAYER = "model.layers.1.mlp.down_proj.weight"
+FAULTS: dict[str, tuple[Callable, str]] = {
+    "one layer's adapter dropped": (
+        lambda run, out: edit_weights(out, lambda t: t.update({LAYER: dequantized(run)[LAYER]})),
+        f"{LAYER} equals the base's: its adapter was dropped",
+    ),
+    "equals the base": (
+        lambda run, out: edit_weights(out, lambda t: t.update({n: dequantized(run)[n] for n in t})),
+        "the merged model equals its base",
+    ),
+    "merged twice": (
+        lambda run, out: edit_weights(out, lambda t: twice(run, t)),
+        "q_proj.weight holds the adapter twice",
+    ),
+    "another weight": (
+        lambda run, out: edit_weights(out, lambda t: t["model.norm.weight"].add_(0.1)),
+        "model.norm.weight is not the merged weight",
+    ),
+    "weight missing": (
+        lambda run, out: edit_weights(out, lambda t: t.pop("model.norm.weight")),
+        "model.norm.weight is missing",
+    ),
+    "template changed": (
+        lambda run, out: (out / "chat_template.jinja").write_text("{{ messages[0]['content'] }}"),
+        "the chat template has changed",
+    ),
+    "EOS of the server changed": (
+        lambda run, out: edit_json(out / "generation_config.json", eos_token_id=0),
+        "generation_config.json stops at EOS [0], training taught to stop at",
+    ),
+    "EOS of the tokenizer changed": (
+        lambda run, out: edit_json(out / "tokenizer_config.json", eos_token="<|endoftext|>"),
+        "the tokenizer's eos_token is <|endoftext|>, the run's is <|im_end|>",
+    ),
+    "configuration changed": (
+        lambda run, out: edit_json(out / "config.json", rms_norm_eps=0.5),
+        "config.json: rms_norm_eps is 0.5",
+    ),
+    "adapter of another training": (
+        lambda run, out: edit_json(out / "parity.json", adapter_sha256="0"),
+        "is not the adapter that was merged",
+    ),
+    "no finished export": (lambda run, out: (out / "parity.json").unlink(), "holds no parity.json"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_fault_is_caught(fault, run, record, tmp_path):
+    plant, message = FAULTS[fault]
+    out = tmp_path / "export"
+    shutil.copytree(run / "export", out)
+    plant(run, out)
+    assert message in " ".join(command(run, "--check", "--out", out, code=2).stderr.split())
+
+
+def test_adapter_is_merged_into_no_other_base(run, record, tmp_path, tiny):
+    """Neither weights that changed, nor a base that already contains it, nor what its own configuration denies."""
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
+    recipe, base = (copy / "recipe.yaml").read_text(), str(run.parent / "base")
+    (copy / "recipe.yaml").write_text(recipe.replace(base, str(run / "export")))
+    edit_json(copy / "adapter" / "adapter_config.json", base_model_name_or_path=str(run / "export"))
+    assert "already contains this adapter, which would be merged twice" in command(copy, code=2).stderr
+    (copy / "recipe.yaml").write_text(recipe.replace(base, str(tmp_path / "base")))
+    edit_json(copy / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
+    shutil.copytree(tiny, tmp_path / "base")
+    edit_weights(tmp_path / "base", lambda t: t["model.norm.weight"].add_(0.1))
+    for arguments in ((), ("--check", "--out", run / "export")):
+        assert "it is another base" in command(copy, *arguments, code=2).stderr
+    (copy / "recipe.yaml").write_text(recipe)
+    assert "is an adapter of another base" in command(copy, code=2).stderr
+    assert not (copy / "export").exists()
+
+
+def test_layer_that_the_adapter_leaves_as_it_was_needs_leave(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
+    file = copy / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.model.layers.1.mlp.down_proj.lora_B.weight"].zero_()
+    save_file(tensors, file)
+    assert f"1 of 14 adapted weights equal their base's in bfloat16, first {LAYER}" in command(copy, code=2).stderr
+    command(copy, "--allow-mismatch")
+    assert json.loads((copy / "export" / "parity.json").read_text())["merge"]["unchanged"] == [LAYER]
+
+
+def test_model_larger_than_memory_is_merged_unmeasured(run, tmp_path, monkeypatch):
+    assert "decided by measuring" in command(run, "--no-parity", "--out", tmp_path / "o", code=2).stderr
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
+    (copy / "recipe.yaml").write_text((copy / "recipe.yaml").read_text().replace("0.9}", "0.9, base: dequantized}"))
+    for name in ("load_run", "load_plain"):
+        monkeypatch.setattr(f"sft.export.{name}", lambda *_: pytest.fail("a model was loaded"))
+    command(copy, "--no-parity")
+    assert json.loads((copy / "export" / "parity.json").read_text())["measured"] is False
+    assert "was **not** measured" in (copy / "export" / "README.md").read_text()
+
+
+def kill_at(patch: Callable, run: Path, out: Path) -> None:
+    """An export in a process of its own that dies, as by kill -9, where `patch` says."""
+    child = os.fork()
+    if not child:
+        try:
+            signal.alarm(60)
+            torch.set_num_threads(1)  # threads of the parent are not there
+            patch()
+            export(run, out)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+def die_after(calls: int, owner, name: str) -> Callable:
+    def patch():
+        whole, left = getattr(owner, name), iter(range(calls))
+
+        def dying(*arguments):
+            if next(left, None) is None:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return whole(*arguments)
+
+        setattr(owner, name, dying)
+
+    return patch
+
+
+def test_killed_export_leaves_nothing_that_looks_finished(run, record, tmp_path):
+    out = tmp_path / "out"
+    for patch in (die_after(5, shards.Shard, "write"), die_after(2, sft.export, "_sync")):
+        kill_at(patch, run, out)
+        assert not out.exists()
+    out.mkdir()
+    kill_at(die_after(1, Path, "rename"), run, out)  # in an empty folder that is there, files come one by one
+    assert not (out / "config.json").exists()
+    shutil.rmtree(out)
+    command(run, "--out", out)
+    command(run, "--check", "--out", out)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_runs_are_combined_and_compared_with_each(run, record, tmp_path):
+    other = make_run(tmp_path / "other", run.parent / "base", seed=2)
+    command(run, "--with", other, "--weights", "1,0", "--out", tmp_path / "first")
+    alone, first = (load_file(f / "model.safetensors") for f in (run / "export", tmp_path / "first"))
+    assert all((value == first[name]).float().mean() > 0.99 for name, value in alone.items())
+    command(run, "--with", other, "--combine", "ties", "--density", "0.5", "--out", tmp_path / "both")
+    told = json.loads((tmp_path / "both" / "parity.json").read_text())
+    assert told["combination"] == {
+        "runs": ["run", "other"], "method": "ties", "weights": [0.5, 0.5], "density": 0.5
+    }  # fmt: skip
+    assert told["answer_argmax_agreement"] > 0.9  # with the combined adapter
+    assert all(told["against"][name]["mean_kl_nats"] > 10 * told["mean_kl_nats"] for name in ("run", "other"))
+    command(run, "--check", "--out", tmp_path / "both")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "1"), "--weights holds 1 numbers for 2 runs"),
+        (("--weights", "a,b"), "write numbers with commas between"),
+        (("--combine", "mean"), "--combine mean is none of linear, cat"),
+        (("--combine", "ties"), "needs --density"),
+        (("--density", "0.5"), "leave --density out"),
+    ],
+)
+def test_combination_that_makes_no_sense_is_named(options, message, run, tmp_path):
+    done = command(run, "--with", run, *options, "--out", tmp_path / "out", code=2)
+    assert message in " ".join(done.stderr.split())
