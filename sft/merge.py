@@ -84,7 +84,7 @@ class Merge:
         """The same of a layer's weight a few rows at a time, with the number of the first: PEFT merges rows of B into
         rows of the weight. For layers that `has_rows`."""
         layer, name = cast(Any, self.adapted[owner]), f"{owner}.weight"
-        base, up = layer.get_base_layer(), layer.lora_B[layer.active_adapter[0]]
+        base, up = layer.get_base_layer(), layer.lora_B[layer.active_adapters[0]]
         kept, whole = base._parameters["weight"], up.weight
         of = whole.shape[0]
         step = max(1, SLICE // self.stored[name].shape[1])
@@ -136,17 +136,14 @@ class Merge:
             return self.stored[name].read()
         return self.before(name).to(self.dtype_of(name))
 
-    def groups(self) -> Iterator[tuple[str | None, list[str]]]:
+    def groups(self) -> list[tuple[str | None, list[str]]]:
         """The names of the result's weights in the order of their files: an adapted module's together with its name,
         others by themselves."""
-        seen = set()
+        found: dict[str, tuple[str | None, list[str]]] = {}
         for name in (name for tensors in self.layout.values() for name in tensors):
             owner = self.owner(name)
-            if owner is None:
-                yield None, [name]
-            elif owner not in seen:
-                seen.add(owner)
-                yield owner, [n for tensors in self.layout.values() for n in tensors if self.owner(n) == owner]
+            found.setdefault(owner or name, (owner, []))[1].append(name)
+        return list(found.values())
 
     def owner(self, name: str) -> str | None:
         """The adapted module that a weight belongs to."""
@@ -189,7 +186,7 @@ def read_merge(
 def write_merge(merge: Merge, folder: Path) -> dict[str, Any]:
     """Write the merged weights, their index and config.json; on the disk on return. What was done, by counts, with
     the adapted weights that equal their base's. Raises ParityError for a value that is not finite."""
-    groups, unchanged = list(merge.groups()), []
+    groups, unchanged = merge.groups(), []
     threads = torch.get_num_threads()
     total = sum(tensor.bytes for tensors in merge.layout.values() for tensor in tensors.values())
     bar, done = Bar("merge, MiB", total // 2**20), 0

@@ -106,7 +106,7 @@ def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
     there: dict[str, Stored] = {}
     for file in shard_files(folder):
         there |= read_header(file)
-    groups = list(merge.groups())
+    groups = merge.groups()
     wanted = {name for _, names in groups for name in names}
     if odd := sorted(wanted ^ there.keys()):
         kind = "missing" if odd[0] in wanted else "no weight of the merged model"

@@ -342,6 +342,12 @@ def run(tmp_path_factory, tiny) -> Path:
 
 
 @pytest.fixture(scope="module")
+def plain(run) -> Path:
+    """The same on the base as it is."""
+    return make_run(run.parent / "plain", run.parent / "base", quantized=False)
+
+
+@pytest.fixture(scope="module")
 def record(run) -> dict:
     """Of the run's export, in its folder."""
     command(run)
@@ -526,7 +532,7 @@ def kill_at(patch: Callable, run: Path, out: Path) -> None:
             signal.alarm(60)
             torch.set_num_threads(1)  # threads of the parent are not there
             patch()
-            export(run, out)
+            export(run, out, measure=False)
         finally:
             os._exit(1)
     _, status = os.waitpid(child, 0)
@@ -547,33 +553,34 @@ def die_after(calls: int, owner, name: str) -> Callable:
     return patch
 
 
-def test_killed_export_leaves_nothing_that_looks_finished(run, record, tmp_path):
+def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
     out = tmp_path / "out"
     for patch in (die_after(5, shards.Shard, "write"), die_after(2, sft.export, "_sync")):
-        kill_at(patch, run, out)
+        kill_at(patch, plain, out)
         assert not out.exists()
     out.mkdir()
-    kill_at(die_after(1, Path, "rename"), run, out)  # in an empty folder that is there, files come one by one
+    kill_at(die_after(1, Path, "rename"), plain, out)  # in an empty folder that is there, files come one by one
     assert not (out / "config.json").exists()
     shutil.rmtree(out)
-    command(run, "--out", out)
-    command(run, "--check", "--out", out)
+    command(plain, "--out", out, "--no-parity")
+    assert (out / "config.json").is_file()
     assert not list(tmp_path.glob(".*"))
 
 
-def test_runs_are_combined_and_compared_with_each(run, record, tmp_path):
-    other = make_run(tmp_path / "other", run.parent / "base", seed=2)
-    command(run, "--with", other, "--weights", "1,0", "--out", tmp_path / "first")
-    alone, first = (load_file(f / "model.safetensors") for f in (run / "export", tmp_path / "first"))
+def test_runs_are_combined_and_compared_with_each(plain, tmp_path):
+    other = make_run(tmp_path / "other", plain.parent / "base", seed=2, quantized=False)
+    command(plain, "--out", tmp_path / "alone", "--no-parity")
+    command(plain, "--with", other, "--weights", "1,0", "--out", tmp_path / "first", "--no-parity")
+    alone, first = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "first"))
     assert all((value == first[name]).float().mean() > 0.99 for name, value in alone.items())
-    command(run, "--with", other, "--combine", "ties", "--density", "0.5", "--out", tmp_path / "both")
+    command(plain, "--with", other, "--combine", "ties", "--density", "0.5", "--out", tmp_path / "both")
     told = json.loads((tmp_path / "both" / "parity.json").read_text())
     assert told["combination"] == {
-        "runs": ["run", "other"], "method": "ties", "weights": [0.5, 0.5], "density": 0.5
+        "runs": ["plain", "other"], "method": "ties", "weights": [0.5, 0.5], "density": 0.5
     }  # fmt: skip
     assert told["answer_argmax_agreement"] > 0.9  # with the combined adapter
-    assert all(told["against"][name]["mean_kl_nats"] > 10 * told["mean_kl_nats"] for name in ("run", "other"))
-    command(run, "--check", "--out", tmp_path / "both")
+    assert all(told["against"][name]["mean_kl_nats"] > 10 * told["mean_kl_nats"] for name in ("plain", "other"))
+    command(plain, "--check", "--out", tmp_path / "both")
 
 
 @pytest.mark.parametrize(
