@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from sft.base import readable
 from sft.load import load_plain
@@ -24,13 +24,14 @@ CANDIDATES = {"dequantized": "dequantized, as trained", "original": "original", 
 @dataclass(frozen=True)
 class Trained:
     """What a run trained: `base` is the folder of the weights that `adapter` changes; without an adapter, that of the
-    trained weights themselves. `weights` holds the tokenizer of training."""
+    trained weights themselves. The tokenizer is that of training, from the folder `weights`."""
 
     run: Path
     recipe: Recipe
     base: Path
     adapter: Path | None
     weights: Path
+    tokenizer: PreTrainedTokenizerBase
 
 
 def base_names(trained: Trained) -> list[str]:
@@ -65,12 +66,11 @@ def write_candidate(trained: Trained, base: str, folder: Path, allow_unchanged: 
         print(f"merged in memory, not streamed: {reason}", flush=True)
         made = {"streamed": False, "reason": str(reason), **_merge_in_memory(trained, base, folder)}
     _check_changed(trained, made, allow_unchanged)
-    tokenizer = AutoTokenizer.from_pretrained(trained.weights, trust_remote_code=False)
-    tokenizer.save_pretrained(folder)
+    trained.tokenizer.save_pretrained(folder)
     stops = generation_config(trained.base)
-    stops.eos_token_id = end_ids(trained.base, tokenizer)  # servers read it
+    stops.eos_token_id = end_ids(trained.base, trained.tokenizer)  # servers read it
     stops.save_pretrained(folder)
-    if fault := next(text_faults(trained.run, trained.weights, trained.base, folder), None):
+    if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, folder), None):
         raise ParityError(f"{trained.run}: {fault}; nothing was written")
     return made
 

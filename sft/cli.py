@@ -77,7 +77,7 @@ def export_command(
 
     folder = out or run / "export"
     if check:
-        print(json.dumps(check_export(run, folder, data), indent=2))
+        print(json.dumps(check_export(run, folder, data, allow_mismatch), indent=2))
         print(f"{folder}: weights, template, stops and answers are those of {run}")
         return
     combination = combination_of([run, *others], method, weights, density) if others else None

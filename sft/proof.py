@@ -33,15 +33,18 @@ def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, s
     if adapter is None:  # the trained weights are in the run folder themselves
         return {}
     base = Path(resolve_base(recipe.model.base))
+    record = _read(base / PARITY)
+    if record and record.get("adapter_sha256") == adapter_sha256(adapter):
+        raise ParityError(
+            f"{recipe.model.base} is not what {run} was trained on: it already contains this adapter, which would be "
+            "merged twice; put the base of training back"
+        )
     then = _manifest(run)["base"]["sha256"]
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
     if then and sorted(then.values()) != sorted(now.values()):
-        record = _read(base / PARITY)
-        twice = record and record.get("adapter_sha256") == adapter_sha256(adapter)
-        why = "it already contains this adapter, which would be merged twice" if twice else "it is another base"
         raise ParityError(
-            f"{recipe.model.base} is not what {run} was trained on: {why} (sha256 of its weights, then {_short(then)}, "
+            f"{recipe.model.base} is not what {run} was trained on: it is another base (sha256 of its weights, then {_short(then)}, "
             f"now {_short(now)}); put the base of training back"
         )
     named = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
@@ -79,10 +82,11 @@ def read_parity(out: Path) -> dict[str, Any]:
     return record
 
 
-def text_faults(run: Path, weights: Path, base: Path, folder: Path, stops: bool = True) -> Iterator[str]:
+def text_faults(
+    run: Path, ours: PreTrainedTokenizerBase, base: Path, folder: Path, stops: bool = True
+) -> Iterator[str]:
     """What of a written model's chat template, tokens and stops is not that of the run, a line each."""
     with readable(str(folder)):
-        ours = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     trained, now = _manifest(run).get("chat_template_sha256"), text_sha256(str(theirs.chat_template))
     if now != text_sha256(str(ours.chat_template)) or (trained and now != trained):

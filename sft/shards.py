@@ -110,7 +110,11 @@ class Shard:
         header += b" " * (-len(header) % 8)
         self.start = 8 + len(header)
         self.descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        os.posix_fallocate(self.descriptor, 0, self.start + end)  # a full disk is found now, not after an hour
+        try:  # a full disk is found now, not after an hour
+            os.posix_fallocate(self.descriptor, 0, self.start + end)
+        except OSError as error:
+            os.close(self.descriptor)
+            raise OSError(f"{file} needs {(self.start + end) / 1e9:.1f} GB: {error.strerror}") from error
         _write(self.descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
 
     def write(self, name: str, values: torch.Tensor, row: int = 0) -> None:
