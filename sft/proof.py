@@ -44,8 +44,8 @@ def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, s
     now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
     if then and sorted(then.values()) != sorted(now.values()):
         raise ParityError(
-            f"{recipe.model.base} is not what {run} was trained on: it is another base (sha256 of its weights, then {_short(then)}, "
-            f"now {_short(now)}); put the base of training back"
+            f"{recipe.model.base} is not what {run} was trained on: it is another base (sha256 of its weights, then "
+            f"{_short(then)}, now {_short(now)}); put the base of training back"
         )
     named = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
     if named and not recipe.model.base.endswith(named):  # a recipe in a run folder has absolute paths
