@@ -30,7 +30,8 @@ from sft.parity import ParityError, Trace, compare
 from sft.recipe import Model, Quantization
 from sft.shards import INDEX, Tensor, read_header, writing
 from sft.skeleton import CannotStream
-from tests.conftest import write_recipe
+from tests.conftest import save_tiny, write_recipe
+from tests.families import build
 
 CPU = torch.device("cpu")
 SMALL = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
@@ -334,9 +335,14 @@ def make_run(folder: Path, base: Path, seed: int = 1, quantized: bool = True) ->
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, tiny) -> Path:
+def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    shutil.copytree(tiny, folder / "base")
+    tokenizer = build("chatml")
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    save_tiny(config, folder / "base", tokenizer)
     (folder / "base" / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
     return make_run(folder / "run", folder / "base")
 
@@ -481,7 +487,7 @@ def test_planted_fault_is_caught(fault, run, record, tmp_path):
     assert message in " ".join(command(run, "--check", "--out", out, code=2).stderr.split())
 
 
-def test_adapter_is_merged_into_no_other_base(run, record, tmp_path, tiny):
+def test_adapter_is_merged_into_no_other_base(run, record, tmp_path):
     """Neither weights that changed, nor a base that already contains it, nor what its own configuration denies."""
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
@@ -491,7 +497,7 @@ def test_adapter_is_merged_into_no_other_base(run, record, tmp_path, tiny):
     assert "already contains this adapter, which would be merged twice" in command(copy, code=2).stderr
     (copy / "recipe.yaml").write_text(recipe.replace(base, str(tmp_path / "base")))
     edit_json(copy / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
-    shutil.copytree(tiny, tmp_path / "base")
+    shutil.copytree(run.parent / "base", tmp_path / "base")
     edit_weights(tmp_path / "base", lambda t: t["model.norm.weight"].add_(0.1))
     for arguments in ((), ("--check", "--out", run / "export")):
         assert "it is another base" in command(copy, *arguments, code=2).stderr
