@@ -120,9 +120,10 @@ def _merge_in_memory(trained: Trained, base: str, folder: Path) -> dict[str, Any
     before = {name: value.to(dtype).cpu() for name, value in loaded.state_dict().items()}
     with readable(str(trained.adapter)):
         tuned = PeftModel.from_pretrained(loaded, str(trained.adapter))
-    adapted = [original_name(name) for name, _ in loaded.named_parameters() if ".base_layer." in name]
+    names = (original_name(name) for name, _ in loaded.named_parameters() if ".base_layer." in name)
+    adapted = [name for name in names if name in before]
     merged = tuned.merge_and_unload(safe_merge=True).to(dtype)
     after = {name: value.cpu() for name, value in merged.state_dict().items()}
-    same = [n for n in adapted if n in before and torch.equal(before[n], after[n]) and not n.endswith(".bias")]
+    same = [n for n in adapted if torch.equal(before[n], after[n]) and not n.endswith(".bias")]
     merged.save_pretrained(folder)
     return {"adapted": len(adapted), "other": len(after) - len(adapted), "unchanged": same}

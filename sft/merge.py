@@ -67,12 +67,7 @@ class Merge:
                     values = self.before(f"{owner}.{leaf}")
                     before[leaf] = values.to(self.dtype, copy=True)  # PEFT adds in place
                     base._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-            # not safe_merge: it copies the weight to be able to go back; the result is checked below
-            if hasattr(layer, "unload_and_optionally_merge_module"):
-                result = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            else:
-                layer.merge(safe_merge=False)
-                result = layer.get_base_layer()
+            result = _merged_by_peft(owner, layer)
             after = {leaf: value.detach().to(self.dtype) for leaf, value in result.state_dict().items()}
         finally:
             if base is not None:
@@ -176,6 +171,10 @@ def read_merge(
     merge = Merge(model, stored, adapted, replaced, dtype, quantize, shapes)
     untied = [names for names in ties if _come_apart(merge, names)]
     merge.layout = _layout(merge, base, untied)
+    alike = {name for names in ties if names not in untied for name in names}  # one of them is written for all
+    places = {owner for owner, _ in merge.groups()} | {merge.owner(name) for name in alike}
+    if lost := [owner for owner in adapted if owner not in places]:
+        raise ParityError(f"{adapter}: {lost[0]} is no weight of the base's files, so its adapter would be lost")
     if untied:
         model.config.get_text_config().tie_word_embeddings = False
         model.config.tie_word_embeddings = False
@@ -236,6 +235,18 @@ def _check_finite(name: str, values: torch.Tensor) -> None:
             f"{name}: the merged weight is not finite in {str(values.dtype).removeprefix('torch.')}; "
             "if float16 is too narrow for it, set export.dtype to bfloat16; else the adapter or its base is broken"
         )
+
+
+def _merged_by_peft(owner: str, layer: Any) -> nn.Module:
+    """The module with its adapter merged. Not by safe_merge, which copies the weight to be able to go back; whoever
+    writes the result checks it."""
+    try:
+        if hasattr(layer, "unload_and_optionally_merge_module"):
+            return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        layer.merge(safe_merge=False)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        raise ParityError(f"{owner} can't be merged: {str(error).splitlines()[0]}") from error
+    return layer.get_base_layer()
 
 
 def _base_layer(layer: Any) -> nn.Module:

@@ -602,3 +602,23 @@ def test_runs_are_combined_and_compared_with_each(plain, tmp_path):
 def test_combination_that_makes_no_sense_is_named(options, message, run, tmp_path):
     done = command(run, "--with", run, *options, "--out", tmp_path / "out", code=2)
     assert message in " ".join(done.stderr.split())
+
+
+def test_base_whose_experts_are_fused_is_merged_in_memory_and_says_so(tmp_path):
+    tokenizer = build("chatml")
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=2, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    folder = make_run(tmp_path / "run", save_tiny(config, tmp_path / "base", tokenizer), quantized=False)
+    done = command(folder)
+    assert "merged in memory, not streamed: transformers loads" in done.stdout
+    told = json.loads((folder / "export" / "parity.json").read_text())
+    assert told["merge"]["streamed"] is False
+    assert told["merge"]["adapted"] == 14  # of two layers: q, k, v, o, the gate and both of the experts
+    assert told["answer_argmax_agreement"] > 0.9
+    done = command(folder, "--check")
+    assert "weights are not compared one by one" in done.stdout
+    file = folder / "adapter" / "adapter_model.safetensors"
+    save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in load_file(file).items()}, file)
+    assert "equals its base" in command(folder, "--out", tmp_path / "o", code=2).stderr
