@@ -34,14 +34,16 @@ class Trained:
     tokenizer: PreTrainedTokenizerBase
 
 
-def base_names(trained: Trained) -> list[str]:
-    """What there is to merge into."""
+def base_names(trained: Trained, measure: bool = True) -> list[str]:
+    """What there is to merge into; where nothing will be measured `auto` is what training saw."""
     if trained.adapter is None:
         return ["whole"]
     if not is_quantized(trained.recipe.model.quantization):
         return ["original"]
     wanted = trained.recipe.export.base
-    return ["dequantized", "original"] if wanted == "auto" else [wanted]
+    if wanted == "auto":
+        return ["dequantized", "original"] if measure else ["dequantized"]
+    return [wanted]
 
 
 def plan(trained: Trained, base: str) -> Merge:

@@ -46,10 +46,6 @@ def export(
     out = out.resolve()
     if out.exists() and any(path.name != _aside_name(out) for path in out.iterdir()):
         raise RunError(f"{out} is not empty; name another folder with --out")
-    if len(base_names(trained)) > 1 and not measure:
-        raise RunError(
-            f"export.base: auto is decided by measuring; set it in {run / 'recipe.yaml'}, or leave out --no-parity"
-        )
     origin = check_origin(run, trained.recipe, trained.adapter)
     with _aside(out) as aside:
         if combination:
@@ -57,7 +53,7 @@ def export(
         examples, too_long = _held_out(run, trained, data) if measure else ([], 0)
         before = _adapter_traces(trained, examples, "adapter on base") if measure else []
         tried = {}
-        for base in base_names(trained):
+        for base in base_names(trained, measure):
             made = write_candidate(trained, base, aside / base, allow_mismatch)
             measured = compare(before, _export_traces(trained, examples, aside / base)) if measure else {}
             tried[base] = measured | {"merge": made}
@@ -188,7 +184,7 @@ def _against(
 def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
     """The sentence that says which base was chosen, and why."""
     if len(tried) == 1:
-        return f"{CANDIDATES[best]}: the only candidate"
+        return f"{CANDIDATES[best]}: the only candidate{'' if 'mean_kl_nats' in tried[best] else ', not measured'}"
     told = [
         f"{CANDIDATES[base]}: mean KL {facts['mean_kl_nats']:.2e} nats, largest logit difference "
         f"{facts['max_logit_difference']:.3g}, {facts['answer_argmax_agreement']:.2%} of answer tokens agree, "
