@@ -70,20 +70,25 @@ def export_command(
     method: Annotated[str, typer.Option("--combine", help="linear, ties, dare_linear, ...: see PEFT.")] = "linear",
     weights: Annotated[str, typer.Option(help="Of the runs, RUN first: 0.5,0.5; default: equal ones.")] = "",
     density: Annotated[float | None, typer.Option(min=0, max=1, help="Share of values that ties, dare keep.")] = None,
+    push: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hub; with --check what is there already.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what --push would send.")] = True,
 ) -> None:
     """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
     from sft.combine import combination_of
     from sft.export import check_export, export
+    from sft.push import push as send
 
     folder = out or run / "export"
     if check:
         print(json.dumps(check_export(run, folder, data, allow_mismatch), indent=2))
         print(f"{folder}: weights, template, stops and answers are those of {run}")
-        return
-    combination = combination_of([run, *others], method, weights, density) if others else None
-    record = export(run, folder, data, allow_mismatch, parity, combination)
-    print(json.dumps(record, indent=2))
-    print(f"{record['reason']}\nexported to {folder}\nnext: graft serve {folder}")
+    else:
+        combination = combination_of([run, *others], method, weights, density) if others else None
+        record = export(run, folder, data, allow_mismatch, parity, combination)
+        print(json.dumps(record, indent=2))
+        print(f"{record['reason']}\nexported to {folder}\nnext: graft serve {folder}")
+    if push:
+        print("\n".join(send(folder, push, dry_run)))
 
 
 @app.command()

@@ -622,3 +622,18 @@ def test_base_whose_experts_are_fused_is_merged_in_memory_and_says_so(tmp_path):
     file = folder / "adapter" / "adapter_model.safetensors"
     save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in load_file(file).items()}, file)
     assert "equals its base" in command(folder, "--out", tmp_path / "o", code=2).stderr
+
+
+def test_push_is_dry_unless_told(run, record, monkeypatch):
+    sent = []
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: sent.append((a, k)))
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: sent.append(k) or "address")
+    told = command(run, "--check", "--push", "someone/model").stdout
+    assert "licence of the base: apache-2.0" in told
+    assert "nothing was sent" in told
+    assert not sent
+    told = command(run, "--check", "--push", "someone/model", "--no-dry-run").stdout
+    assert "sent: address" in told
+    assert sent[0] == (("someone/model",), {"private": True, "exist_ok": True})
+    assert sent[1]["folder_path"] == run / "export"
+    assert "write OWNER/NAME" in command(run, "--check", "--push", "model", code=2).stderr
