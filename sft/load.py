@@ -15,6 +15,7 @@ from sft.model import default_device, load_base, load_tokenizer, load_weights, t
 from sft.recipe import WHEEL, Model, Recipe, is_hub_id
 from sft.recipe_file import load_any_recipe, load_recipe
 from sft.run import RunError
+from sft.skeleton import fit_vocabulary
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
         tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)  # with the template of training
     base = load_base(recipe.model, device)
     whole = takes_packs(base)
+    fit_vocabulary(base, adapter)
     with readable(str(adapter)):
         model = PeftModel.from_pretrained(base, str(adapter))
     packed = whole and not next(iter(model.peft_config.values())).is_prompt_learning

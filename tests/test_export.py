@@ -637,3 +637,14 @@ def test_push_is_dry_unless_told(run, record, monkeypatch):
     assert sent[0] == (("someone/model",), {"private": True, "exist_ok": True})
     assert sent[1]["folder_path"] == run / "export"
     assert "write OWNER/NAME" in command(run, "--check", "--push", "model", code=2).stderr
+
+
+def test_run_with_added_tokens_is_exported_and_proven(plain, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(plain, copy, ignore=shutil.ignore_patterns("export"))
+    base = plain.parent / "base"
+    rows = json.loads((base / "config.json").read_text())["vocab_size"] + 8
+    tune(base, LoraConfig(**ALL, modules_to_save=["embed_tokens", "lm_head"]), copy / "adapter", rows=rows)
+    command(copy)
+    assert json.loads((copy / "export" / "config.json").read_text())["vocab_size"] == rows
+    command(copy, "--check")
