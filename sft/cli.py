@@ -62,14 +62,31 @@ def export_command(
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Write it even below the threshold.")
     ] = False,
+    check: Annotated[bool, typer.Option("--check", help="Prove a finished export anew; nothing is written.")] = False,
+    parity: Annotated[bool, typer.Option(help="Off: load no model, for one larger than memory.")] = True,
+    others: Annotated[list[Path] | None, typer.Option("--with", help="A run to combine with; several may be.")] = None,
+    method: Annotated[str, typer.Option("--combine", help="linear, ties, dare_linear, ...: see PEFT.")] = "linear",
+    weights: Annotated[str, typer.Option(help="Of the runs, RUN first: 0.5,0.5; default: equal ones.")] = "",
+    density: Annotated[float | None, typer.Option(min=0, max=1, help="Share of values that ties, dare keep.")] = None,
+    push: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hub; with --check what is there already.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="Only tell what --push would send.")] = True,
 ) -> None:
     """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
-    from sft.export import export
+    from sft.combine import combination_of
+    from sft.export import check_export, export
+    from sft.push import push as send
 
     folder = out or run / "export"
-    parity = export(run, folder, data, allow_mismatch)
-    print(json.dumps(parity, indent=2))
-    print(f"exported to {folder}\nnext: graft serve {folder}")
+    if check:
+        print(json.dumps(check_export(run, folder, data, allow_mismatch), indent=2))
+        print(f"{folder}: weights, template, stops and answers are those of {run}")
+    else:
+        combination = combination_of([run, *others], method, weights, density) if others else None
+        record = export(run, folder, data, allow_mismatch, parity, combination)
+        print(json.dumps(record, indent=2))
+        print(f"{record['reason']}\nexported to {folder}\nnext: graft serve {folder}")
+    if push:
+        print("\n".join(send(folder, push, dry_run)))
 
 
 @app.command("eval")

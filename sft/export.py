@@ -1,60 +1,137 @@
 """Merge a run into a plain model, and prove that it still answers like the run.
 
-graft export RUN [--out DIR]
+graft export RUN [--out DIR] [--check]
 """
 
-import hashlib
+import dataclasses
+import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from data.chat import Example
-from data.errors import UserError
-from data.pack import build_pack
-from data.progress import track
-from eval.predict import end_tokens
+from data.conversation import Conversation
 from eval.run import limit_questions
 from eval.tasks import read_conversations
-from sft.attention import pack_inputs
 from sft.base import readable
+from sft.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
+from sft.card import export_card
+from sft.combine import Combination, combine
 from sft.examples import encode_held_out, held_out_conversations, with_split
 from sft.load import adapter_folder, load_plain, load_run, run_recipe
-from sft.model import compute_dtype, default_device, is_quantized, load_base
+from sft.model import compute_dtype, default_device
+from sft.parity import ParityError, Trace, compare, trace
+from sft.proof import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
 from sft.recipe import Recipe, Source
 from sft.run import RunError, check_writable, write_json
+from sft.skeleton import CannotStream, base_folder
 
 
-class ParityError(UserError):
-    """The merged model does not answer like the adapter, or like the base as if nothing had been learnt."""
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a model says of one example: logits [M, vocab] in fp32 that predict its M answer tokens, and the most
-    likely token after each of its T tokens."""
-
-    answer_logits: torch.Tensor
-    argmax: torch.Tensor
-
-
-def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool = False) -> dict[str, Any]:
-    """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written."""
-    recipe = run_recipe(run)
-    if default_device().type == "cpu":
-        # bfloat16 rounds activations as coarsely as weights: near ties would flip on both sides, merged right or not
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+def export(
+    run: Path,
+    out: Path,
+    data: str | None = None,
+    allow_mismatch: bool = False,
+    measure: bool = True,
+    combination: Combination | None = None,
+) -> dict[str, Any]:
+    """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. With
+    `measure` off no model is loaded, for one that is larger than memory: only its weights are checked."""
+    trained = read_trained(run)
     check_writable(out, "--out")
     out = out.resolve()
-    # inside an empty folder that is there, which may be a mount or the current one; beside one to be made
-    aside = (out if out.is_dir() else out.parent) / f".{out.name}.new"
-    shutil.rmtree(aside, ignore_errors=True)
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != _aside_name(out) for path in out.iterdir()):
         raise RunError(f"{out} is not empty; name another folder with --out")
+    origin = check_origin(run, trained.recipe, trained.adapter)
+    with _aside(out) as aside:
+        if combination:
+            trained = _combined(combination, trained, origin, aside / "adapter")
+        examples, too_long = _held_out(run, trained, data) if measure else ([], 0)
+        before = _adapter_traces(trained, examples, "adapter on base") if measure else []
+        tried = {}
+        for base in base_names(trained, measure):
+            made = write_candidate(trained, base, aside / base, allow_mismatch)
+            measured = compare(before, _export_traces(trained, examples, aside / base)) if measure else {}
+            tried[base] = measured | {"merge": made}
+        best = min(tried, key=lambda base: tried[base].get("mean_kl_nats", 0.0))  # of equals the first: as trained
+        folder = aside / best
+        parity = {
+            "run": run.name,
+            "base": CANDIDATES[best],
+            "reason": _reason(tried, best),
+            "dtype": trained.recipe.export.dtype,
+            "measured": measure,
+            "held_out_examples": len(examples),
+            "held_out_too_long": too_long,
+            **tried[best],
+            "min_agreement": trained.recipe.export.min_agreement,
+            "candidates": {CANDIDATES[base]: facts for base, facts in tried.items()},
+            "base_sha256": origin,
+            "adapter_sha256": adapter_sha256(trained.adapter) if trained.adapter else None,
+        }
+        if combination:
+            parity["combination"] = combination.record()
+            if measure:
+                parity["against"] = _against(combination, examples, trained, folder)
+        if measure and not allow_mismatch:
+            _check_agreement(parity, trained.recipe)
+        if combination:
+            (aside / "adapter").rename(folder / "adapter")
+        write_json(folder / PARITY, parity)
+        (folder / "README.md").write_text(export_card(run, trained.recipe, trained.base, parity), encoding="utf-8")
+        _publish(folder, out)
+    return parity
+
+
+def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool = False) -> dict[str, Any]:
+    """Prove an export anew against its run; nothing is written. Raises ParityError with a line for each fault."""
+    parity, trained = read_parity(out), read_trained(run)
+    base = next((name for name, told in CANDIDATES.items() if told == parity["base"]), None)
+    if base is None:
+        raise RunError(f"{out / PARITY}: base {parity['base']!r} is none of {', '.join(CANDIDATES.values())}")
+    check_origin(run, trained.recipe, trained.adapter)
+    settings = trained.recipe.export.model_copy(update={"dtype": parity["dtype"]})
+    trained = dataclasses.replace(trained, recipe=trained.recipe.model_copy(update={"export": settings}))
+    if "combination" in parity:
+        trained = dataclasses.replace(trained, adapter=out / "adapter")
+    faults = []
+    if trained.adapter and adapter_sha256(trained.adapter) != parity["adapter_sha256"]:
+        faults.append(f"{trained.adapter} is not the adapter that was merged: its sha256 is another now")
+    faults += text_faults(run, trained.tokenizer, trained.base, out)
+    try:
+        faults += weight_faults(plan(trained, base), out)
+    except CannotStream as reason:
+        print(f"weights are not compared one by one, only by what they answer: {reason}", flush=True)
+    if faults:
+        raise ParityError(f"{out} is not the export of {run}:\n" + "\n".join(f"- {fault}" for fault in faults))
+    examples, _ = _held_out(run, trained, data)
+    found = compare(_adapter_traces(trained, examples, "adapter on base"), _export_traces(trained, examples, out))
+    if not allow_mismatch:
+        _check_agreement(found, trained.recipe)
+    return {"run": run.name, "export": str(out), "faults": 0, **found}
+
+
+def read_trained(run: Path) -> Trained:
+    """What a run trained. On a CPU it is measured in float32, whatever the run computed in: bfloat16 rounds activations
+    as coarsely as weights, so that near ties would flip on both sides, merged right or not."""
+    recipe = run_recipe(run)
+    if default_device().type == "cpu":
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+    whole = (run / "model").is_dir()
+    weights = run / "model" if whole else adapter_folder(run)
+    with readable(f"{weights}: the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
+    base = weights if whole else base_folder(recipe.model)
+    return Trained(run, recipe, base, None if whole else weights, weights, tokenizer)
+
+
+def _held_out(run: Path, trained: Trained, data: str | None) -> tuple[list[Example], int]:
+    recipe = trained.recipe
+    conversations: Sequence[Conversation]
     if data:
         conversations = read_conversations(recipe.task, data, with_split(Source(path=data), "validation").split)
     else:
@@ -62,112 +139,110 @@ def export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool =
     if not conversations:
         raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
     chosen = limit_questions(conversations, recipe.export.prompts)
-    loaded = load_run(run, recipe.model.dtype)
-    tokenizer = loaded.tokenizer
-    examples, too_long = encode_held_out(chosen, tokenizer, recipe.data.max_length)
-    before = trace(loaded.model, examples, "adapter on base")
-    del loaded  # before the merged one takes its memory
+    return encode_held_out(chosen, trained.tokenizer, recipe.data.max_length)
+
+
+def _adapter_traces(trained: Trained, examples: Sequence[Example], name: str) -> list[Trace]:
+    """Of the adapter on the base of training, which is gone from memory afterwards."""
+    return trace(load_run(trained.run, trained.recipe.model.dtype, trained.adapter).model, examples, name)
+
+
+def _export_traces(trained: Trained, examples: Sequence[Example], folder: Path) -> list[Trace]:
+    """In the same compute dtype: only the weights' rounding differs."""
+    return trace(load_plain(folder, compute_dtype(trained.recipe.model, default_device())), examples, "merged model")
+
+
+def _combined(combination: Combination, trained: Trained, origin: dict[str, str], folder: Path) -> Trained:
+    """The first run, with the adapter of all. Raises ParityError where bases differ, RunError where templates do."""
+    adapters = []
+    for run in combination.runs:
+        other = read_trained(run)
+        if trained.adapter is None or other.adapter is None:
+            raise RunError(f"{run}: --combine takes runs with adapters, not whole models")
+        ours, theirs = trained.recipe.model, other.recipe.model
+        named_alike = (ours.base, ours.revision) == (theirs.base, theirs.revision)  # of a hub there are no digests
+        if check_origin(run, other.recipe, other.adapter) != origin or not (origin or named_alike):
+            raise ParityError(f"{run} and {trained.run} have different bases; only adapters of one can be combined")
+        if theirs.quantization != ours.quantization:
+            raise ParityError(f"{run} and {trained.run} have different model.quantization; what they see differs")
+        if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, other.weights, stops=False), None):
+            raise RunError(f"{run} and {trained.run}: {fault}")
+        adapters.append(other.adapter)
+    combine(combination, trained.base, adapters, folder, trained.recipe.train.seed)
+    return dataclasses.replace(trained, adapter=folder)
+
+
+def _against(
+    combination: Combination, examples: Sequence[Example], trained: Trained, folder: Path
+) -> dict[str, dict[str, Any]]:
+    """How far the combined model is from each run that it was made of."""
+    after = _export_traces(trained, examples, folder)
+    runs = [read_trained(run) for run in combination.runs]
+    return {run.run.name: compare(_adapter_traces(run, examples, run.run.name), after) for run in runs}
+
+
+def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
+    """The sentence that says which base was chosen, and why."""
+    if len(tried) == 1:
+        return f"{CANDIDATES[best]}: the only candidate{'' if 'mean_kl_nats' in tried[best] else ', not measured'}"
+    told = [
+        f"{CANDIDATES[base]}: mean KL {facts['mean_kl_nats']:.2e} nats, largest logit difference "
+        f"{facts['max_logit_difference']:.3g}, {facts['answer_argmax_agreement']:.2%} of answer tokens agree, "
+        f"{facts['teacher_forced_exact']['merged']:.1%} of gold answers likeliest token by token"
+        for base, facts in tried.items()
+    ]
+    adapter = tried[best]["teacher_forced_exact"]["adapter"]
+    return (
+        f"{CANDIDATES[best]} is written, because its answers diverge least from those of the adapter on the base of "
+        f"training ({'; '.join(told)}; adapter {adapter:.1%})"
+    )
+
+
+def _check_agreement(found: dict[str, Any], recipe: Recipe) -> None:
+    agreement, least = found["answer_argmax_agreement"], recipe.export.min_agreement
+    if agreement < least:
+        raise ParityError(
+            f"merged and adapter agree on {agreement:.2%} of the answer tokens, less than export.min_agreement "
+            f"{least:.2%}; nothing was written. Set export.base to the other base, export.dtype: float32, or pass "
+            "--allow-mismatch"
+        )
+
+
+def _aside_name(out: Path) -> str:
+    return f".{out.name}.new"
+
+
+@contextmanager
+def _aside(out: Path) -> Iterator[Path]:
+    """A folder on the same disk, gone at the end: inside an empty folder that is there, which may be a mount or the
+    current one; beside one to be made."""
+    aside = (out if out.is_dir() else out.parent) / _aside_name(out)
+    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
+    aside.mkdir(parents=True)
     try:
-        base = write_merged(run, recipe, aside)
-        tokenizer.save_pretrained(aside)
-        # in the same compute dtype: only the weights' rounding differs
-        merged = load_plain(aside, compute_dtype(recipe.model, default_device()))
-        after = trace(merged, examples, "merged model")
-        parity = {
-            "run": run.name,
-            "base": base,
-            "dtype": recipe.export.dtype,
-            "held_out_examples": len(examples),
-            "held_out_too_long": too_long,
-            **compare(before, after),
-            "min_agreement": recipe.export.min_agreement,
-        }
-        write_json(aside / "parity.json", parity)
-        if parity["answer_argmax_agreement"] < recipe.export.min_agreement and not allow_mismatch:
-            raise ParityError(
-                f"merged and adapter agree on {parity['answer_argmax_agreement']:.2%} of the answer tokens, less than "
-                f"export.min_agreement {recipe.export.min_agreement:.2%}; nothing was written. Set export.base to the "
-                "other base, export.dtype: float32, or pass --allow-mismatch"
-            )
-        if out.is_dir():
-            for file in aside.iterdir():
-                file.rename(out / file.name)
-        else:
-            aside.rename(out)
+        yield aside
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return parity
 
 
-def write_merged(run: Path, recipe: Recipe, folder: Path) -> str:
-    """Save the merged model and say what it was merged into. Raises ParityError where it equals its base."""
-    dtype = getattr(torch, recipe.export.dtype)
-    if (run / "model").is_dir():
-        _save(load_plain(run / "model", dtype), folder, run)
-        return "trained as a whole: no merge"
-    from peft import PeftModel
-
-    adapter = adapter_folder(run)
-    dequantize = is_quantized(recipe.model.quantization) and recipe.export.base == "dequantized"
-    device = default_device()
-    base = load_base(recipe.model if dequantize else recipe.model.model_copy(update={"quantization": None}), device)
-    if getattr(base, "is_quantized", False) and dequantize:
-        base = base.dequantize(dtype=compute_dtype(recipe.model, device))
-    untouched = _fingerprints(base, dtype)
-    with readable(str(adapter)):
-        tuned = PeftModel.from_pretrained(base, str(adapter))
-    if not hasattr(tuned.base_model, "merge_and_unload"):
-        method = recipe.tune.method
-        raise RunError(f"{method} can't be merged: its parameters are no weights of the base; use {run} as it is")
-    merged = tuned.merge_and_unload(safe_merge=True).to(dtype)
-    if _fingerprints(merged, dtype) == untouched:
-        raise ParityError(f"{adapter}: the merged model equals its base in {recipe.export.dtype}; nothing was learnt")
-    _save(merged, folder, run)
-    return "dequantized, as trained" if dequantize else "original"
+def _publish(folder: Path, out: Path) -> None:
+    """All files on the disk, then the name. In a folder that is there config.json comes last: without it nothing loads
+    the model."""
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        _sync(file)
+    _sync(folder)
+    if out.is_dir():
+        for file in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+            file.rename(out / file.name)
+        _sync(out)
+    else:
+        folder.rename(out)
+    _sync(out.parent)
 
 
-def _save(model: PreTrainedModel, folder: Path, run: Path) -> None:
-    """Weights, and a generation config that stops where training taught to stop: servers read it."""
-    weights = "model" if (run / "model").is_dir() else "adapter"
-    tokenizer = AutoTokenizer.from_pretrained(run / weights, trust_remote_code=False)
-    cast(Any, model.generation_config).eos_token_id = sorted(end_tokens(model, tokenizer))
-    model.save_pretrained(folder)
-
-
-def trace(model: PreTrainedModel, examples: Sequence[Example], name: str) -> list[Trace]:
-    """Teacher-forced over prompt and gold answer."""
-    device = next(model.parameters()).device
-    traces = []
-    with torch.inference_mode():
-        for example in track(examples, name):
-            pack = build_pack([[example]])
-            inputs = pack_inputs(model, pack, device)
-            virtual = inputs.pop("logits_to_keep").min() - min(pack.source)
-            logits = model(**inputs, use_cache=False).logits[0, int(virtual) :].float()
-            traces.append(Trace(logits[pack.source].cpu(), logits.argmax(-1).cpu()))
-    return traces
-
-
-def compare(before: Sequence[Trace], after: Sequence[Trace]) -> dict[str, Any]:
-    """Differences of the answer tokens' logits, and the shares of tokens with the same argmax."""
-    pairs = list(zip(before, after, strict=True))
-    differences = [(a.answer_logits - b.answer_logits).abs() for a, b in pairs]
-    answers = torch.cat([a.answer_logits.argmax(-1) == b.answer_logits.argmax(-1) for a, b in pairs])
-    tokens = torch.cat([a.argmax == b.argmax for a, b in pairs])
-    return {
-        "answer_tokens": len(answers),
-        "answer_argmax_agreement": round(answers.float().mean().item(), 5),
-        "all_tokens": len(tokens),
-        "all_argmax_agreement": round(tokens.float().mean().item(), 5),
-        "max_logit_difference": round(max(d.max().item() for d in differences), 5),
-        "mean_logit_difference": round(torch.cat([d.flatten() for d in differences]).mean().item(), 6),
-    }
-
-
-def _fingerprints(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, str]:
-    """sha256 of each weight as it would be saved."""
-    return {
-        name: hashlib.sha256(tensor.to(dtype).cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-        for name, tensor in model.state_dict().items()
-        if tensor.is_floating_point()
-    }
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

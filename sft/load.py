@@ -16,6 +16,7 @@ from sft.model import default_device, load_base, load_tokenizer, load_weights, t
 from sft.recipe import WHEEL, Model, Recipe, is_hub_id
 from sft.recipe_file import load_any_recipe, load_recipe
 from sft.run import RunError
+from sft.skeleton import fit_vocabulary
 from sft.untrusted import check_adapter
 
 
@@ -72,9 +73,9 @@ def load_target(target: str, base: bool = False) -> Loaded:
     return Loaded(loaded, tokenizer, takes_packs(loaded))
 
 
-def load_run(run: Path, dtype: str | None = None) -> Loaded:
+def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -> Loaded:
     """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights; computed in
-    `dtype` instead of the run's where that is named."""
+    `dtype` instead of the run's where that is named, and with another adapter on its base."""
     recipe = run_recipe(run)
     if dtype:
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
@@ -83,15 +84,17 @@ def load_run(run: Path, dtype: str | None = None) -> Loaded:
         tokenizer = load_tokenizer(Model(base=str(run / "model")))
         trained = load_base(recipe.model.model_copy(update={"base": str(run / "model")}), device)
         return Loaded(trained, tokenizer, takes_packs(trained))
-    adapter = adapter_folder(run)
+    own = adapter_folder(run)
+    adapter = adapter or own
     from peft import PeftModel
 
-    with readable(f"{adapter}: the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False)  # with the template of training
-    if note := template_note(tokenizer, recipe.model, adapter):
+    with readable(f"{own}: the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)  # with the template of training
+    if note := template_note(tokenizer, recipe.model, own):
         print(note, file=sys.stderr, flush=True)
     base = load_base(recipe.model, device)
     whole = takes_packs(base)
+    fit_vocabulary(base, adapter)
     with readable(str(adapter)):
         model = PeftModel.from_pretrained(base, str(adapter))
     packed = whole and not next(iter(model.peft_config.values())).is_prompt_learning

@@ -64,7 +64,7 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
         resolve_base(model.base),
         revision=model.revision,
         dtype=compute_dtype(model, device),
-        quantization_config=_bitsandbytes(model, device),
+        quantization_config=bitsandbytes_config(model, device),
         device_map={"": device},
         **({"use_kernels": True} if model.use_kernels and device.type == "cuda" else {}),
     )
@@ -184,7 +184,8 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
     return trainable, total
 
 
-def _bitsandbytes(model: Model, device: torch.device) -> Any:
+def bitsandbytes_config(model: Model, device: torch.device) -> Any:
+    """transformers' BitsAndBytesConfig; None where the recipe does not quantize."""
     quantization = model.quantization
     if quantization is None or not is_quantized(quantization):
         return None

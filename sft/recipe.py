@@ -234,8 +234,9 @@ class Eval(Section):
 
 
 class Export(Section):
-    base: Literal["dequantized", "original"] = "dequantized"
-    """What an adapter of a quantized run is merged into: the dequantized weights it was trained on, or the original."""
+    base: Literal["auto", "dequantized", "original"] = "auto"
+    """What an adapter of a quantized run is merged into: the dequantized weights it was trained on, or the original;
+    auto: the one whose answers differ less from the adapter's on the base of training, as measured."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     prompts: Count = 64
     """Held-out conversations of the parity check."""

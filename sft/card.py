@@ -1,0 +1,83 @@
+"""The model card of an export: what it was made of, how it was proven, under which licence its base stands."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sft.recipe import Recipe
+from sft.recipe_file import dump_recipe
+
+
+def export_card(run: Path, recipe: Recipe, base: Path, parity: dict[str, Any]) -> str:
+    """Markdown with the Hub's front matter."""
+    facts = json.loads((run / "manifest.json").read_text())
+    licence = licence_of(base)
+    front: dict[str, Any] = {
+        "base_model": recipe.model.base,
+        "license": licence or "unknown",
+        "library_name": "transformers",
+    }
+    front |= {"pipeline_tag": "text-generation", "tags": ["graft", recipe.tune.method, "sft"]}
+    data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+# {recipe.model.base}, tuned by {recipe.tune.method} on {recipe.task}
+
+Made by Graft's `graft export` from the run `{run.name}`: {parity["base"]}, {parity["dtype"]}. Load it with
+`AutoModelForCausalLM.from_pretrained(FOLDER)` and format prompts with the chat template of the tokenizer beside it.
+
+Licence of the base: {licence or "not named in its model card here; look it up before you pass this on"}.
+
+{_proof(parity)}
+
+Scores:
+{_scores(run) or "- none yet: `graft eval`"}
+
+Data:
+{data or "- from a Hub dataset, see the recipe"}
+
+The recipe:
+```yaml
+{dump_recipe(recipe)}```
+"""
+
+
+def licence_of(folder: Path) -> str | None:
+    """What the front matter of a model card names as its licence."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    parts = card.read_text(encoding="utf-8", errors="replace").split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return None
+    try:
+        front = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return None
+    named = front.get("license") if isinstance(front, dict) else None
+    return named if isinstance(named, str) else None
+
+
+def _proof(parity: dict[str, Any]) -> str:
+    if not parity["measured"]:
+        return "Its weights were checked against adapter and base. What it answers was **not** measured."
+    return (
+        f"On {parity['held_out_examples']} held-out examples it agrees with the adapter on "
+        f"{parity['answer_argmax_agreement']:.2%} of {parity['answer_tokens']} answer tokens; mean KL divergence "
+        f"{parity['mean_kl_nats']:.2e} nats, largest logit difference {parity['max_logit_difference']:.3g}. "
+        "All figures: `parity.json`."
+    )
+
+
+def _scores(run: Path) -> str:
+    """A line for each evaluation in the run folder."""
+    lines = []
+    for file in sorted(run.glob("eval*/results.json")):
+        results = json.loads(file.read_text())
+        total = results["scores"]["total"]
+        figures = ", ".join(f"{n} {v:.1f}" for n, v in total.items() if isinstance(v, float) and n != "questions")
+        lines.append(f"- `{file.parent.name}`, {results['questions']} questions: {figures}")
+    return "\n".join(lines)

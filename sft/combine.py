@@ -1,0 +1,90 @@
+"""Several runs' adapters of one base as one adapter, by PEFT's add_weighted_adapter.
+
+graft export RUN --with RUN2 --combine ties --weights 0.5,0.5
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from transformers import set_seed
+
+from sft.base import readable
+from sft.run import RunError
+from sft.skeleton import build, without_memory
+
+METHODS = (
+    "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
+    "magnitude_prune", "magnitude_prune_svd",
+)  # fmt: skip
+SPARSE = ("ties", "dare", "magnitude_prune")  # methods that keep a share of each adapter's values
+
+
+@dataclass(frozen=True)
+class Combination:
+    """Runs, the first of which names recipe and tokenizer; PEFT's combination_type; a weight for each run; the share
+    of values that sparse methods keep."""
+
+    runs: Sequence[Path]
+    method: str
+    weights: Sequence[float]
+    density: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise RunError(f"--combine {self.method} is none of {', '.join(METHODS)}")
+        if len(self.weights) != len(self.runs):
+            raise RunError(f"--weights holds {len(self.weights)} numbers for {len(self.runs)} runs; give each run one")
+        sparse = self.method.startswith(SPARSE)
+        if sparse != (self.density is not None):
+            raise RunError(
+                f"--combine {self.method} needs --density, the share of values that it keeps, such as 0.5"
+                if sparse
+                else f"--combine {self.method} keeps all values; leave --density out"
+            )
+
+    def record(self) -> dict[str, Any]:
+        runs = [run.name for run in self.runs]
+        return {"runs": runs, "method": self.method, "weights": list(self.weights), "density": self.density}
+
+
+def combination_of(runs: Sequence[Path], method: str, weights: str, density: float | None) -> Combination:
+    """As a user writes it: weights with commas between, none for equal ones that sum to 1."""
+    try:
+        numbers = [float(w) for w in weights.split(",")] if weights else [1 / len(runs)] * len(runs)
+    except ValueError as error:
+        raise RunError(f"--weights {weights}: write numbers with commas between, for example 0.5,0.5") from error
+    return Combination(runs, method, numbers, density)
+
+
+def combine(combination: Combination, base: Path, adapters: Sequence[Path], folder: Path, seed: int) -> None:
+    """Write the combined adapter into `folder`. Raises RunError where PEFT can't combine them: other ranks for linear,
+    methods that are not LoRA."""
+    from peft import PeftModel
+
+    model = build(base)
+    without_memory(model)
+    set_seed(seed)  # DARE drops values at random
+    names = [f"adapter_{i}" for i in range(len(adapters))]
+    with readable(str(adapters[0])):
+        tuned = PeftModel.from_pretrained(
+            model, str(adapters[0]), adapter_name=names[0], low_cpu_mem_usage=True, torch_device="cpu"
+        )
+    for name, adapter in zip(names[1:], adapters[1:], strict=True):
+        with readable(str(adapter)):
+            tuned.load_adapter(str(adapter), adapter_name=name, low_cpu_mem_usage=True, torch_device="cpu")
+    if not hasattr(tuned.base_model, "add_weighted_adapter"):
+        raise RunError(f"{combination.runs[0]}: PEFT combines LoRA adapters, not {type(tuned.base_model).__name__}")
+    options = {} if combination.density is None else {"density": combination.density}
+    try:
+        cast(Any, tuned.base_model).add_weighted_adapter(
+            names, list(combination.weights), "combined", combination_type=combination.method, **options
+        )
+    except ValueError as error:
+        raise RunError(f"--combine {combination.method}: {str(error).splitlines()[0]}") from error
+    tuned.save_pretrained(str(folder), selected_adapters=["combined"], save_embedding_layers=False)
+    for file in (folder / "combined").iterdir():
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / "combined")

@@ -1,0 +1,181 @@
+"""Whether base, adapter, weights, chat template and end tokens of an export are those of its run.
+
+graft export RUN --check [--out DIR]
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+
+from data.chat import end_of_turn
+from data.progress import track
+from data.store import file_sha256, text_sha256
+from sft.base import readable, resolve_base
+from sft.merge import Merge
+from sft.parity import ParityError
+from sft.recipe import Recipe
+from sft.run import RunError
+from sft.shards import Stored, read_header, shard_files
+
+PARITY = "parity.json"
+# how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values otherwise
+TOLERANCE = 0.1
+UNTOLD = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
+
+
+def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, str]:
+    """sha256 of the base's files by name, which equal those of the run's manifest; where the base came from a hub,
+    the manifest has none. Raises ParityError for another base."""
+    if adapter is None:  # the trained weights are in the run folder themselves
+        return {}
+    base = Path(resolve_base(recipe.model.base))
+    record = _read(base / PARITY)
+    if record and record.get("adapter_sha256") == adapter_sha256(adapter):
+        raise ParityError(
+            f"{recipe.model.base} is not what {run} was trained on: it already contains this adapter, which would be "
+            "merged twice; put the base of training back"
+        )
+    then = _manifest(run)["base"]["sha256"]
+    files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
+    now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
+    if then and sorted(then.values()) != sorted(now.values()):
+        raise ParityError(
+            f"{recipe.model.base} is not what {run} was trained on: it is another base (sha256 of its weights, then "
+            f"{_short(then)}, now {_short(now)}); put the base of training back"
+        )
+    named = json.loads((adapter / "adapter_config.json").read_text()).get("base_model_name_or_path")
+    if named and not recipe.model.base.endswith(named):  # a recipe in a run folder has absolute paths
+        raise ParityError(
+            f"{adapter} is an adapter of another base: its adapter_config.json names {named}, the run was trained "
+            f"on {recipe.model.base}; put the run's own adapter back"
+        )
+    return now
+
+
+def adapter_sha256(adapter: Path) -> str:
+    return file_sha256(adapter / "adapter_model.safetensors")
+
+
+def end_ids(base: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which a server has to stop: the base's, and those that training taught to end a turn with."""
+    listed = generation_config(base).eos_token_id
+    every = [*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
+    return sorted({i for i in every if i is not None})
+
+
+def generation_config(folder: Path) -> GenerationConfig:
+    with readable(str(folder)):
+        if (folder / "generation_config.json").is_file():
+            return GenerationConfig.from_pretrained(folder)
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+
+
+def read_parity(out: Path) -> dict[str, Any]:
+    """The record of an export. Raises RunError where the folder is none."""
+    record = _read(out / PARITY)
+    if not record or not record.keys() >= {"base", "dtype", "adapter_sha256"}:
+        raise RunError(f"{out}: holds no {PARITY} of a finished export; name one with --out, or export anew")
+    return record
+
+
+def text_faults(
+    run: Path, ours: PreTrainedTokenizerBase, base: Path, folder: Path, stops: bool = True
+) -> Iterator[str]:
+    """What of a written model's chat template, tokens and stops is not that of the run, a line each."""
+    with readable(str(folder)):
+        theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    trained, now = _manifest(run).get("chat_template_sha256"), text_sha256(str(theirs.chat_template))
+    if now != text_sha256(str(ours.chat_template)) or (trained and now != trained):
+        yield (
+            f"the chat template has changed: sha256 {now[:12]}, trained with "
+            f"{(trained or text_sha256(str(ours.chat_template)))[:12]}; prompts would be rendered otherwise"
+        )
+    if ours.get_vocab() != theirs.get_vocab():
+        yield "the tokenizer has another vocabulary than the run's"
+    for kind in sorted(ours.special_tokens_map.keys() | theirs.special_tokens_map.keys()):
+        was, is_now = ours.special_tokens_map.get(kind), theirs.special_tokens_map.get(kind)
+        if was != is_now:
+            yield f"the tokenizer's {kind} is {is_now}, the run's is {was}"
+    listed = generation_config(folder).eos_token_id if stops else None
+    if stops and (found := sorted(listed) if isinstance(listed, list) else [listed]) != (wanted := end_ids(base, ours)):
+        yield f"generation_config.json stops at EOS {found}, training taught to stop at {wanted}"
+
+
+def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
+    """Which weights and settings of a written model are not those of the merge, a line each."""
+    there: dict[str, Stored] = {}
+    for file in shard_files(folder):
+        there |= read_header(file)
+    groups = merge.groups()
+    wanted = {name for _, names in groups for name in names}
+    if odd := sorted(wanted ^ there.keys()):
+        kind = "missing" if odd[0] in wanted else "no weight of the merged model"
+        yield f"{odd[0]} is {kind} ({len(odd)} such weights)"
+    adapted = at_base = 0
+    faults = []
+    for owner, names in track(groups, "check the weights"):
+        made = merge.result(owner, names)
+        for name in (name for name in names if name in there):
+            before, after = made[name]
+            fault = _fault(name, before, after, there[name])
+            adapted += owner is not None
+            at_base += fault == _at_base(name)
+            faults += [fault] if fault else []
+    if adapted and at_base == adapted:
+        faults = ["the merged model equals its base: no weight holds the adapter"]
+    yield from faults[:10]
+    if len(faults) > 10:
+        yield f"and {len(faults) - 10} weights more"
+    asked, found = merge.model.config.to_dict(), AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    for key in sorted((asked.keys() | found.keys()) - set(UNTOLD)):
+        if asked.get(key) != found.get(key):
+            yield f"config.json: {key} is {found.get(key)}, the run's is {asked.get(key)}"
+
+
+def _fault(name: str, before: torch.Tensor | None, after: torch.Tensor, stored: Stored) -> str:
+    """What is wrong with a stored weight, as a line; nothing where it is the merged one."""
+    if (stored.dtype, stored.shape) != (after.dtype, tuple(after.shape)):
+        return f"{name} is {stored.dtype} {stored.shape}, merged {after.dtype} {tuple(after.shape)}"
+    found = stored.read()
+    if torch.equal(found, after):
+        return ""
+    found, after = found.double(), after.double()
+    off = (found - after).norm()
+    if before is not None and (length := (after - before.double()).norm()) > 0:
+        if off < TOLERANCE * length:
+            return ""
+        # where it lies on the line from base (0) to merged (1)
+        place = ((found - before.double()) * (after - before.double())).sum() / length**2
+        if (found - before.double()).norm() < TOLERANCE * length:
+            return _at_base(name)
+        if abs(place - 2) < TOLERANCE:
+            return f"{name} holds the adapter twice"
+    elif off <= 1e-5 * after.norm():  # rounded on another CPU
+        return ""
+    return f"{name} is not the merged weight: they differ by up to {(found - after).abs().max():.3g}"
+
+
+def _at_base(name: str) -> str:
+    return f"{name} equals the base's: its adapter was dropped"
+
+
+def _manifest(run: Path) -> dict[str, Any]:
+    facts = _read(run / "manifest.json")
+    if not facts:
+        raise RunError(f"{run}: holds no manifest.json, so what it was trained on can't be checked")
+    return facts
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    with readable(str(file)):
+        return json.loads(file.read_text())
+
+
+def _short(digests: Mapping[str, str]) -> str:
+    return ", ".join(digest[:12] for digest in digests.values()) or "none"

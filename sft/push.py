@@ -1,0 +1,34 @@
+"""An export on the Hugging Face Hub: `graft export RUN --push OWNER/NAME` tells what would go there."""
+
+from pathlib import Path
+
+from data.errors import UserError
+from data.source import HUB_ID
+from sft.card import licence_of
+
+
+class PushError(UserError):
+    """The Hub did not take it."""
+
+
+def push(folder: Path, repo: str, dry_run: bool = True) -> list[str]:
+    """What is sent, or would be, a line each. A new repository is private; whoever has read the card opens it."""
+    if not HUB_ID.fullmatch(repo):
+        raise PushError(f"--push {repo}: write OWNER/NAME")
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    size = sum(path.stat().st_size for path in files)
+    lines = [f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files]
+    lines += [f"{size / 1e9:.3f} GB to {repo}, private if new; licence of the base: {licence_of(folder) or 'unknown'}"]
+    if dry_run:
+        return [*lines, "nothing was sent; --no-dry-run sends it"]
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=True, exist_ok=True)
+        url = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Graft")
+    except (HfHubHTTPError, LocalTokenNotFoundError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise PushError(f"--push {repo}: {reason}; `hf auth login` with a token that may write there") from error
+    return [*lines, f"sent: {url}"]
