@@ -123,11 +123,11 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _read(path: Path, name: str) -> dict[str, Any]:
+    remedy = "name a folder that save_pretrained has written"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        remedy = "name a folder that save_pretrained has written"
-        raise RecipeError(f"{name} can't be loaded: {path.name}: {type(error).__name__}: {error}; {remedy}") from error
+        raise RecipeError(f"{name} can't be loaded: {path.name} is not a valid JSON file: {error}; {remedy}") from error
     if not isinstance(found, dict):
-        raise RecipeError(f"{name} can't be loaded: {path.name} holds no object; get it anew")
+        raise RecipeError(f"{name} can't be loaded: {path.name} holds no JSON object; {remedy}")
     return found

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from data.errors import UserError
+from data.progress import Bar, quiet
 from data.report import print_report, write_html
 from sft.examples import examined
 from sft.recipe_file import check_recipe, dump_recipe, load_any_recipe
@@ -267,7 +268,8 @@ def outcome(case: Case, folder: Path, watch: Watch) -> tuple[str, str]:
     faulthandler.dump_traceback_later(12 * SECONDS, exit=True)  # a call in C that no signal ends
     watch.active, watch.found = True, ""
     try:
-        run_case(case, folder)
+        with quiet():
+            run_case(case, folder)
         found, detail = "accepted", ""
     except UserError as error:
         found, detail = "refused", str(error)
@@ -303,6 +305,8 @@ def fuzz(count: int, number: int, folder: Path) -> tuple[Counter[str], list[str]
     check_recipe({"task": "instruct", "model": {"base": "o/m"}, "data": {"train": "o/d"}})  # imports PEFT, which writes
     watch = Watch(folder)
 
+    bar = Bar("fuzz", count)
+
     def hang(*_: Any) -> None:
         raise Hang
 
@@ -310,6 +314,7 @@ def fuzz(count: int, number: int, folder: Path) -> tuple[Counter[str], list[str]
         kind = "data" if case.recipe else "recipe"
         found, detail = outcome(case, work, watch)
         counts[f"{kind}: {found}"] += 1
+        bar.update(counts.total(), f"{len(failures)} failures")
         if found not in ("accepted", "refused"):
             kept = folder / f"failure-{len(failures)}-{case.name}"
             kept.write_bytes(case.content)
@@ -328,6 +333,7 @@ def fuzz(count: int, number: int, folder: Path) -> tuple[Counter[str], list[str]
                 )
                 seed(number)(limits(given(cases)(body)))()
     finally:
+        bar.close()
         signal.signal(signal.SIGALRM, old)
     return counts, failures
 
