@@ -205,7 +205,7 @@ def test_adapter_with_pickled_weights_is_refused_and_never_opened(tmp_path, tiny
     with pytest.raises(ServerError, match=r"adapter_model.bin: is a pickle"):
         command_of(run)
     (run / "adapter" / "adapter_model.safetensors").unlink()
-    with pytest.raises(RunError, match="no adapter_model.safetensors"):
+    with pytest.raises(RecipeError, match="no adapter_model.safetensors"):
         command_of(run)
     assert not (tmp_path / "owned").exists()
 
