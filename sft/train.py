@@ -48,7 +48,7 @@ def main(
     loaded = load_any_recipe(path, overrides)
     if retries and not dry_run:
         from sft.run import agree_on_folder
-        from sft.supervise import supervise
+        from sft.retries import supervise
 
         folder = resume or agree_on_folder(loaded, path, probe=True)
         words = [word for text in overrides or [] for word in ("--set", text)]

@@ -4,10 +4,11 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-if worker := os.environ.get("PYTEST_XDIST_WORKER"):  # cores of its own, before torch counts them: else threads of two
-    workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])  # workers would wait for each other at every product
-    mine = sorted(os.sched_getaffinity(0))[int(worker.removeprefix("gw")) :: workers]
-    os.sched_setaffinity(0, mine)
+if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
+    # cores of its own, before torch counts them: else threads of two workers wait for each other at every product
+    workers, cores = int(os.environ["PYTEST_XDIST_WORKER_COUNT"]), sorted(os.sched_getaffinity(0))
+    if len(cores) >= workers:  # not yet divided
+        os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
 
 import pytest
 import torch

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import sft.durable
-import sft.supervise
+import sft.retries
 import sft.trainer
 from data.errors import ExitCode, is_disk_full
 from data.pack import Layout
@@ -258,15 +258,15 @@ def test_supervisor_goes_on_after_a_crash_and_after_nothing_else(codes, retries,
         (tmp_path / "recipe.yaml").touch()
         return left.pop(0)
 
-    monkeypatch.setattr(sft.supervise, "_run", run)
-    assert sft.supervise.supervise(["new"], tmp_path, ["resume"], retries) == ends
+    monkeypatch.setattr(sft.retries, "_run", run)
+    assert sft.retries.supervise(["new"], tmp_path, ["resume"], retries) == ends
     assert asked == started
 
 
 def test_supervisor_is_not_for_launchers(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="--retries: is for one process"):
-        sft.supervise.supervise(["new"], tmp_path, ["resume"], 1)
+        sft.retries.supervise(["new"], tmp_path, ["resume"], 1)
 
 
 @pytest.mark.slow
