@@ -47,8 +47,8 @@ def main(
     changed = parse_changed(resume, allow_changed, elastic)
     loaded = load_any_recipe(path, overrides)
     if retries and not dry_run:
-        from sft.run import agree_on_folder
         from sft.retries import supervise
+        from sft.run import agree_on_folder
 
         folder = resume or agree_on_folder(loaded, path, probe=True)
         words = [word for text in overrides or [] for word in ("--set", text)]
