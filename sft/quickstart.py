@@ -45,6 +45,7 @@ def quickstart(recipe_path: Path) -> None:
         f"\nnext:\n  graft chat {run}\n  graft serve {run / 'export'}\n"
         "  graft check recipes/smollm_newsgroups.yaml",
         highlight=False,
+        soft_wrap=True,  # a command is copied in one piece
     )
     if importlib.util.find_spec("vllm"):
         console.rule("and serve; Ctrl-C leaves it out")
