@@ -1,7 +1,11 @@
 """Mistakes that a user can mend, and the exit code of everything that ends a command."""
 
 import errno
+import re
 from enum import IntEnum
+
+# a terminal acts on them, or shows what follows in another order; a line break is meant
+CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class ExitCode(IntEnum):
@@ -23,6 +27,10 @@ class UserError(Exception):
     """The text is all that the user sees: it names the value, the limit and the remedy."""
 
     exit_code = ExitCode.MISTAKE
+
+    def __str__(self) -> str:
+        """Names and values of recipes and data stand in it: their control characters are written out."""
+        return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
 
 
 class DiskFull(UserError):

@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from data.conversation import DataError
+
 SCRIPT = """
 import os, sys
 from pathlib import Path
@@ -24,3 +26,9 @@ def test_the_allocator_is_tuned_once_and_a_users_own_settings_stay(own, seen, tm
         [sys.executable, str(script), "a b", "c"], env=env, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == f"{seen} ['a b', 'c']"
+
+
+def test_messages_write_control_characters_out():
+    assert str(DataError("a\x1b[2J.jsonl:3", "\u202etext\x9b\tx\nsecond line")) == (
+        "a\\x1b[2J.jsonl:3: \\u202etext\\x9b\\tx\nsecond line"
+    )

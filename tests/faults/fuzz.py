@@ -273,7 +273,7 @@ def outcome(case: Case, folder: Path, watch: Watch) -> tuple[str, str]:
         found, detail = "accepted", ""
     except UserError as error:
         found, detail = "refused", str(error)
-        if any(c < " " and c != "\n" for c in detail):
+        if any((c < " " and c != "\n") or "\x7f" <= c <= "\x9f" for c in detail):
             found = "control character in a message"
         try:
             detail.encode()
