@@ -84,7 +84,7 @@ def test_a_flipped_bit_anywhere_in_a_manifest_changes_nothing_that_is_believed(r
 
 
 def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
-    """A planted optimizer.pt is what PyTorch would unpickle."""
+    """S2: a planted optimizer.pt is what PyTorch would unpickle."""
     folder = write(run, 5)
     (folder / "optimizer.pt").write_bytes(b"\x80\x04")
     assert damage(folder) == "optimizer.pt does not belong to it"

@@ -604,7 +604,8 @@ def test_tokenizer_of_a_recipe_has_the_templates_file(tmp_path: Path, tiny: Path
 
 
 def test_every_case_has_a_test():
-    """But for S2 (tests of resuming), S15 and S16 (tests of the server)."""
-    tests = [node for node in ast.parse(Path(__file__).read_text()).body if isinstance(node, ast.FunctionDef)]
-    named = {found[0] for test in tests if (found := re.match(r"S\d+(?=:)", ast.get_docstring(test) or ""))}
-    assert named == {f"S{i}" for i in range(1, 23)} - {"S2", "S15", "S16"}
+    """S1 to S22, those of checkpoints and of the server beside their parts; R1 to R13 of a run that can't be lost."""
+    docstrings = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    for kind, last in (("S", 22), ("R", 13)):
+        named = {int(number) for number in re.findall(rf'"""{kind}(\d+)\b', docstrings)}
+        assert named >= set(range(1, last + 1)), f"without a test: {set(range(1, last + 1)) - named}"
