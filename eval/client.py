@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
-from eval.partial import Partial, key_of
+from eval.partial import kept
 from eval.predict import Prediction
 
 if TYPE_CHECKING:  # a second to import, for commands that ask no server
@@ -65,18 +65,13 @@ def ask_server(
 
     keep: a file for the answers as they come; those in it already are not asked again. It is the caller's to delete.
     """
-    if keep is None:
-        return ask_all(url, model, conversations, max_new_tokens, concurrency, _prediction)
-    with Partial(keep, key_of(url, model, conversations, max_new_tokens)) as partial:
-        missing = [i for i in range(len(conversations)) if i not in partial.found]
-        asked = [conversations[i] for i in missing]
 
-        def note(place: int, prediction: Prediction) -> None:
-            partial.add(missing[place], prediction)
+    def ask(
+        asked: Sequence[Conversation], note: Callable[[int, Prediction], None] = lambda *_: None
+    ) -> list[Prediction]:
+        return ask_all(url, model, asked, max_new_tokens, concurrency, _prediction, note)
 
-        new = ask_all(url, model, asked, max_new_tokens, concurrency, _prediction, note)
-    found = partial.found | dict(zip(missing, new, strict=True))
-    return [found[i] for i in range(len(conversations))]
+    return kept(keep, f"{url} {model}", conversations, max_new_tokens, ask) if keep else ask(conversations)
 
 
 def _prediction(reply: "ChatCompletion | None") -> Prediction:

@@ -4,7 +4,7 @@ A row of questions on one context is computed as one tree of tokens. Then as man
 together (see rows.py). Where enough of their answers have ended, those leave the batch and waiting rows join it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,15 @@ REBUILD = 0.75  # of the answers still going; 0.5 and 0.9 were within 8 %
 
 
 def generate_ids(
-    model: PreTrainedModel, prompts: Sequence[list[int]], stop: set[int], max_new_tokens: int, batch_tokens: int
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    stop: set[int],
+    max_new_tokens: int,
+    batch_tokens: int,
+    note: Callable[[int, list[int]], None] = lambda number, answer: None,
 ) -> list[list[int]]:
-    """Answers in order, each up to and with the token of `stop` that ends it, or of max_new_tokens.
+    """Answers in order, each up to and with the token of `stop` that ends it, or of max_new_tokens. `note` hears of
+    each with its number as it ends.
 
     batch_tokens: most tokens that are kept, those of prompts and the room for whole answers; only a single prompt with
     its answer may be more. For models that take packs (see sft.model.takes_packs) and rows.
@@ -33,6 +39,7 @@ def generate_ids(
     rows: list[Row] = []
     last: Row | None = None
     bar = Bar("answer", len(questions))
+    going_on = dict(enumerate(questions))
     with torch.inference_mode():
         while waiting or rows:
             while waiting and _fits(rows, *waiting[-1], batch_tokens):
@@ -41,7 +48,9 @@ def generate_ids(
                     rows.append(last.only(going))
             if rows:
                 rows = _decode(model, rows, stop)
-            bar.update(sum(not q.left for q in questions))
+            for number in [n for n, q in going_on.items() if not q.left]:
+                note(number, going_on.pop(number).answer)
+            bar.update(len(questions) - len(going_on))
     bar.close()
     return [q.answer for q in questions]
 

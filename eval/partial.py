@@ -6,7 +6,7 @@ The first line says what was asked, each further one holds an answer. A line wit
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,7 +15,9 @@ from data.conversation import Conversation
 from eval.predict import Prediction
 
 NAME = "answers.partial.jsonl"
-SERVED = ("text", "new_tokens", "finished", "asked")  # of a prediction, what a server tells
+KEPT = ("text", "new_tokens", "finished", "asked")  # of a prediction
+Note = Callable[[int, Prediction], None]
+Ask = Callable[[Sequence[Conversation], Note], list[Prediction]]
 
 
 class Partial:
@@ -41,7 +43,7 @@ class Partial:
         self.file, self.kept = path.open("a", encoding="utf-8"), len(lines) - 1
 
     def add(self, number: int, prediction: Prediction) -> None:
-        row = {"number": number} | {name: getattr(prediction, name) for name in SERVED}
+        row = {"number": number} | {name: getattr(prediction, name) for name in KEPT}
         self.file.write(json.dumps(row, ensure_ascii=False) + "\n")
         self.file.flush()
         self.kept += 1
@@ -58,7 +60,23 @@ class Partial:
             print(told, file=sys.stderr, flush=True)
 
 
-def key_of(url: str, model: str, conversations: Sequence[Conversation], max_new_tokens: int) -> str:
+def kept(
+    path: Path, system: str, conversations: Sequence[Conversation], max_new_tokens: int, ask: Ask
+) -> list[Prediction]:
+    """The answers in order; those in the file already are not asked again. system: all that names who answers. The file
+    is the caller's to delete."""
+    with Partial(path, key_of(system, conversations, max_new_tokens)) as partial:
+        missing = [i for i in range(len(conversations)) if i not in partial.found]
+
+        def note(place: int, prediction: Prediction) -> None:
+            partial.add(missing[place], prediction)
+
+        new = ask([conversations[i] for i in missing], note) if missing else []
+    found = partial.found | dict(zip(missing, new, strict=True))
+    return [found[i] for i in range(len(conversations))]
+
+
+def key_of(system: str, conversations: Sequence[Conversation], max_new_tokens: int) -> str:
     """sha256 of all that an answer depends on."""
-    asked = [url, model, max_new_tokens, [list(c.prompt) for c in conversations]]
+    asked = [system, max_new_tokens, [list(c.prompt) for c in conversations]]
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()

@@ -1,6 +1,6 @@
 """Prompts -> greedy answers, in-process; over HTTP see client.py."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -29,30 +29,31 @@ def generate(
     max_new_tokens: int,
     batch_tokens: int,
     packed: bool = True,
+    note: Callable[[int, Prediction], None] = lambda number, prediction: None,
 ) -> list[Prediction]:
-    """Greedy answers, in order. What several prompts share (a passage) is computed once, and nothing is padded.
-    `packed=False` generates one prompt at a time, for models that can't take a pack's mask."""
+    """Greedy answers, in order; `note` hears of each with its number as it ends. What several prompts share (a passage)
+    is computed once, and nothing is padded. `packed=False` generates one prompt at a time, for models that can't take a
+    pack's mask."""
     prompts = [encode_prompt(c.prompt, tokenizer) for c in conversations]
     limit = max_positions(model.config)
     asked = [i for i, prompt in enumerate(prompts) if limit is None or len(prompt) + max_new_tokens <= limit]
+    found = [Prediction("", 0, finished=False, asked=False)] * len(prompts)
     stop = end_tokens(model, tokenizer)
     model.eval()
-    chosen = [prompts[i] for i in asked]
-    if packed and takes_rows(model):
-        found = generate_ids(model, chosen, stop, max_new_tokens, batch_tokens)
-    else:
-        found = [generate_one(model, prompt, stop, max_new_tokens) for prompt in track(chosen, "answer")]
-    answers = dict(zip(asked, found, strict=True))
-    return [
-        Prediction(
-            str(tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
-            len(tokens),
-            bool(tokens) and tokens[-1] in stop,
-            i in answers,
-            ids=tuple(tokens),
+
+    def take(place: int, tokens: list[int]) -> None:
+        text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        found[asked[place]] = prediction = Prediction(
+            text, len(tokens), bool(tokens) and tokens[-1] in stop, ids=tuple(tokens)
         )
-        for i, tokens in ((i, answers.get(i, [])) for i in range(len(prompts)))
-    ]
+        note(asked[place], prediction)
+
+    if packed and takes_rows(model):
+        generate_ids(model, [prompts[i] for i in asked], stop, max_new_tokens, batch_tokens, take)
+    else:
+        for place, i in enumerate(track(asked, "answer")):
+            take(place, generate_one(model, prompts[i], stop, max_new_tokens))
+    return found
 
 
 def check_fits(name: str, prompt_tokens: int, max_new_tokens: int, config: PretrainedConfig) -> None:

@@ -10,6 +10,7 @@ from data.squad import UNANSWERABLE
 from eval.client import ask_server, served_model
 from eval.likelihood import classify_by_likelihood, no_answer_differences
 from eval.metrics import squad_scores
+from eval.partial import Note, kept
 from eval.predict import Prediction, generate
 from eval.run import limit_questions
 from eval.spans import tune_threshold
@@ -47,7 +48,7 @@ def model_answerer(
     keep: Path | None = None,
 ) -> Answerer:
     """The answers of a language model, loaded here or behind a server. known: training questions for the threshold;
-    keep: where a server's answers are kept as they come."""
+    keep: where what is written is kept as it comes."""
     length = asking.max_new_tokens or settings.max_new_tokens
     if asking.threshold_from and asking.shots:
         raise RecipeError("--threshold-from, --shots: training questions would be asked without shots; keep one")
@@ -66,11 +67,13 @@ def model_answerer(
     if asking.labels:
         return lambda asked: classify_by_likelihood(model, tokenizer, asked, labels, tokens, loaded.packed)
 
-    def write(asked: Sequence[Conversation]) -> list[Prediction]:
-        return generate(model, tokenizer, asked, length, tokens, loaded.packed)
+    def write(asked: Sequence[Conversation], note: Note = lambda number, prediction: None) -> list[Prediction]:
+        return generate(model, tokenizer, asked, length, tokens, loaded.packed, note)
 
     if not asking.threshold_from:
-        return write
+        system = _identity(target, base)
+        # a question alone is asked for its latency
+        return lambda asked: kept(keep, system, asked, length, write) if keep and len(asked) > 1 else write(asked)
 
     def differences(asked: Sequence[Conversation], written: Sequence[Prediction]) -> list[float]:
         return no_answer_differences(model, tokenizer, asked, written, tokens, loaded.packed)
@@ -94,6 +97,14 @@ def model_answerer(
         ]
 
     return write_or_not
+
+
+def _identity(target: str, base: bool) -> str:
+    """What is answering: its name, and of a folder when its recipe and weights were written."""
+    folder = Path(target)
+    parts = ("recipe.yaml", "*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
+    files = sorted(path for part in parts for path in folder.glob(part)) if folder.is_dir() else []
+    return " ".join([target, str(base), *(f"{path} {path.stat().st_mtime_ns}" for path in files)])
 
 
 def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, asking: Asking) -> Answerer:

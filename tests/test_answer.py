@@ -7,6 +7,8 @@ import pytest
 
 from data.errors import UserError
 from data.squad import UNANSWERABLE
+from eval.partial import NAME, Partial
+from eval.predict import Prediction
 from sft.answer import Asking, training_questions
 from sft.evaluate import evaluate
 from sft.recipe_file import load_recipe
@@ -56,6 +58,26 @@ def test_shots_stand_before_each_question_and_change_nothing_else(news_run, tmp_
     assert shots["name"] == f"{plain['name']} 2-shot"
     assert shots["evaluation_sha256"] == plain["evaluation_sha256"]
     assert [row["id"] for row in rows_of(tmp_path / "a")] == [row["id"] for row in rows_of(tmp_path / "b")]
+
+
+def test_an_evaluation_that_broke_off_goes_on_with_the_answers_that_it_has(news_run, tmp_path, monkeypatch, capsys):
+    evaluate(str(news_run), tmp_path / "whole")
+    add = Partial.add
+
+    def break_off(self: Partial, number: int, prediction: Prediction) -> None:
+        add(self, number, prediction)
+        if self.kept == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Partial, "add", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(str(news_run), tmp_path / "a")
+    assert not (tmp_path / "a" / "results.json").exists()
+    monkeypatch.setattr(Partial, "add", add)
+    evaluate(str(news_run), tmp_path / "a")
+    assert "2 answers are there from before it broke off" in capsys.readouterr().err
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "whole")
+    assert not (tmp_path / "a" / NAME).exists()
 
 
 def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
