@@ -13,10 +13,10 @@ VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IG
 SHORTEST = 8  # characters of a variable's value: what is shorter stands in ordinary text too
 # Hugging Face, OpenAI and alike, GitHub, Slack, AWS, JSON web tokens
 FORM = re.compile(
-    r"(?<![\w-])(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?[A-Za-z0-9]{20,}[\w-]*|gh[opsu]_[A-Za-z0-9]{30,}"
+    r"(?<![\w-])(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?[\w-]{20,}|gh[opsu]_[A-Za-z0-9]{30,}"
     r"|github_pat_\w{30,}|xox[abpr]-[\w-]{20,}|AKIA[A-Z0-9]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
 )
-USER = re.compile(r"(?<=://)[^/\s:@]+:[^/\s@]+(?=@)")  # of a URL
+USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # of a URL
 # a value behind its name; `use_cls_token=true` and `eos_token: </s>` are none
 NAMED = re.compile(
     r"(?i)(--[\w-]*(?:key|token|secret|password)[= ]|\bbearer\s+"

@@ -30,11 +30,16 @@ class Partial:
         self.path = path
         self.found: dict[int, Prediction] = {}
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        if lines and json.loads(lines[0]) == {"key": key}:
-            rows: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
-            self.found = {row.pop("number"): Prediction(**row) for row in rows}
-            print(f"{len(self.found)} answers are there from before it broke off ({path})", file=sys.stderr, flush=True)
-        else:
+        try:
+            if lines and json.loads(lines[0]) == {"key": key}:
+                rows: list[dict[str, Any]] = [json.loads(line) for line in lines[1:]]
+                self.found = {row.pop("number"): Prediction(**row) for row in rows}
+                said = f"{len(self.found)} answers are there from before it broke off ({path})"
+                print(said, file=sys.stderr, flush=True)
+        except (ValueError, TypeError, KeyError) as error:
+            self.found = {}
+            print(f"{path} is damaged and begun anew: {error}", file=sys.stderr, flush=True)
+        if not self.found:
             lines = [json.dumps({"key": key})]
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_name(f"{path.name}.new")  # without a cut line, and never less than what is there

@@ -57,6 +57,13 @@ def publish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
 
 def damage(folder: Path, pickles: bool = False) -> str | None:
     """What is wrong with a checkpoint; None where it is whole. `pickles`: they are allowed (FSDP and DeepSpeed)."""
+    try:
+        return _damage(folder, pickles)
+    except (OSError, RecursionError) as error:  # a bad sector, a link to nowhere, JSON without an end
+        return f"it can't be read: {error}"
+
+
+def _damage(folder: Path, pickles: bool) -> str | None:
     path = folder / MANIFEST
     if not path.is_file():
         return f"it was not finished: {MANIFEST} is missing"

@@ -24,7 +24,7 @@ from transformers import (
 from data.progress import Bar
 from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import PEFT_TASKS, BaselineTune, EncoderModel
-from sft.model import train_matching
+from sft.model import train_matching, with_tokenizer
 from sft.recipe import RecipeError
 from sft.recipe_file import peft_types
 from sft.untrusted import check_adapter, check_config
@@ -109,7 +109,7 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
         return model
     from peft import get_peft_model
 
-    kind, settings = peft_types()[tune.method], dict(tune.peft)
+    kind, settings = peft_types()[tune.method], dict(with_tokenizer(tune.peft, model))
     if objective == "extractive_qa" and settings.get("target_modules") == "all-linear":
         settings.setdefault("exclude_modules", ["qa_outputs"])  # the new head is trained whole, as a classifier's is
     config = kind(task_type=PEFT_TASKS[objective], **settings)

@@ -131,12 +131,18 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
         return _train_part(base, tune)
     from peft import get_peft_model
 
-    config = peft_types()[tune.method](task_type="CAUSAL_LM", **tune.peft)
+    config = peft_types()[tune.method](task_type="CAUSAL_LM", **with_tokenizer(tune.peft, base))
     try:
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
     except ValueError as error:  # PEFT names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
     return cast(PreTrainedModel, model)  # it answers to the same calls
+
+
+def with_tokenizer(settings: dict[str, Any], base: PreTrainedModel) -> dict[str, Any]:
+    """Settings of PEFT; those of a prompt that begins as a text with the base's tokenizer, which reads it."""
+    text = settings.get("prompt_tuning_init") == "TEXT"
+    return {**settings, "tokenizer_name_or_path": base.config._name_or_path} if text else settings
 
 
 def check_length(recipe: Recipe) -> None:

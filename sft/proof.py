@@ -39,7 +39,8 @@ def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, s
             f"{recipe.model.base} is not what {run} was trained on: it already contains this adapter, which would be "
             "merged twice; put the base of training back"
         )
-    then = _manifest(run)["base"]["sha256"]
+    recorded = _manifest(run)["base"]["sha256"]
+    then = {name: sha256 for name, sha256 in recorded.items() if name.endswith(".safetensors")}
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
     if then and sorted(then.values()) != sorted(now.values()):

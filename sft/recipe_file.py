@@ -133,7 +133,8 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
             raise RecipeError(f"tune.method: {tune.method!r} is none of {', '.join(sorted([*methods, *own]))}{near}")
         config = methods[tune.method]
         hints = get_type_hints(config)
-        ours = ("peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode")
+        ours = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+        ours |= {"tokenizer_name_or_path", "tokenizer_kwargs"}  # the base's own, see sft/model.py
         allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}
     for key in tune.peft:
         if key not in allowed:
@@ -146,7 +147,8 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
     try:
         checked = model.model_validate(tune.peft)
         values = {key: getattr(checked, key) for key in tune.peft}  # `no` is text in YAML and False here
-        return config(task_type=task_type, **values) if config else None, values
+        named = {"tokenizer_name_or_path": "the base's"} if values.get("prompt_tuning_init") == "TEXT" else {}
+        return config(task_type=task_type, **named, **values) if config else None, values
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, Recipe, ("tune",)) for e in error.errors())) from error
     except (ValueError, TypeError) as error:  # what a PEFT config refuses as a whole

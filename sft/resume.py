@@ -58,7 +58,11 @@ def made_from(run: Path, facts: dict[str, Any], processes: int) -> dict[str, Any
     return {
         "recipe": {k: v for k, v in _flat(recipe) if not k.startswith(NO_MATTER)},
         "data": {**facts["data_sha256"], **facts["data_revision"]},
-        "base": {**facts["base"]["sha256"], "chat template": facts.get("chat_template_sha256")},
+        "base": {
+            **facts["base"]["sha256"],
+            "commit": facts["base"]["commit"],
+            "chat template": facts.get("chat_template_sha256"),
+        },
         "processes": processes,
         "packages": facts["packages"],
     }
@@ -112,7 +116,10 @@ def note_changed_data(run: Path, facts: dict[str, Any]) -> None:
 def _differences(kind: str, then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     """A line for each difference. Of data and base the content counts, not the path that it was found at."""
     if kind != "recipe":
-        if sorted(map(str, then.values())) == sorted(map(str, now.values())):
+        if [*then.values()] == [*now.values()]:
+            return
+        if sorted(map(str, then.values())) == sorted(map(str, now.values())):  # train and held-out files, or two parts
+            yield f"{kind}: the same contents in other places: then {', '.join(then)}; now {', '.join(now)}"
             return
         if moved := {*then.values()} & {*now.values()}:
             then = {name: v for name, v in then.items() if v not in moved}

@@ -39,12 +39,16 @@ def _run(arguments: Sequence[str]) -> int:
     # in a group of its own: a terminal's Ctrl-C then comes once, through us
     process = subprocess.Popen(command, process_group=0)
 
+    asked: list[int] = []
+
     def pass_on(number: int, frame: Any) -> None:
+        asked.append(number)
         process.send_signal(number)
 
     previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
-        return process.wait()
+        code = process.wait()
+        return 128 + asked[-1] if asked and code < 0 else code  # before it could save: asked to stop all the same
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -91,7 +91,9 @@ def manifest(
     sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
     floor = isinstance(recipe, BaselineRecipe) and recipe.is_floor
     base = None if floor else Path(resolve_base(recipe.model.base))
-    weights = sorted(base.glob("*.safetensors")) if base and base.is_dir() else []
+    parts = ("*.safetensors", "config.json", "tokenizer.json")
+    files = sorted(f for part in parts for f in base.glob(part)) if base and base.is_dir() else []
+    stored = _stored_config(recipe.model.base, recipe.model.revision) if base else {}
     return {
         "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
         "commit": _commit(),
@@ -99,8 +101,9 @@ def manifest(
         "base": {
             "name": recipe.model.base,
             "revision": recipe.model.revision,
-            "sha256": {file.name: file_sha256(file) for file in weights},
-            "auto_map": base is not None and _brings_code(recipe.model.base, recipe.model.revision),
+            "commit": stored.get("_commit_hash"),  # of a Hub id
+            "sha256": {file.name: file_sha256(file) for file in files},
+            "auto_map": brings_code(stored),
         },
         "trust_remote_code": False,
         "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
@@ -112,9 +115,9 @@ def manifest(
     }
 
 
-def _brings_code(base: str, revision: str | None) -> bool:
+def _stored_config(base: str, revision: str | None) -> dict[str, Any]:
     with readable(f"model.base: {base}"):
-        return brings_code(stored_config(base, revision))
+        return stored_config(base, revision)
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -200,7 +203,13 @@ def rewind_metrics(run: Path, step: int) -> None:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n") if path.is_file() else []
-    return [json.loads(line) for line in lines[:-1]]  # a last line without its end was cut by a crash
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # a last line without its end was cut by a crash
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}:{number}: is damaged: {error}; remove this line and those behind it") from error
+    return rows
 
 
 def plot_loss(run: Path) -> None:

@@ -19,7 +19,7 @@ CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 PLAIN = re.compile(r"[a-z0-9_|]+")
 # what PEFT imports, unpickles or loads from elsewhere because a config names it
-OPENED = ("megatron_config", "adapters", "cache_file", "covariance_file")
+OPENED = ("megatron_config", "adapters", "cache_file", "covariance_file", "tokenizer_kwargs")
 # what a shell or a terminal would act on when the name is copied from a printed line
 UNSAFE = re.compile(r"""[\x00-\x1f\x7f-\x9f;&|$`<>*?"'!#\\~]""")
 

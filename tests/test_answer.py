@@ -78,6 +78,9 @@ def test_an_evaluation_that_broke_off_goes_on_with_the_answers_that_it_has(news_
     assert "2 answers are there from before it broke off" in capsys.readouterr().err
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "whole")
     assert not (tmp_path / "a" / NAME).exists()
+    (tmp_path / "a" / NAME).write_text("[1]\n\0\n")
+    evaluate(str(news_run), tmp_path / "a")
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "whole")
 
 
 def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):

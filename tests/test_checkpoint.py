@@ -13,7 +13,7 @@ import torch
 import sft.checkpoint
 from data.errors import DiskFull
 from sft.checkpoint import checkpoints, damage, last_checkpoint, publish, remove_leftovers, rotate, set_aside
-from sft.run import RunError
+from sft.run import RunError, read_metrics
 from sft.state import load_state, random_state, save_state, set_random_state
 
 
@@ -93,6 +93,17 @@ def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
     publish(aside, run / "checkpoint-6", {"step": 6})
     assert damage(run / "checkpoint-6") == "optimizer.pt is a pickle, which is never opened"
     assert damage(run / "checkpoint-6", pickles=True) is None
+
+
+def test_what_cannot_be_read_is_named(run):
+    folder = write(run, 5)
+    (folder / "link.json").symlink_to("nowhere")
+    assert "can't be read" in str(damage(folder)) or "does not belong" in str(damage(folder))
+    (folder / "manifest.json").write_text("[" * 100_000)
+    assert "can't be read" in str(damage(folder)) or "is damaged" in str(damage(folder))
+    (run / "metrics.jsonl").write_text('{"step": 1}\n\0\n')
+    with pytest.raises(RunError, match="metrics.jsonl:2: is damaged.*remove this line"):
+        read_metrics(run)
 
 
 def test_what_the_disk_does_not_return_is_not_published(run, monkeypatch):

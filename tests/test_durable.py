@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -261,6 +262,22 @@ def test_supervisor_goes_on_after_a_crash_and_after_nothing_else(codes, retries,
     monkeypatch.setattr(sft.retries, "_run", run)
     assert sft.retries.supervise(["new"], tmp_path, ["resume"], retries) == ends
     assert asked == started
+
+
+def test_supervisor_that_is_asked_to_stop_does_not_begin_again(tmp_path, monkeypatch):
+    """Also where the training has no handler yet, or no longer, and dies of the signal."""
+    begun = []
+
+    def sleep(command, **options):
+        begun.append(command)
+        return popen(["sleep", "30"], **options)
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(sft.retries.subprocess, "Popen", sleep)
+    timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    timer.start()
+    assert sft.retries.supervise(["new"], tmp_path, ["resume"], 3) == ExitCode.TERMINATED
+    assert len(begun) == 1
 
 
 def test_supervisor_is_not_for_launchers(tmp_path, monkeypatch):

@@ -14,8 +14,9 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from sft.checkpoint import checkpoints, last_checkpoint
-from sft.run import read_metrics
+from sft.checkpoint import checkpoints, last_checkpoint, read_manifest
+from sft.resume import check_unchanged
+from sft.run import RunError, read_metrics
 from sft.trainer import PackTrainer
 from tests.conftest import ROOT, SAMPLES, write_recipe
 from tests.test_checkpoint import HARM
@@ -199,11 +200,18 @@ def test_changed_run_is_refused_with_the_difference_unless_told(change, kinds, s
     assert "goes on changed: " in graft("train", "--resume", copy, "--allow-changed", kinds).stdout
 
 
-def test_other_number_of_processes_needs_leave(saved, tmp_path):
-    from sft.checkpoint import read_manifest
-    from sft.resume import check_unchanged
-    from sft.run import RunError
+def test_contents_that_changed_places_are_a_change(saved):
+    """R10: a held-out file that took the name of the training file, and a base of another commit."""
+    made = read_manifest(saved / "checkpoint-4")["made_from"]
+    then, swapped = made | {"data": {"a.json": "1", "b.json": "2"}}, made | {"data": {"a.json": "2", "b.json": "1"}}
+    assert check_unchanged(saved, then, made | {"data": {"moved/a.json": "1", "moved/b.json": "2"}}) == []
+    with pytest.raises(RunError, match="data: the same contents in other places"):
+        check_unchanged(saved, then, swapped)
+    with pytest.raises(RunError, match='base: commit: then null|base: commit: then nothing, now "f00"'):
+        check_unchanged(saved, made, made | {"base": made["base"] | {"commit": "f00"}})
 
+
+def test_other_number_of_processes_needs_leave(saved, tmp_path):
     made = read_manifest(saved / "checkpoint-4")["made_from"]
     with pytest.raises(RunError, match="trained by 1 processes and has 2 now.*--elastic"):
         check_unchanged(saved, made, made | {"processes": 2})

@@ -33,7 +33,7 @@ from eval.compare_plots import _plain
 from sft.base import resolve_base, stored_config
 from sft.encoder import load_trained
 from sft.load import adapter_folder, load_run, load_target
-from sft.model import CPU, load_base, load_tokenizer
+from sft.model import CPU, load_base, load_tokenizer, tune_model
 from sft.recipe import Model, RecipeError
 from sft.recipe_file import check_recipe, dump_recipe, load_recipe
 from sft.strict_yaml import YamlError, parse
@@ -157,6 +157,26 @@ def test_code_of_a_model_is_not_run(base: Path, marker: Path):
     load_target(str(base))
     assert brings_code(stored_config(str(base), None))
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"tokenizer_name_or_path": "evil/tokenizer"}, {"tokenizer_kwargs": {"trust_remote_code": True}}],
+)
+def test_tokenizer_that_peft_would_load_is_the_bases_own(settings, base: Path):
+    """S3: PEFT asks on the terminal whether to run the code of the one that a recipe names."""
+    text = {"num_virtual_tokens": 4, "prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "answer"}
+    tree = {
+        "task": "instruct",
+        "model": {"base": str(base), "dtype": "float32"},
+        "tune": {"method": "prompt_tuning", **text},
+        "data": {"train": "data/samples/instructions.jsonl"},
+    }
+    recipe = check_recipe(tree)
+    tuned = tune_model(load_base(recipe.model, CPU), recipe.tune, 1)
+    assert tuned.peft_config["default"].tokenizer_name_or_path == str(base)
+    with pytest.raises(RecipeError, match="unknown key of method prompt_tuning"):
+        check_recipe(tree | {"tune": {**tree["tune"], **settings}})
 
 
 def test_model_that_needs_its_own_code_is_refused(base: Path, marker: Path):

@@ -9,6 +9,7 @@ weights, optimizer, random state and logged losses, and must never go on from an
 """
 
 import argparse
+import contextlib
 import math
 import os
 import random
@@ -84,7 +85,7 @@ class Killer:
         shutil.rmtree(run)
 
     def _kill(self, training: Command, run: Path) -> None:
-        newest = newest_of(run)
+        newest, began = newest_of(run), time.time()
         if self.draw.random() < 0.5:
             wait_for_write(training, run, self.draw.randint(1, 4))
             time.sleep(self.draw.uniform(0, WRITE_S))
@@ -93,7 +94,7 @@ class Killer:
             while not training.ended() and time.monotonic() < end:
                 time.sleep(0.002)
         number = self.draw.choice((signal.SIGKILL, signal.SIGTERM))
-        within = writing(run)
+        within = writing(run, began)
         training.kill(number)
         code = training.wait()
         self._check_resumed(training, newest)
@@ -104,10 +105,13 @@ class Killer:
             self.errors.append(f"{run}: ended with {code} on {number.name}:\n{training.log.read_text()}")
         self.counts["killed"] += 1
         self.counts[number.name] += 1
-        self.counts["in a write"] += writing(run) if number == signal.SIGKILL else within
+        self.counts["in a write"] += writing(run, began) if number == signal.SIGKILL else within
         if rows := read_metrics(run):
             newest = newest_of(run)
-            self.lost = max(self.lost, rows[-1]["step"] - (step_of(newest) if newest else 0))
+            lost = rows[-1]["step"] - (step_of(newest) if newest else 0)
+            self.lost = max(self.lost, lost)
+            if lost > SAVE_STEPS:
+                self.errors.append(f"{run}: {lost} steps lost, with a checkpoint each {SAVE_STEPS}")
 
     def _check_resumed(self, training: Command, newest: Path | None) -> None:
         """It went on from the newest checkpoint, if it came that far."""
@@ -122,8 +126,11 @@ def newest_of(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def writing(run: Path) -> bool:
-    return any(run.glob(".checkpoint-*.new"))
+def writing(run: Path, since: float = 0) -> bool:
+    """Whether a checkpoint is half written; `since`: not what an earlier kill has left."""
+    with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
+        return any(path.stat().st_mtime >= since for path in run.glob(".checkpoint-*.new"))
+    return False
 
 
 def wait_for_write(training: Command, run: Path, nth: int) -> None:
@@ -160,6 +167,8 @@ def main() -> None:
         f"was written), {seen['resumed']} times resumed; {seen['equal']} of {seen['runs']} runs equal the undisturbed one "
         f"bit for bit; at most {killer.lost} logged steps lost (a checkpoint each {SAVE_STEPS}); seed {seed}"
     )
+    if seconds == math.inf and not (seen["resumed"] and seen["in a write"] and seen["equal"] == seen["runs"]):
+        killer.errors.append("no run went on, or none was killed while it wrote a checkpoint: nothing is shown")
     if killer.errors:
         sys.exit("\n".join(killer.errors))
 
