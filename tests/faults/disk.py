@@ -16,8 +16,9 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
 
 from data.errors import ExitCode
-from sft.checkpoint import checkpoints, damage
-from tests.faults.training import Command, make_in_fork, result
+from sft.checkpoint import checkpoints, damage, step_of
+from sft.run import read_metrics
+from tests.faults.training import SAVE_STEPS, Command, make_in_fork, result
 
 POINTS = 10
 MIB = 2**20
@@ -63,6 +64,10 @@ def fill_training(folder: Path, recipe: Path, undisturbed: Path, size: int) -> s
             if problem := damage(checkpoint):
                 sys.exit(f"{checkpoint}: {problem}")
         kept = [checkpoint.name for checkpoint in checkpoints(run)]
+        rows = read_metrics(run)
+        least = (rows[-1]["step"] // SAVE_STEPS - 1) * SAVE_STEPS if rows else 0  # the one before the one that failed
+        if least > 0 and (not kept or step_of(checkpoints(run)[-1]) < least):
+            sys.exit(f"{run}: the last good checkpoint, of step {least} or later, is gone; there are {kept}")
         grow(at)
         again = ["--resume", run] if (run / "recipe.yaml").is_file() else [recipe, "--set", f"train.output_dir={run}"]
         succeeds(Command(["train", *again], log), f"going on after {size} bytes")
