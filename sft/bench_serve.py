@@ -135,10 +135,11 @@ def summarize(loads: Sequence[Load], target: Target, clients: int, first: Target
 
 def print_loads(rows: Sequence[dict[str, Any]], console: Console) -> None:
     several = len({row["url"] for row in rows}) > 1
-    table = Table(caption="milliseconds: p50 / p95", caption_justify="left")
+    first = f"{rows[0]['model']}'s tokens/s of the same round, median (lowest - highest)"
+    table = Table(caption=f"milliseconds: p50 / p95; relative to {first}", caption_justify="left")
     table.add_column("clients")
     table.add_column("model")
-    for heading in ("requests/s", "tokens/s", "first token", "between tokens", f"of {rows[0]['model']}'s tokens/s"):
+    for heading in ("requests/s", "tokens/s", "first token", "between tokens", "relative"):
         table.add_column(heading, justify="right")
     for row in rows:
         times = [" / ".join(f"{v:.0f}" for v in row[key].values()) for key in ("first_token_ms", "inter_token_ms")]
