@@ -114,7 +114,8 @@ class Shard:
             os.posix_fallocate(self.descriptor, 0, self.start + end)
         except OSError as error:
             os.close(self.descriptor)
-            raise OSError(f"{file} needs {(self.start + end) / 1e9:.1f} GB: {error.strerror}") from error
+            needed = f"{file} needs {(self.start + end) / 1e6:,.1f} MB: {error.strerror}"
+            raise OSError(error.errno, needed) from error  # whose number says that the disk is full
         _write(self.descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
 
     def write(self, name: str, values: torch.Tensor, row: int = 0) -> None:
