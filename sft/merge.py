@@ -244,8 +244,9 @@ def _merged_by_peft(owner: str, layer: Any) -> nn.Module:
         if hasattr(layer, "unload_and_optionally_merge_module"):
             return layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
         layer.merge(safe_merge=False)
-    except (RuntimeError, ValueError, NotImplementedError) as error:
-        raise ParityError(f"{owner} can't be merged: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, ValueError) as error:  # PEFT's, for a kind of layer or setting that has no merge
+        why = str(error).partition("\n")[0] or type(error).__name__
+        raise ParityError(f"{owner} can't be merged: {why}; serve the run as it is") from error
     return layer.get_base_layer()
 
 

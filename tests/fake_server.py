@@ -37,7 +37,14 @@ def serving(answer: Callable[[dict[str, Any]], Reply], *models: str) -> Iterator
         def log_message(self, *args: object) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with running(Handler) as url:
+        yield url
+
+
+@contextmanager
+def running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """The /v1 address of a server with this handler."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -103,10 +110,5 @@ class Streaming(BaseHTTPRequestHandler):
 def streaming() -> Iterator[str]:
     """The /v1 address of a server of models base and merged that streams."""
     Streaming.seen, Streaming.together, Streaming.most = [], 0, 0
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Streaming)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/v1"
-    finally:
-        server.shutdown()
-        server.server_close()
+    with running(Streaming) as url:
+        yield url
