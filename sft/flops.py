@@ -44,8 +44,11 @@ def split_weights(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.P
     return embedding, head, [p for p in model.parameters() if id(p) not in ends]
 
 
-def matmul_flops_per_s(device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int = 2048) -> float:
-    """Measured with square matrices."""
+def matmul_flops_per_s(
+    device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int | None = None
+) -> float:
+    """Measured with square matrices, `size` rows each: where it isn't told, as many as fill the device."""
+    size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device, dtype=dtype)
     float((a @ a)[0, 0])
     start, count = time.monotonic(), 0

@@ -14,6 +14,7 @@ import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
@@ -74,6 +75,14 @@ def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tenso
     return functional.cross_entropy(logits.float(), torch.tensor(pack.target, device=device), reduction="sum")
 
 
+def leave_casts_to_autocast(model: nn.Module) -> None:
+    """PEFT casts LoRA's input to float32, which autocast then casts back: the same values, but the copy is kept for the
+    backward pass at twice the size. For 4-bit layers, and wherever autocast is off, PEFT itself does as is right."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer) and not module.lora_variant:
+            module.cast_input_dtype_enabled = False
+
+
 class AllocateRanks(TrainerCallback):
     """AdaLoRA prunes ranks by the gradients of each step, before they are cleared."""
 
@@ -115,6 +124,8 @@ class PackTrainer(DurableTrainer, SFTTrainer):
                 if parameter.requires_grad and parameter.is_floating_point():
                     # TRL casts a 4-bit model's adapter to bf16, where AdamW's second moment stalls
                     parameter.data = parameter.data.float()
+        if args.bf16:
+            leave_casts_to_autocast(model)
         self.gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         if args.device.type == "cpu":
             # before any activation: gradients allocated among them in each step leave holes that cost about 0.3 GiB

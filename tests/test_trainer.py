@@ -14,7 +14,7 @@ from data.pack import Layout, make_packs
 from sft.attention import virtual_tokens
 from sft.model import tune_model
 from sft.recipe import Train, Tune
-from sft.trainer import PackTrainer, plan_steps, shard_packs, training_arguments
+from sft.trainer import PackTrainer, leave_casts_to_autocast, plan_steps, shard_packs, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 
 
@@ -58,6 +58,34 @@ def test_virtual_tokens_are_counted_through_ddp(method, shift, tiny):
         assert virtual_tokens(model) == virtual_tokens(wrapped) == shift
     finally:
         dist.destroy_process_group()
+
+
+def test_casts_left_to_autocast_change_no_gradient_and_keep_less(tiny, examples):
+    tune = {"method": "lora", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), Tune.model_validate(tune), 0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+    def train() -> tuple[torch.Tensor, int]:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        model.zero_grad()
+        ids = torch.tensor([examples[0].ids])
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), sum(kept.values())
+
+    before, more = train()
+    leave_casts_to_autocast(model)
+    after, less = train()
+    assert torch.equal(before, after)
+    assert less < more
 
 
 def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **more) -> list[dict]:

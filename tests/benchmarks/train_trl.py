@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import load_dataset
 from peft import LoraConfig
 from trl import SFTConfig, SFTTrainer
@@ -41,6 +42,8 @@ def main(spec: Path, result: Path) -> None:
         "trained_tokens": counted.trained_tokens,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     }
+    if torch.cuda.is_available():
+        found["device_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
     result.write_text(json.dumps(found))
 
 
