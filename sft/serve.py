@@ -96,6 +96,7 @@ def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = (
     command += ["--middleware", "sft.gatekeeper.Gatekeeper"]
     if default_device().type == "cpu":
         command.append("--enforce-eager")  # compiling takes minutes there
+        command += ["--dtype", "float32"]  # in bfloat16, merged and dynamic part by rounding in 1 of 20 answers
     command += ["--model", served.model, "--served-model-name", served.name]
     if served.revision:
         command += ["--revision", served.revision]

@@ -305,6 +305,24 @@ def test_names_that_a_shell_would_act_on_are_refused(name, tmp_path: Path, base:
     assert sorted(os.listdir(ROOT)) == before
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "\x1b" not in name])  # which no recipe may hold
+def test_names_of_data_files_are_names_of_data_files(name, tmp_path: Path, base: Path, monkeypatch):
+    """S7: a dataset's name is read as it stands; neither a shell, a terminal nor the report's page acts on it."""
+    data = tmp_path / f"{name}.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": "yes"}]} for i in range(3)
+    ]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{\n", encoding="utf-8")
+    sources = json.dumps({"train": str(data), "on_error": "skip"})
+    recipe = write_recipe(tmp_path / "r.yaml", base, task="instruct", data=sources, eval="{share: 0.3}")
+    monkeypatch.chdir(tmp_path)
+    done = run("check", recipe)
+    assert re.search("defect +1 +cut off", done.stdout), done.stdout
+    assert not set(done.stdout) - {"\n", "\r"} & set(map(chr, range(32)))
+    assert {path.name for path in tmp_path.iterdir()} == {data.name, "r.yaml", "data-reports", base.name}
+    assert list((tmp_path / "data-reports").iterdir()) == [tmp_path / "data-reports" / "r"]
+
+
 @pytest.mark.parametrize("shard", ["../secret.safetensors", "/etc/passwd", "fifo.safetensors", "none.safetensors", 7])
 def test_index_names_no_file_elsewhere(shard, base: Path):
     """S8: a safetensors index with ../, an absolute path, a FIFO, a file that is not there."""
