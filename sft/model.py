@@ -155,13 +155,22 @@ def check_length(recipe: Recipe) -> None:
         )
 
 
-def takes_packs(model: PreTrainedModel) -> bool:
-    """Whether one mask says who sees whom: no sliding windows by its config, and the logits of two branches of a small
-    tree equal those of the two sequences alone (state-space layers, ALiBi and the like fail that), but for what also
-    changes with a sequence's length: the rounding of bfloat16 and of quantized products."""
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """How many tokens back the layers see that don't see all, by the config; None where all do."""
     text = model.config.get_text_config().to_dict()
-    kinds = set(text.get("layer_types") or ["full_attention"])
-    if kinds != {"full_attention"} or (text.get("sliding_window") and text.get("use_sliding_window", True)):
+    window = text.get("sliding_window")
+    slides = "sliding_attention" in (text.get("layer_types") or ()) or text.get("use_sliding_window", True)
+    return window if slides else None
+
+
+def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
+    """Whether one mask says who sees whom in examples of at most `longest` tokens (None: of any length): they fit into
+    sliding windows, and the logits of two branches of a small tree equal those of the two sequences alone (state-space
+    layers, ALiBi and the like fail that), but for what also changes with a sequence's length: the rounding of bfloat16
+    and of quantized products."""
+    kinds = set(model.config.get_text_config().to_dict().get("layer_types") or ())
+    window = sliding_window(model)
+    if kinds - {"full_attention", "sliding_attention"} or (window and (longest is None or longest > window)):
         return False
     rows = [Example([5, 6, 7, 8, 9, 10], [0] * 6), Example([5, 6, 7, 11, 12], [0] * 5)]
     pack = build_pack([rows])

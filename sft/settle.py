@@ -13,7 +13,7 @@ from sft.attention import choose_attention, virtual_tokens
 from sft.compile import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.examples import layout_of, sharing_of
 from sft.fused_lora import fuse_lora
-from sft.model import compute_dtype
+from sft.model import compute_dtype, sliding_window
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError
 from sft.trainer import StepPlan
 
@@ -77,6 +77,12 @@ def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str |
     if virtual_tokens(model) is not None:
         return f"tune.method {recipe.tune.method} puts virtual tokens before each example"
     if not takes_mask:
+        window = sliding_window(model)
+        if window and recipe.data.max_length > window:
+            return (
+                f"layers of {recipe.model.base} see {window} tokens back, and data.max_length is "
+                f"{recipe.data.max_length}; up to {window} prefixes can be shared"
+            )
         return f"{recipe.model.base} has layers without full attention, which a pack's mask can't describe"
     return None
 

@@ -21,7 +21,6 @@ from sft.model import (
     load_base,
     load_config,
     load_tokenizer,
-    takes_packs,
     tune_model,
 )
 from sft.recipe import Data, Model, Quantization, Recipe, RecipeError, Tune
@@ -285,21 +284,6 @@ def test_training_flops_are_those_of_the_weights_that_take_part(tiny):
 def test_method_that_does_not_fit_the_base_is_a_clear_error(tiny):
     with pytest.raises(RecipeError, match="tune: .*no_such_layer"):
         tune_model(load_base(Model(base=str(tiny)), CPU), lora(target_modules=["no_such_layer"]), 0)
-
-
-def test_sliding_windows_do_not_take_packs(tiny_qwen):
-    model = AutoModelForCausalLM.from_pretrained(tiny_qwen)
-    assert takes_packs(model)
-    model.config.layer_types = ["full_attention", "sliding_attention"]
-    assert not takes_packs(model)
-
-
-@pytest.mark.parametrize("kind", ["bloom", "mamba", "mistral"])
-def test_models_that_do_not_obey_the_mask_do_not_take_packs(kind):
-    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "vocab_size": 64}
-    small = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **small)).eval()
-    assert not takes_packs(model)
 
 
 def test_chat_template_comes_from_the_recipe_where_named(tmp_path, tiny):
