@@ -18,7 +18,7 @@ app.add_typer(bench, name="bench")
 
 Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
 ServedModel = Annotated[
-    str | None, typer.Option("--model", help="The served model's name; default: the server's first.")
+    str | None, typer.Option("--model", help="The served model's name; default: its only one.")
 ]
 
 
