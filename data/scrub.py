@@ -8,12 +8,13 @@ import re
 import sys
 import traceback
 from types import TracebackType
+from typing import Any
 
 VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 SHORTEST = 8  # characters of a variable's value: what is shorter stands in ordinary text too
-# Hugging Face, OpenAI and alike, GitHub, Slack, AWS, JSON web tokens
+# Hugging Face, OpenAI and alike, GitHub, Slack, AWS, JSON web tokens; also behind a line break as repr() writes it
 FORM = re.compile(
-    r"(?<![\w-])(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?[\w-]{20,}|gh[opsu]_[A-Za-z0-9]{30,}"
+    r"(?:(?<![\w-])|(?<=\\[nrt]))(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?[\w-]{20,}|gh[opsu]_[A-Za-z0-9]{30,}"
     r"|github_pat_\w{30,}|xox[abpr]-[\w-]{20,}|AKIA[A-Z0-9]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]+)"
 )
 USER = re.compile(r"(?<=://)[^/\s@]+(?=@)")  # of a URL
@@ -32,6 +33,21 @@ def scrub(text: str) -> str:
         text = text.replace(value, HIDDEN)
     text = USER.sub(HIDDEN, FORM.sub(HIDDEN, text))
     return NAMED.sub(rf"\1\2{HIDDEN}", text)
+
+
+def scrub_values(value: Any) -> Any:
+    """What JSON can hold, without secrets in its texts; a text also counts with the key that it stands behind."""
+    if isinstance(value, str):
+        return scrub(value)
+    if isinstance(value, dict):
+        return {scrub(str(key)): _behind(str(key), inner) for key, inner in value.items()}
+    return [scrub_values(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _behind(key: str, value: Any) -> Any:
+    if not isinstance(value, str):
+        return scrub_values(value)
+    return HIDDEN if NAMED.fullmatch(f"{key}={value}") else scrub(value)
 
 
 def secret_line(text: str) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data.conversation import Conversation
-from data.scrub import scrub
+from data.scrub import scrub_values
 from eval.metrics import gold_label, label_counts
 from eval.predict import Prediction
 from eval.stats import bootstrap_sums, cluster_interval, macro_f1
@@ -98,7 +98,7 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
                 **s.scores,
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    summary.write_text(scrub(json.dumps(results, indent=2, ensure_ascii=False)) + "\n", encoding="utf-8")
+    summary.write_text(json.dumps(scrub_values(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "results.json").unlink(missing_ok=True)
     samples.replace(out / "samples.jsonl")
     summary.replace(out / "results.json")

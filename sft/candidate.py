@@ -15,7 +15,7 @@ from sft.parity import ParityError
 from sft.proof import end_ids, generation_config, text_faults
 from sft.recipe import Recipe
 from sft.run import RunError
-from sft.skeleton import CannotStream, fit_vocabulary, original_name
+from sft.skeleton import CannotStream, check_places, fit_vocabulary, original_name
 
 # names of candidates, and what parity.json calls them
 CANDIDATES = {"dequantized": "dequantized, as trained", "original": "original", "whole": "trained as a whole: no merge"}
@@ -122,6 +122,7 @@ def _merge_in_memory(trained: Trained, base: str, folder: Path) -> dict[str, Any
     before = {name: value.to(dtype).cpu() for name, value in loaded.state_dict().items()}
     with readable(str(trained.adapter)):
         tuned = PeftModel.from_pretrained(loaded, str(trained.adapter))
+    check_places(tuned, trained.adapter)
     names = (original_name(name) for name, _ in loaded.named_parameters() if ".base_layer." in name)
     adapted = [name for name in names if name in before]
     merged = tuned.merge_and_unload(safe_merge=True).to(dtype)

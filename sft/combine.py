@@ -19,6 +19,8 @@ METHODS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
+# of a LoRA adapter, what add_weighted_adapter drops or scales otherwise (PEFT 0.21)
+UNCOMBINED = ("use_dora", "use_rslora", "lora_bias", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 SPARSE = ("ties", "dare", "magnitude_prune")  # methods that keep a share of each adapter's values
 
 
@@ -61,9 +63,11 @@ def combination_of(runs: Sequence[Path], method: str, weights: str, density: flo
 
 def combine(combination: Combination, base: Path, adapters: Sequence[Path], folder: Path, seed: int) -> None:
     """Write the combined adapter into `folder`. Raises RunError where PEFT can't combine them: other ranks for linear,
-    methods that are not LoRA."""
+    what is not plain LoRA."""
     from peft import PeftModel
 
+    for run, adapter in zip(combination.runs, adapters, strict=True):
+        _check_plain(run, adapter)
     model = build(base)
     without_memory(model)
     set_seed(seed)  # DARE drops values at random
@@ -75,8 +79,6 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
     for name, adapter in zip(names[1:], adapters[1:], strict=True):
         with readable(str(adapter)):
             tuned.load_adapter(str(adapter), adapter_name=name, low_cpu_mem_usage=True, torch_device="cpu")
-    if not hasattr(tuned.base_model, "add_weighted_adapter"):
-        raise RunError(f"{combination.runs[0]}: PEFT combines LoRA adapters, not {type(tuned.base_model).__name__}")
     options = {} if combination.density is None else {"density": combination.density}
     try:
         cast(Any, tuned.base_model).add_weighted_adapter(
@@ -88,3 +90,16 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
     for file in (folder / "combined").iterdir():
         file.rename(folder / file.name)
     shutil.rmtree(folder / "combined")
+
+
+def _check_plain(run: Path, adapter: Path) -> None:
+    from peft import PeftConfig
+
+    with readable(str(adapter)):
+        config = PeftConfig.from_pretrained(str(adapter))
+    if config.peft_type != "LORA":
+        raise RunError(f"{run}: LoRA adapters can be combined, not {config.peft_type.value}")
+    if used := [key for key in UNCOMBINED if getattr(config, key, None)]:
+        raise RunError(
+            f"{run}: an adapter with {', '.join(used)} can't be combined; export each run, or train them as plain LoRA"
+        )

@@ -4,6 +4,7 @@ graft export RUN [--out DIR] [--check]
 """
 
 import dataclasses
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from sft.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
 from sft.card import export_card
 from sft.combine import Combination, combine
 from sft.examples import encode_held_out, held_out_conversations, with_split
+from sft.interrupt import RunLocked
 from sft.load import adapter_folder, load_plain, load_run, run_recipe
 from sft.model import compute_dtype, default_device
 from sft.parity import ParityError, Trace, compare, trace
@@ -217,12 +219,21 @@ def _aside(out: Path) -> Iterator[Path]:
     """A folder on the same disk, gone at the end: inside an empty folder that is there, which may be a mount or the
     current one; beside one to be made."""
     aside = (out if out.is_dir() else out.parent) / _aside_name(out)
-    shutil.rmtree(aside, ignore_errors=True)  # of an export that was killed
-    aside.mkdir(parents=True)
+    aside.mkdir(parents=True, exist_ok=True)
+    handle = os.open(aside, os.O_RDONLY)
     try:
-        yield aside
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunLocked(f"{out}: another export writes there; wait for its end, or name another --out") from None
+        try:
+            for left in aside.iterdir():  # of an export that was killed
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield aside
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(handle)
 
 
 def _publish(folder: Path, out: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -99,7 +100,18 @@ def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedMod
             f"{name}: the weight {min(missing)}, which its config.json asks for, is not there "
             f"({len(missing)} such weights); name a whole causal language model"
         )
+    if model.generation_config:
+        savable(model.generation_config)
     return cast(PreTrainedModel, model)
+
+
+def savable(config: GenerationConfig) -> GenerationConfig:
+    """Older bases name a temperature and leave do_sample out, which transformers reads and won't write."""
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+    return config
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
@@ -163,14 +175,27 @@ def sliding_window(model: PreTrainedModel) -> int | None:
     return window if slides else None
 
 
+def _rope_limit(text: dict[str, Any]) -> int | None:
+    """Tokens from which on a position's angle depends on the longest sequence of the batch, by the text config."""
+    ropes = text.get("rope_parameters") or {}
+    for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            own = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+            return int(own or text.get("max_position_embeddings") or 1)
+    return None
+
+
 def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
-    """Whether one mask says who sees whom in examples of at most `longest` tokens (None: of any length): they fit into
-    sliding windows, and the logits of two branches of a small tree equal those of the two sequences alone (state-space
-    layers, ALiBi and the like fail that), but for what also changes with a sequence's length: the rounding of bfloat16
-    and of quantized products."""
-    kinds = set(model.config.get_text_config().to_dict().get("layer_types") or ())
-    window = sliding_window(model)
-    if kinds - {"full_attention", "sliding_attention"} or (window and (longest is None or longest > window)):
+    """Whether one mask says who sees whom in examples of at most `longest` tokens (None: of any length).
+
+    They fit into sliding windows, and their positions mean the same whatever stands beside them. The logits of two
+    branches of a small tree equal those of the two sequences alone (state-space layers, ALiBi and the like fail that),
+    but for what also changes with a sequence's length: the rounding of bfloat16 and of quantized products."""
+    text = model.config.get_text_config().to_dict()
+    kinds = set(text.get("layer_types") or ())
+    if kinds - {"full_attention", "sliding_attention"} or model.config._attn_implementation == "eager":
+        return False
+    if any(limit and (longest is None or longest > limit) for limit in (sliding_window(model), _rope_limit(text))):
         return False
     rows = [Example([5, 6, 7, 8, 9, 10], [0] * 6), Example([5, 6, 7, 11, 12], [0] * 5)]
     pack = build_pack([rows])

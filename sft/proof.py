@@ -16,6 +16,7 @@ from data.progress import track
 from data.store import file_sha256, text_sha256
 from sft.base import readable, resolve_base
 from sft.merge import Merge
+from sft.model import savable
 from sft.parity import ParityError
 from sft.recipe import Recipe
 from sft.run import RunError
@@ -39,7 +40,12 @@ def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, s
             f"{recipe.model.base} is not what {run} was trained on: it already contains this adapter, which would be "
             "merged twice; put the base of training back"
         )
-    recorded = _manifest(run)["base"]["sha256"]
+    recorded, commit = _manifest(run)["base"]["sha256"], _manifest(run)["base"].get("commit")
+    if commit and base.parent.name == "snapshots" and base.name != commit:
+        raise ParityError(
+            f"{recipe.model.base} is not what {run} was trained on: its commit was {commit} then and is {base.name} "
+            f"now; set model.revision: {commit}"
+        )
     then = {name: sha256 for name, sha256 in recorded.items() if name.endswith(".safetensors")}
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
@@ -65,7 +71,7 @@ def end_ids(base: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 def generation_config(folder: Path) -> GenerationConfig:
     with readable(str(folder)):
         if (folder / "generation_config.json").is_file():
-            return GenerationConfig.from_pretrained(folder)
+            return savable(GenerationConfig.from_pretrained(folder))
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
 
 

@@ -48,7 +48,8 @@ def _run(arguments: Sequence[str]) -> int:
     previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         code = process.wait()
-        return 128 + asked[-1] if asked and code < 0 else code  # before it could save: asked to stop all the same
+        # before it could save, or while it tried: asked to stop all the same
+        return 128 + asked[-1] if asked and (code < 0 or code == ExitCode.FAILED) else code
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 
 from data.errors import UserError
 from data.report import write_html
-from data.scrub import scrub
+from data.scrub import scrub_values
 from data.source import files_of
 from data.store import file_sha256
 from data.triggers import KIND as TRIGGER
@@ -129,7 +129,7 @@ def write_whole(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """The same, without secrets."""
-    write_whole(path, scrub(json.dumps(value, indent=2, ensure_ascii=False)) + "\n")
+    write_whole(path, json.dumps(scrub_values(value), indent=2, ensure_ascii=False) + "\n")
 
 
 def start_run(run: Path, recipe: A, facts: dict[str, Any], report: dict[str, Any]) -> None:

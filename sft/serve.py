@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 
 from eval.client import ServerError
 from sft import supervisor
@@ -216,4 +218,8 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     """Let go of the supervisor, which then ends the server's process group, politely first."""
     if process.stdin:
         process.stdin.close()
-    process.wait(supervisor.PATIENCE_S + 10)
+    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # it could not end its group any more
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(pid) == process.pid:
+                    os.kill(pid, signal.SIGKILL)

@@ -17,9 +17,7 @@ bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
 app.add_typer(bench, name="bench")
 
 Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
-ServedModel = Annotated[
-    str | None, typer.Option("--model", help="The served model's name; default: its only one.")
-]
+ServedModel = Annotated[str | None, typer.Option("--model", help="The served model's name; default: its only one.")]
 
 
 @app.command()

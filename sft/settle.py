@@ -53,7 +53,10 @@ def settle(
     obstacle = _obstacle(recipe, model, takes_mask)
     if obstacle:
         if data.share_prefixes is True:
-            raise RecipeError(f"data.share_prefixes: {obstacle}; set data.share_prefixes: auto or false")
+            remedy = "set data.share_prefixes: auto or false"
+            if resumed:
+                remedy = f"go on where the run was begun, or {remedy} in its recipe.yaml and allow the changed recipe"
+            raise RecipeError(f"data.share_prefixes: {obstacle}; {remedy}")
         lines.append(f"prefixes are not shared: {obstacle}")
         layout = replace(layout_of(recipe, False, "sdpa"), attention="causal")
         attention = model.config._attn_implementation if attention == "auto" else attention

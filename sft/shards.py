@@ -67,8 +67,8 @@ class Stored(Tensor):
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """The files of a model, in the index's order."""
-    if (folder / INDEX).is_file():
+    """The files of a model, in the index's order; a single file goes before them, as transformers has it."""
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
         with readable(str(folder / INDEX)):
             names = dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"].values())
         if strange := [name for name in names if Path(name).name != name]:

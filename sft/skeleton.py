@@ -10,6 +10,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from sft.base import readable, resolve_base
 from sft.parity import ParityError
@@ -99,16 +100,17 @@ def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
 def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
     """PEFT's layers in place of the model's, with the adapter's values, and the base's weights that came along.
     Raises CannotStream, and ParityError unless each tensor of the adapter has its place and each place its tensor."""
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     empty = without_memory(model)
     with readable(str(adapter)):
+        start = getattr(PeftConfig.from_pretrained(str(adapter)), "init_lora_weights", True)
+        if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+            raise CannotStream(f"init_lora_weights {start} changes the base")
         tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
-        with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-            there = set(file.keys())
     adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, adapted):
@@ -121,6 +123,18 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
         for name, value in tensors.items()
         if _is_base(name, adapted) and not value.is_meta and value.data_ptr() != empty.data_ptr()
     }
+    check_places(tuned, adapter)
+    if built := [n for n, v in tensors.items() if v.is_meta and not _is_base(n, adapted)]:
+        raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
+    return adapted, replaced
+
+
+def check_places(tuned: nn.Module, adapter: Path) -> None:
+    """Raise ParityError unless each tensor of the adapter's file has its place and each place its tensor."""
+    from peft import get_peft_model_state_dict
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        there = set(file.keys())
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it tells at length that it was told to include embeddings
@@ -134,9 +148,6 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
         raise ParityError(
             f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer's adapter is gone"
         )
-    if built := [n for n, v in tensors.items() if v.is_meta and not _is_base(n, adapted)]:
-        raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
-    return adapted, replaced
 
 
 def without_memory(model: nn.Module) -> torch.Tensor:
@@ -176,6 +187,8 @@ def quantizers(
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight, replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
+    if name := next((n for n, m in model.named_modules() if isinstance(m, Conv1D)), None):
+        raise CannotStream(f"{name} holds its weight transposed, and transformers packs it as it is not stored")
     packed = copy.deepcopy(model)
     kept = HfQuantizer.get_modules_to_not_convert(packed, None, cast(Any, packed)._keep_in_fp32_modules)
     packed = replace_with_bnb_linear(packed, modules_to_not_convert=kept, quantization_config=quantization)

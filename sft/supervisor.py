@@ -1,10 +1,12 @@
 """Run a command and stop its whole process group once this process's stdin ends: python sft/supervisor.py COMMAND...
 
 The other end of stdin is a pipe that the parent holds. The kernel closes it however the parent ends, by kill -9 too, so
-that no server outlives it. Standard library only: it lives as long as the server and should cost nothing.
+that no server outlives it; nor, on Linux, this process. Standard library only: it lives as long as the server and
+should cost nothing.
 """
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -13,11 +15,18 @@ import threading
 import time
 
 PATIENCE_S = 15  # between asking the group to end and killing it
+PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def main(command: list[str]) -> int:
     """The command's exit code; 128 and the signal where one ended it, as a shell has it."""
-    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0)
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None  # found before the fork
+    child = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        process_group=0,
+        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
+    )
     signal.signal(signal.SIGTERM, lambda *_: _send(child.pid, signal.SIGTERM))
     threading.Thread(target=_stop_after_parent, args=(child,), daemon=True).start()
     code = child.wait()

@@ -77,7 +77,7 @@ def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tenso
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
     """PEFT casts LoRA's input to float32, which autocast then casts back: the same values, but the copy is kept for the
-    backward pass at twice the size. For 4-bit layers, and wherever autocast is off, PEFT itself does as is right."""
+    backward pass at twice the size. Of 4-bit layers PEFT knows. Without autocast the layers don't work after this."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = False

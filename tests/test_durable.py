@@ -264,13 +264,14 @@ def test_supervisor_goes_on_after_a_crash_and_after_nothing_else(codes, retries,
     assert asked == started
 
 
-def test_supervisor_that_is_asked_to_stop_does_not_begin_again(tmp_path, monkeypatch):
-    """Also where the training has no handler yet, or no longer, and dies of the signal."""
+@pytest.mark.parametrize("training", [["sleep", "30"], ["sh", "-c", "trap 'exit 1' TERM; sleep 30 & wait"]])
+def test_supervisor_that_is_asked_to_stop_does_not_begin_again(training, tmp_path, monkeypatch):
+    """Also where the training has no handler yet, or no longer, and dies of the signal, or fails while it saves."""
     begun = []
 
     def sleep(command, **options):
         begun.append(command)
-        return popen(["sleep", "30"], **options)
+        return popen(training, **options)
 
     popen = subprocess.Popen
     monkeypatch.setattr(sft.retries.subprocess, "Popen", sleep)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import warnings
@@ -587,6 +588,35 @@ def test_runs_are_combined_and_compared_with_each(plain, tmp_path):
     assert told["answer_argmax_agreement"] > 0.9  # with the combined adapter
     assert all(told["against"][name]["mean_kl_nats"] > 10 * told["mean_kl_nats"] for name in ("plain", "other"))
     command(plain, "--check", "--out", tmp_path / "both")
+
+
+@pytest.mark.parametrize("kind", ["dora", "rslora", "bias", "trainable_tokens", "ia3"])
+def test_adapters_that_peft_would_combine_wrongly_are_refused(kind, plain, tmp_path):
+    base = plain.parent / "base"
+    other = make_run(tmp_path / "other", base, quantized=False)
+    tune(base, ADAPTERS[kind](), other / "adapter")
+    done = command(plain, "--with", other, "--weights", "1,0", "--out", tmp_path / "out", code=2)
+    assert re.search("can't be combined|not IA3", " ".join(done.stderr.split())), done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_second_export_to_a_folder_is_refused_while_the_first_writes(plain, tmp_path):
+    out = tmp_path / "out"
+    with sft.export._aside(out) as aside:
+        (aside / "half").touch()
+        done = command(plain, "--out", out, "--no-parity", code=5)
+        assert "another export writes there" in done.stderr
+        assert (aside / "half").exists()
+    command(plain, "--out", out, "--no-parity")
+
+
+def test_base_that_names_a_temperature_without_sampling_is_exported(plain, tmp_path):
+    """transformers reads such a generation_config.json, as older bases have it, and refuses to write it."""
+    base = shutil.copytree(plain.parent / "base", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": 2}))
+    run = make_run(tmp_path / "run", base, quantized=False)
+    command(run, "--out", tmp_path / "out", "--no-parity")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.6
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from sft.load import adapter_folder, load_run, load_target
 from sft.model import CPU, load_base, load_tokenizer, tune_model
 from sft.recipe import Model, RecipeError
 from sft.recipe_file import check_recipe, dump_recipe, load_recipe
+from sft.run import write_json
 from sft.strict_yaml import YamlError, parse
 from sft.untrusted import brings_code, check_run_folder
 from tests.conftest import ROOT, write_recipe
@@ -488,15 +489,30 @@ def test_command_line_with_a_secret_is_refused_without_showing_it(argument, monk
     assert argument not in done.stderr
 
 
-def test_secret_in_an_unforeseen_error_is_hidden(tmp_path: Path):
-    """S14: a traceback."""
-    script = (
-        "from sft.session import user_errors\n@user_errors\ndef f(): raise KeyError('see hf_" + "x9" * 12 + "')\nf()"
-    )
+@pytest.mark.parametrize("before", [" ", r"\n", r"\t"])
+def test_secret_in_an_unforeseen_error_is_hidden(before, tmp_path: Path):
+    """S14: a traceback, where a line break stands as repr() writes it."""
+    text = f"see{before}hf_{'x9' * 12}"
+    script = f"from sft.session import user_errors\n@user_errors\ndef f(): raise KeyError('{text}')\nf()"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 1
-    assert "KeyError: 'see [secret]'" in done.stderr
+    assert f"KeyError: 'see{before}[secret]'" in done.stderr
     assert "hf_x9" not in done.stderr
+
+
+def test_secrets_in_what_is_written_as_json_are_hidden_and_it_stays_json(tmp_path: Path, monkeypatch):
+    """S14: with quotes and backslashes, behind line breaks, and behind a key."""
+    monkeypatch.setenv("X_PASSWORD", r'pa"ss\word1')
+    told = {"a": r'is pa"ss\word1', "b": [f"see\n{HF}"], "c": 'the password: abcdefgh"x', "api_key": "abcdefgh", "n": 1}
+    write_json(tmp_path / "x.json", told)
+    found = json.loads((tmp_path / "x.json").read_text())
+    assert found == {
+        "a": "is [secret]",
+        "b": ["see\n[secret]"],
+        "c": 'the password: [secret]"x',
+        "api_key": "[secret]",
+        "n": 1,
+    }
 
 
 @pytest.mark.parametrize(

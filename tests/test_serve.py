@@ -346,6 +346,16 @@ def test_kill_9_of_the_parent_leaves_no_process(fake_vllm, tmp_path, tiny):
     assert gone(pids)
 
 
+def test_kill_9_of_the_supervisor_leaves_no_process(fake_vllm, tmp_path, tiny):
+    with server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running:
+        pids = processes(fake_vllm)
+        assert alive(pids) == pids
+        running.process.kill()
+        with pytest.raises(ServerError, match="stopped with code -9"):
+            running.wait()
+    assert gone(pids)
+
+
 @pytest.mark.parametrize(
     ("log", "told"),
     [

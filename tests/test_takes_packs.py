@@ -51,6 +51,24 @@ def test_packs_of_short_examples_train_as_they_do_alone_where_windows_slide(kind
         assert (gradient - found[0][1]).norm() < 1e-4 * found[0][1].norm()
 
 
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_positions_that_mean_another_angle_beside_a_longer_example_are_not_packed(rope):
+    """transformers picks the angles of a whole forward pass by its largest position."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ropes = {"rope_type": rope, "rope_theta": 10000.0}
+    if rope == "longrope":
+        ropes |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        sizes |= {"pad_token_id": 0, "max_position_embeddings": 256, "original_max_position_embeddings": 64}
+    else:
+        ropes, sizes = ropes | {"factor": 4.0}, sizes | {"max_position_embeddings": 64}
+    kind = "phi3" if rope == "longrope" else "llama"
+    config = AutoConfig.for_model(kind, vocab_size=64, **sizes, rope_parameters=ropes)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert not takes_packs(model)
+    assert not takes_packs(model, longest=65)
+    assert takes_packs(model, longest=64)
+
+
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "mistral"])
 def test_models_that_do_not_obey_the_mask_do_not_take_packs(kind):
     sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "vocab_size": 64}

@@ -84,7 +84,7 @@ def measure(name: str, workload: Workload, folder: Path, settings: Settings) -> 
     began = time.time()
     wall_seconds, resident = run(command, folder / "log.txt", settings.gpu)
     found = {"dtype": system.dtype} | system.read(folder, workload, settings)
-    on_device = found.pop("device_memory_gib", resident)
+    on_device = found.pop("device_memory_gib", float("nan"))  # LLaMA-Factory does not tell
     peak_memory_gib = on_device if settings.gpu else resident
     if "began" in found:
         found["start_seconds"] = round(found.pop("began") - began, 2)
