@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from sft.checkpoint import checkpoints, last_checkpoint, read_manifest
+from sft.checkpoint import MANIFEST, checkpoints, last_checkpoint, publish, read_manifest
 from sft.resume import check_unchanged
 from sft.run import RunError, read_metrics
 from sft.trainer import PackTrainer
@@ -138,6 +140,32 @@ def test_every_file_of_a_real_checkpoint_is_looked_at(harm, saved, tmp_path):
         assert name in broken[tmp_path / "checkpoint-4"]
         shutil.copy(saved / "checkpoint-4" / name, tmp_path / "checkpoint-4")
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {})
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def test_pickles_of_a_checkpoint_are_not_opened_by_resuming(saved, tmp_path):
+    """S2: under the names that PyTorch and transformers would open, in a checkpoint whose manifest lists them."""
+    copy, marker = tmp_path / "run", tmp_path / "opened"
+    shutil.copytree(saved, copy)
+    planted = (copy / "checkpoint-4").rename(copy / "aside")
+    facts = {key: value for key, value in read_manifest(planted).items() if key not in ("files", "manifest_sha256")}
+    for name in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "training_args.bin"):
+        (planted / name).write_bytes(pickle.dumps(Payload(marker)))
+    (planted / MANIFEST).unlink()
+    publish(planted, copy / "checkpoint-4", facts)
+    done = graft("train", "--resume", copy)
+    assert re.search("checkpoint-4: .* is a pickle, which is never opened", done.stdout)
+    assert "goes on from checkpoint-2" in done.stdout
+    assert not marker.exists()
+    pickle.loads((copy / "damaged-checkpoint-4" / "optimizer.pt").read_bytes())  # noqa: S301  it would have worked
+    assert marker.exists()
 
 
 def test_run_without_a_checkpoint_begins_again(saved, tmp_path):
