@@ -86,7 +86,7 @@ def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str |
                 f"layers of {recipe.model.base} see {window} tokens back, and data.max_length is "
                 f"{recipe.data.max_length}; up to {window} prefixes can be shared"
             )
-        return f"{recipe.model.base} has layers without full attention, which a pack's mask can't describe"
+        return f"what layers of {recipe.model.base} see is not what a pack's mask and positions say"
     return None
 
 

@@ -132,6 +132,16 @@ def stored(folder: Path, examples: Sequence[Example], weights: Sequence[float] |
     return Examples(folder)
 
 
+class Payload:
+    """A pickle that makes a file when it is opened."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
 def write_recipe(path: Path, base: Path | str, **changes: str) -> Path:
     """A small runnable recipe; changes replace whole top-level sections, as YAML text."""
     sections = {

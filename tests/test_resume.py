@@ -20,7 +20,7 @@ from sft.checkpoint import MANIFEST, checkpoints, last_checkpoint, publish, read
 from sft.resume import check_unchanged
 from sft.run import RunError, read_metrics
 from sft.trainer import PackTrainer
-from tests.conftest import ROOT, SAMPLES, write_recipe
+from tests.conftest import ROOT, SAMPLES, Payload, write_recipe
 from tests.test_checkpoint import HARM
 from tests.test_commands import run as graft
 
@@ -140,14 +140,6 @@ def test_every_file_of_a_real_checkpoint_is_looked_at(harm, saved, tmp_path):
         assert name in broken[tmp_path / "checkpoint-4"]
         shutil.copy(saved / "checkpoint-4" / name, tmp_path / "checkpoint-4")
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {})
-
-
-class Payload:
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return Path.touch, (self.marker,)
 
 
 def test_pickles_of_a_checkpoint_are_not_opened_by_resuming(saved, tmp_path):

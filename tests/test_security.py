@@ -39,20 +39,10 @@ from sft.recipe_file import check_recipe, dump_recipe, load_recipe
 from sft.run import write_json
 from sft.strict_yaml import YamlError, parse
 from sft.untrusted import brings_code, check_run_folder
-from tests.conftest import ROOT, write_recipe
+from tests.conftest import ROOT, Payload, write_recipe
 from tests.families import FAMILIES, build
 from tests.test_commands import run
 from tests.test_recipe import with_key
-
-
-class Payload:
-    """A pickle that makes a file when it is opened."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return (Path.touch, (self.marker,))
 
 
 def changed(file: Path, **values) -> None:

@@ -161,12 +161,12 @@ def trl(micro_batch: int | None = None, **own: Any) -> Callable[[Path, Workload,
     A step is one micro-batch, or several of `micro_batch` questions."""
 
     def command(folder: Path, workload: Workload, settings: Settings) -> list[str]:
+        together = min(micro_batch or settings.batch, settings.batch)
         arguments = {
             "output_dir": str(folder / "trl"), "learning_rate": settings.learning_rate, "seed": settings.seed,
-            "num_train_epochs": 1, "max_steps": settings.max_steps, "max_length": workload.max_length, "use_cpu": not settings.gpu,
-            "per_device_train_batch_size": micro_batch or settings.batch,
-            "gradient_accumulation_steps": max(1, settings.batch // (micro_batch or settings.batch)),
-            "save_strategy": "no", "report_to": "none", "logging_steps": 1,
+            "num_train_epochs": 1, "max_steps": settings.max_steps, "max_length": workload.max_length,
+            "per_device_train_batch_size": together, "gradient_accumulation_steps": settings.batch // together,
+            "use_cpu": not settings.gpu, "save_strategy": "no", "report_to": "none", "logging_steps": 1,
         } | own  # fmt: skip
         if own.get("packing"):
             mean = workload.logical_tokens / workload.questions
