@@ -19,6 +19,15 @@ def export_card(run: Path, recipe: Recipe, base: Path, parity: dict[str, Any]) -
         "license": licence or "unknown",
         "library_name": "transformers",
     }
+    made = parity.get("format", {})
+    form = f", then {made['name']}" if made else ""
+    use = (
+        "Serve it with `llama-server --jinja -m model.gguf`; its chat template is inside."
+        if form.startswith(", then gguf-")
+        else "Load it with `AutoModelForCausalLM.from_pretrained(FOLDER)`"
+        + (", which needs `compressed-tensors`," if made else "")
+        + " and format prompts with the chat template of the tokenizer beside it."
+    )
     front |= {"pipeline_tag": "text-generation", "tags": ["graft", recipe.tune.method, "sft"]}
     data = "\n".join(f"- `{Path(path).name}` sha256 `{digest}`" for path, digest in facts["data_sha256"].items())
     return f"""---
@@ -26,8 +35,8 @@ def export_card(run: Path, recipe: Recipe, base: Path, parity: dict[str, Any]) -
 ---
 # {recipe.model.base}, tuned by {recipe.tune.method} on {recipe.task}
 
-Made by Graft's `graft export` from the run `{run.name}`: {parity["base"]}, {parity["dtype"]}. Load it with
-`AutoModelForCausalLM.from_pretrained(FOLDER)` and format prompts with the chat template of the tokenizer beside it.
+Made by Graft's `graft export` from the run `{run.name}`: {parity["base"]}, {parity["dtype"]}{form}.
+{use}
 
 Licence of the base: {licence or "not named in its model card here; look it up before you pass this on"}.
 
@@ -64,11 +73,16 @@ def licence_of(folder: Path) -> str | None:
 def _proof(parity: dict[str, Any]) -> str:
     if not parity["measured"]:
         return "Its weights were checked against adapter and base. What it answers was **not** measured."
+    merged = _agreement("it" if "format" not in parity else "the merged model", parity)
+    made = f" {_agreement('This format', parity['format'])}" if "format" in parity else ""
+    return f"On {parity['held_out_examples']} held-out examples {merged}{made} All figures: `parity.json`."
+
+
+def _agreement(what: str, found: dict[str, Any]) -> str:
     return (
-        f"On {parity['held_out_examples']} held-out examples it agrees with the adapter on "
-        f"{parity['answer_argmax_agreement']:.2%} of {parity['answer_tokens']} answer tokens; mean KL divergence "
-        f"{parity['mean_kl_nats']:.2e} nats, largest logit difference {parity['max_logit_difference']:.3g}. "
-        "All figures: `parity.json`."
+        f"{what} agrees with the adapter on {found['answer_argmax_agreement']:.2%} of {found['answer_tokens']} answer "
+        f"tokens; mean KL divergence {found['mean_kl_nats']:.2e} nats, largest logit difference "
+        f"{found['max_logit_difference']:.3g}."
     )
 
 

@@ -57,7 +57,8 @@ def show(
 @user_errors
 def export_command(
     run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/export.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, or RUN/export-FORMAT.")] = None,
+    form: Annotated[str, typer.Option("--format", help="Fewer bits: w4a16, w8a8, fp8, gguf-q8_0, ...")] = "",
     data: Annotated[str | None, typer.Option(help="Held-out data for the parity check; default: eval.data.")] = None,
     allow_mismatch: Annotated[
         bool, typer.Option("--allow-mismatch", help="Write it even below the threshold.")
@@ -74,17 +75,18 @@ def export_command(
     """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
     from sft.combine import combination_of
     from sft.export import check_export, export
+    from sft.formats import next_step
     from sft.push import push as send
 
-    folder = out or run / "export"
+    folder = out or run / (f"export-{form}" if form else "export")
     if check:
         print(json.dumps(check_export(run, folder, data, allow_mismatch), indent=2))
         print(f"{folder}: weights, template, stops and answers are those of {run}")
     else:
         combination = combination_of([run, *others], method, weights, density) if others else None
-        record = export(run, folder, data, allow_mismatch, parity, combination)
+        record = export(run, folder, data, allow_mismatch, parity, combination, form)
         print(json.dumps(record, indent=2))
-        print(f"{record['reason']}\nexported to {folder}\nnext: graft serve {folder}")
+        print(f"{record['reason']}\nexported to {folder}\nnext: {next_step(folder)}")
     if push:
         print("\n".join(send(folder, push, dry_run)))
 

@@ -7,28 +7,24 @@ import dataclasses
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from data.chat import Example
-from data.conversation import Conversation
-from eval.run import limit_questions
-from eval.tasks import read_conversations
 from sft.base import readable
 from sft.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
 from sft.card import export_card
 from sft.combine import Combination, combine
-from sft.examples import encode_held_out, held_out_conversations, with_split
+from sft.formats import convert, find_writer, format_faults, load_format
 from sft.interrupt import RunLocked
-from sft.load import adapter_folder, load_plain, load_run, run_recipe
-from sft.model import compute_dtype, default_device
-from sft.parity import ParityError, Trace, compare, trace
+from sft.judge import Judge, check_agreement, read_held_out
+from sft.load import adapter_folder, run_recipe
+from sft.model import default_device
+from sft.parity import HeldOut, ParityError
 from sft.proof import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
-from sft.recipe import Recipe, Source
 from sft.run import RunError, check_writable, write_json
 from sft.skeleton import CannotStream, base_folder
 
@@ -40,9 +36,12 @@ def export(
     allow_mismatch: bool = False,
     measure: bool = True,
     combination: Combination | None = None,
+    form: str = "",
 ) -> dict[str, Any]:
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. With
-    `measure` off no model is loaded, for one that is larger than memory: only its weights are checked."""
+    `measure` off no model is loaded, for one that is larger than memory: only its weights are checked. `form`: what to
+    make of the merged model, see sft/formats.py."""
+    write = find_writer(form) if form else None
     trained = read_trained(run)
     check_writable(out, "--out")
     out = out.resolve()
@@ -52,13 +51,11 @@ def export(
     with _aside(out) as aside:
         if combination:
             trained = _combined(combination, trained, origin, aside / "adapter")
-        examples, too_long = _held_out(run, trained, data) if measure else ([], 0)
-        before = _adapter_traces(trained, examples, "adapter on base") if measure else []
+        judge = Judge(trained, read_held_out(run, trained, data)) if measure else None
         tried = {}
         for base in base_names(trained, measure):
             made = write_candidate(trained, base, aside / base, allow_mismatch)
-            measured = compare(before, _export_traces(trained, examples, aside / base)) if measure else {}
-            tried[base] = measured | {"merge": made}
+            tried[base] = (judge.folder(aside / base) if judge else {}) | {"merge": made}
         best = min(tried, key=lambda base: tried[base].get("mean_kl_nats", 0.0))  # of equals the first: as trained
         folder = aside / best
         parity = {
@@ -67,8 +64,8 @@ def export(
             "reason": _reason(tried, best),
             "dtype": trained.recipe.export.dtype,
             "measured": measure,
-            "held_out_examples": len(examples),
-            "held_out_too_long": too_long,
+            "held_out_examples": len(judge.held_out.examples) if judge else 0,
+            "held_out_too_long": judge.held_out.too_long if judge else 0,
             **tried[best],
             "min_agreement": trained.recipe.export.min_agreement,
             "candidates": {CANDIDATES[base]: facts for base, facts in tried.items()},
@@ -77,10 +74,17 @@ def export(
         }
         if combination:
             parity["combination"] = combination.record()
-            if measure:
-                parity["against"] = _against(combination, examples, trained, folder)
-        if measure and not allow_mismatch:
-            _check_agreement(parity, trained.recipe)
+            if judge:
+                parity["against"] = _against(combination, judge.held_out, folder)
+        if judge and not allow_mismatch:
+            check_agreement(parity, trained.recipe)
+        if write:
+            made = convert(form, write, trained, folder, aside / form)
+            folder = aside / form
+            measured = judge.model(load_format(form, folder, judge.dtype), form) if judge else {}
+            parity["format"] = {"name": form, **made, **measured}
+            if judge and not allow_mismatch:
+                check_agreement(measured, trained.recipe, form)
         if combination:
             (aside / "adapter").rename(folder / "adapter")
         write_json(folder / PARITY, parity)
@@ -103,17 +107,20 @@ def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: 
     faults = []
     if trained.adapter and adapter_sha256(trained.adapter) != parity["adapter_sha256"]:
         faults.append(f"{trained.adapter} is not the adapter that was merged: its sha256 is another now")
-    faults += text_faults(run, trained.tokenizer, trained.base, out)
+    form = parity.get("format", {}).get("name", "")
+    faults += format_faults(form, trained, out) if form else text_faults(run, trained.tokenizer, trained.base, out)
     try:
+        if form:
+            raise CannotStream(f"{form} has rounded them")
         faults += weight_faults(plan(trained, base), out)
     except CannotStream as reason:
         print(f"weights are not compared one by one, only by what they answer: {reason}", flush=True)
     if faults:
         raise ParityError(f"{out} is not the export of {run}:\n" + "\n".join(f"- {fault}" for fault in faults))
-    examples, _ = _held_out(run, trained, data)
-    found = compare(_adapter_traces(trained, examples, "adapter on base"), _export_traces(trained, examples, out))
+    judge = Judge(trained, read_held_out(run, trained, data))
+    found = judge.model(load_format(form, out, judge.dtype), form) if form else judge.folder(out)
     if not allow_mismatch:
-        _check_agreement(found, trained.recipe)
+        check_agreement(found, trained.recipe, form)
     return {"run": run.name, "export": str(out), "faults": 0, **found}
 
 
@@ -129,29 +136,6 @@ def read_trained(run: Path) -> Trained:
         tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
     base = weights if whole else base_folder(recipe.model)
     return Trained(run, recipe, base, None if whole else weights, weights, tokenizer)
-
-
-def _held_out(run: Path, trained: Trained, data: str | None) -> tuple[list[Example], int]:
-    recipe = trained.recipe
-    conversations: Sequence[Conversation]
-    if data:
-        conversations = read_conversations(recipe.task, data, with_split(Source(path=data), "validation").split)
-    else:
-        conversations = held_out_conversations(recipe)
-    if not conversations:
-        raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
-    chosen = limit_questions(conversations, recipe.export.prompts)
-    return encode_held_out(chosen, trained.tokenizer, recipe.data.max_length)
-
-
-def _adapter_traces(trained: Trained, examples: Sequence[Example], name: str) -> list[Trace]:
-    """Of the adapter on the base of training, which is gone from memory afterwards."""
-    return trace(load_run(trained.run, trained.recipe.model.dtype, trained.adapter).model, examples, name)
-
-
-def _export_traces(trained: Trained, examples: Sequence[Example], folder: Path) -> list[Trace]:
-    """In the same compute dtype: only the weights' rounding differs."""
-    return trace(load_plain(folder, compute_dtype(trained.recipe.model, default_device())), examples, "merged model")
 
 
 def _combined(combination: Combination, trained: Trained, origin: dict[str, str], folder: Path) -> Trained:
@@ -174,13 +158,10 @@ def _combined(combination: Combination, trained: Trained, origin: dict[str, str]
     return dataclasses.replace(trained, adapter=folder)
 
 
-def _against(
-    combination: Combination, examples: Sequence[Example], trained: Trained, folder: Path
-) -> dict[str, dict[str, Any]]:
+def _against(combination: Combination, held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
     """How far the combined model is from each run that it was made of."""
-    after = _export_traces(trained, examples, folder)
     runs = [read_trained(run) for run in combination.runs]
-    return {run.run.name: compare(_adapter_traces(run, examples, run.run.name), after) for run in runs}
+    return {run.run.name: Judge(run, held_out, run.run.name).folder(folder) for run in runs}
 
 
 def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
@@ -190,24 +171,14 @@ def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
     told = [
         f"{CANDIDATES[base]}: mean KL {facts['mean_kl_nats']:.2e} nats, largest logit difference "
         f"{facts['max_logit_difference']:.3g}, {facts['answer_argmax_agreement']:.2%} of answer tokens agree, "
-        f"{facts['teacher_forced_exact']['merged']:.1%} of gold answers likeliest token by token"
+        f"exact match {facts['task_score']['merged']['exact']:.1f}"
         for base, facts in tried.items()
     ]
-    adapter = tried[best]["teacher_forced_exact"]["adapter"]
+    adapter = tried[best]["task_score"]["adapter"]["exact"]
     return (
         f"{CANDIDATES[best]} is written, because its answers diverge least from those of the adapter on the base of "
-        f"training ({'; '.join(told)}; adapter {adapter:.1%})"
+        f"training ({'; '.join(told)}; adapter {adapter:.1f})"
     )
-
-
-def _check_agreement(found: dict[str, Any], recipe: Recipe) -> None:
-    agreement, least = found["answer_argmax_agreement"], recipe.export.min_agreement
-    if agreement < least:
-        raise ParityError(
-            f"merged and adapter agree on {agreement:.2%} of the answer tokens, less than export.min_agreement "
-            f"{least:.2%}; nothing was written. Set export.base to the other base, export.dtype: float32, or pass "
-            "--allow-mismatch"
-        )
 
 
 def _aside_name(out: Path) -> str:

@@ -1,17 +1,23 @@
-"""Whether two models answer alike: their logits on held-out examples, teacher-forced, and how far they differ."""
+"""Whether two models answer alike on held-out rows: their logits along the gold answers, and what they write."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.chat import Example
+from data.conversation import Conversation
 from data.errors import UserError
 from data.pack import build_pack
 from data.progress import track
+from eval.predict import Prediction, generate
+from eval.run import score, summarize
 from sft.attention import pack_inputs
+from sft.recipe import Eval
+
+LOGITS = 64  # positions of an answer whose logits are kept: with a vocabulary of 150,000 they take 37 MiB
 
 
 class ParityError(UserError):
@@ -19,36 +25,62 @@ class ParityError(UserError):
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """`examples` are the gold answers of `conversations`, without those longer than data.max_length."""
+
+    task: str
+    conversations: Sequence[Conversation]
+    examples: Sequence[Example]
+    too_long: int
+    settings: Eval
+
+
+@dataclass(frozen=True)
 class Trace:
-    """What a model says of one example: logits [M, vocab] in fp32 that predict its M answer tokens, the M tokens, and
-    the most likely token after each of its T tokens."""
+    """What a model says of one example: logits [at most LOGITS, vocab] in fp32 that predict its first answer tokens;
+    the most likely token in place of each of its M answer tokens, and after each of its T tokens."""
 
     answer_logits: torch.Tensor
     answer: torch.Tensor
     argmax: torch.Tensor
 
 
-def trace(model: PreTrainedModel, examples: Sequence[Example], name: str) -> list[Trace]:
+@dataclass(frozen=True)
+class Asked:
+    """A model's traces of the examples, and what it wrote to each conversation's prompt."""
+
+    traces: list[Trace]
+    written: list[Prediction]
+
+
+def ask(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, name: str, packed: bool
+) -> Asked:
+    """`packed`: whether the model takes a pack's mask."""
+    settings = held_out.settings
+    traces = [_trace(model, example) for example in track(held_out.examples, name)]
+    print(f"{name}: write {len(held_out.conversations)} answers", flush=True)
+    length, tokens = settings.max_new_tokens, settings.batch_tokens
+    return Asked(traces, generate(model, tokenizer, held_out.conversations, length, tokens, packed))
+
+
+@torch.inference_mode()
+def _trace(model: PreTrainedModel, example: Example) -> Trace:
     """Teacher-forced over prompt and gold answer."""
-    device = next(model.parameters()).device
-    traces = []
-    with torch.inference_mode():
-        for example in track(examples, name):
-            pack = build_pack([[example]])
-            inputs = pack_inputs(model, pack, device)
-            virtual = inputs.pop("logits_to_keep").min() - min(pack.source)
-            logits = model(**inputs, use_cache=False).logits[0, int(virtual) :].float()
-            answer = torch.tensor(pack.target)
-            traces.append(Trace(logits[pack.source].cpu(), answer, logits.argmax(-1).cpu()))
-    return traces
+    pack = build_pack([[example]])
+    inputs = pack_inputs(model, pack, next(model.parameters()).device)
+    virtual = inputs.pop("logits_to_keep").min() - min(pack.source)
+    logits = model(**inputs, use_cache=False).logits[0, int(virtual) :].float()
+    argmax = logits.argmax(-1).cpu()
+    return Trace(logits[pack.source[:LOGITS]].cpu(), argmax[pack.source], argmax)
 
 
-def compare(before: Sequence[Trace], after: Sequence[Trace]) -> dict[str, Any]:
-    """Over the answer tokens: differences of logits, KL(before || after) in nats, the share with the same argmax (also
-    over all tokens), and the share of answers whose every token is the most likely one."""
-    pairs = list(zip(before, after, strict=True))
+def compare(before: Asked, after: Asked, held_out: HeldOut) -> dict[str, Any]:
+    """Over the answer tokens: differences of logits and KL(before || after) in nats (of the first LOGITS of each
+    answer), and the share with the same argmax, also over all tokens. And the task's score of what both wrote."""
+    pairs = list(zip(before.traces, after.traces, strict=True))
     differences = [(a.answer_logits - b.answer_logits).abs() for a, b in pairs]
-    answers = torch.cat([a.answer_logits.argmax(-1) == b.answer_logits.argmax(-1) for a, b in pairs])
+    answers = torch.cat([a.answer == b.answer for a, b in pairs])
     tokens = torch.cat([a.argmax == b.argmax for a, b in pairs])
     divergence = torch.cat([_kl(a.answer_logits, b.answer_logits) for a, b in pairs])
     return {
@@ -60,15 +92,15 @@ def compare(before: Sequence[Trace], after: Sequence[Trace]) -> dict[str, Any]:
         "mean_logit_difference": round(torch.cat([d.flatten() for d in differences]).mean().item(), 6),
         "mean_kl_nats": round(divergence.mean().item(), 8),
         "max_kl_nats": round(divergence.max().item(), 8),
-        "teacher_forced_exact": {"adapter": teacher_forced_exact(before), "merged": teacher_forced_exact(after)},
+        "same_answers": sum(a.text == b.text for a, b in zip(before.written, after.written, strict=True)),
+        "task_score": {"adapter": _score(held_out, before), "merged": _score(held_out, after)},
     }
 
 
-def teacher_forced_exact(traces: Sequence[Trace]) -> float:
-    """Share of examples of which each gold token is the most likely one after those before it. A cheap proxy of the
-    task's score, not the score: the model writes nothing by itself."""
-    exact = [bool((t.answer_logits.argmax(-1) == t.answer).all()) for t in traces]
-    return round(sum(exact) / len(exact), 5)
+def _score(held_out: HeldOut, asked: Asked) -> dict[str, Any]:
+    """Percentages with their 95 % intervals."""
+    scored = score(held_out.task, held_out.conversations, asked.written)
+    return dict(summarize(held_out.task, scored)["scores"]["total"])
 
 
 def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:

@@ -242,6 +242,8 @@ class Export(Section):
     """Held-out conversations of the parity check."""
     min_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.99
     """Least share of answer tokens on which adapter and merged model agree (argmax)."""
+    min_format_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.95
+    """The same for a merged model in fewer bits: graft export --format."""
 
 
 class Recipe(Section):

@@ -1,0 +1,48 @@
+"""Compress a model with llm-compressor, whose own Python runs this file: it pins another transformers than Graft.
+
+PYTHON sft/compress.py MODEL OUT SCHEME ROWS.json      (SCHEME as compressed-tensors calls it: W4A16, W8A8, FP8_DYNAMIC)
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from compressed_tensors.quantization import preset_name_to_scheme
+from datasets import Dataset
+from llmcompressor import oneshot
+from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from transformers import AutoModelForCausalLM
+
+GROUPS = (128, 64, 32)  # values that share a scale; what vLLM has kernels for
+
+
+def compress(model_folder: Path, out: Path, scheme: str, rows: list[list[int]]) -> None:
+    """GPTQ, calibrated on the rows of token ids; what leaves 8 bits of floating point is only rounded."""
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", trust_remote_code=False)
+    settings = preset_name_to_scheme(scheme, ["Linear"])
+    if settings.weights.group_size:
+        widths = [m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        fitting = [size for size in GROUPS if all(width % size == 0 for width in widths)]
+        if not fitting:
+            sys.exit(f"{scheme} needs layers whose width is a multiple of {GROUPS[-1]}; take w8a8")
+        settings.weights.group_size = fitting[0]
+    arguments = {"config_groups": {"group_0": settings}, "ignore": ["lm_head"]}
+    if scheme.startswith("FP8"):
+        oneshot(model=model, recipe=QuantizationModifier(**arguments))
+    else:
+        data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * len(row) for row in rows]})
+        oneshot(
+            model=model,
+            dataset=data,
+            recipe=GPTQModifier(**arguments),
+            num_calibration_samples=len(rows),
+            max_seq_length=max(map(len, rows)),
+        )
+    model.save_pretrained(out, save_compressed=True)
+
+
+if __name__ == "__main__":
+    folder, out, scheme, rows = sys.argv[1:]
+    compress(Path(folder), Path(out), scheme, json.loads(Path(rows).read_text()))

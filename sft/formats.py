@@ -1,0 +1,181 @@
+"""An export in fewer bits: compressed-tensors for vLLM by llm-compressor, or GGUF by llama.cpp's own converter.
+
+graft export RUN --format w4a16 | w8a8 | fp8 | gguf-f16 | gguf-q8_0 | gguf-q4_k_m | ...
+
+Both tools are optional, and run in a process of their own. What they make is asked the same as the merged model.
+"""
+
+import importlib.util
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from sft.base import readable
+from sft.candidate import Trained
+from sft.examples import load_examples
+from sft.load import load_plain
+from sft.model import default_device
+from sft.parity import ParityError
+from sft.proof import end_ids, text_faults
+from sft.recipe import RecipeError
+from sft.run import RunError
+
+SCHEMES = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
+CONVERTED = ("f32", "f16", "bf16", "q8_0")  # types that the converter writes itself; others need llama-quantize
+GGUF = "model.gguf"
+CALIBRATION_ROWS = 128
+Writer = Callable[[Path, Path, Sequence[Sequence[int]]], None]
+
+
+def find_writer(name: str) -> Writer:
+    """What makes a folder, not there yet, of a merged model's; rows of token ids calibrate it. Raises RecipeError for
+    an unknown name, or where the tool is not installed."""
+    if name in SCHEMES:
+        return _compressor(name)
+    if not name.startswith("gguf-") or not name.removeprefix("gguf-").replace("_", "").isalnum():
+        raise RecipeError(f"--format {name}: write one of {', '.join(SCHEMES)}, or gguf-TYPE such as gguf-q8_0")
+    return _converter(name.removeprefix("gguf-").lower())
+
+
+def convert(name: str, write: Writer, trained: Trained, merged: Path, folder: Path) -> dict[str, Any]:
+    """Write the folder; its size beside the merged model's. Raises ParityError where it would be rendered or stopped
+    otherwise than in training."""
+    rows = _calibration_rows(trained) if name in SCHEMES else []
+    print(f"make {name} of the merged model; a large one takes a while", flush=True)
+    write(merged, folder, rows)
+    if fault := next(format_faults(name, trained, folder), None):
+        raise ParityError(f"{trained.run}: {name}: {fault}; nothing was written")
+    return {"bytes": _weight_bytes(folder), "merged_bytes": _weight_bytes(merged), "calibration_rows": len(rows)}
+
+
+def format_faults(name: str, trained: Trained, folder: Path) -> Iterator[str]:
+    """What of template, tokens and stops is not that of training, a line each."""
+    if name in SCHEMES:
+        return text_faults(trained.run, trained.tokenizer, trained.base, folder)
+    return _gguf_faults(folder, trained.tokenizer, end_ids(trained.base, trained.tokenizer))
+
+
+def load_format(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """As transformers unpacks it, in eval mode: a kernel that multiplies packed weights rounds in its own way."""
+    if name in SCHEMES:
+        return load_plain(folder, dtype)
+    with readable(str(folder / GGUF)):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=GGUF,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=dtype,
+            device_map={"": default_device()},
+            trust_remote_code=False,
+        )
+    return cast(PreTrainedModel, model.eval())
+
+
+def next_step(folder: Path) -> str:
+    """What serves an export: vLLM, or llama.cpp for its own format."""
+    gguf = folder / GGUF
+    return f"llama-server --jinja -m {gguf}" if gguf.is_file() else f"graft serve {folder}"
+
+
+def _calibration_rows(trained: Trained) -> list[list[int]]:
+    """Training examples, drawn by the seed; held-out ones judge."""
+    examples, _ = load_examples(trained.recipe, trained.tokenizer)
+    drawn = random.Random(trained.recipe.train.seed).sample(range(len(examples)), min(CALIBRATION_ROWS, len(examples)))
+    return [[int(i) for i in examples[row].ids] for row in drawn]
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
+
+
+def _gguf_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Iterator[str]:
+    """What of the file's template, tokens and end token is not that of training, a line each."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(folder / GGUF).fields
+    tokens = fields["tokenizer.ggml.tokens"].contents()
+    other = [token for token, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] != token]
+    template, end = fields.get("tokenizer.chat_template"), fields["tokenizer.ggml.eos_token_id"].contents()
+    if other:
+        yield f"{len(other)} tokens have other ids than in training, first {min(other)!r}"
+    if template is None or template.contents() != tokenizer.chat_template:
+        yield "the chat template is not that of training; prompts would be rendered otherwise"
+    if end not in stops:
+        yield f"it stops at token {end}, training taught to stop at {list(stops)}"
+
+
+def _compressor(name: str) -> Writer:
+    own = sys.executable if importlib.util.find_spec("llmcompressor") else ""
+    python = os.environ.get("GRAFT_LLMCOMPRESSOR") or own
+    if not python:
+        raise RecipeError(
+            f"--format {name} needs llm-compressor, in an environment of its own, as it pins another transformers: "
+            "python3 -m venv lc && lc/bin/pip install llmcompressor, then export GRAFT_LLMCOMPRESSOR=lc/bin/python"
+        )
+    if not shutil.which(python):
+        raise RecipeError(f"GRAFT_LLMCOMPRESSOR={python} is no program; name the Python that has llm-compressor")
+    if not importlib.util.find_spec("compressed_tensors"):
+        raise RecipeError(
+            f"--format {name}: what it answers can't be measured without compressed-tensors; "
+            "run: pip install compressed-tensors"
+        )
+
+    def write(merged: Path, out: Path, rows: Sequence[Sequence[int]]) -> None:
+        calibration = out.with_suffix(".json")
+        calibration.write_text(json.dumps(rows))
+        script = Path(__file__).with_name("compress.py")
+        _call([python, str(script), str(merged), str(out), SCHEMES[name], str(calibration)])
+        (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's own; with it the folder would pass for a run
+        for file in merged.iterdir():  # tokenizer, template, stops: what the tool does not touch
+            if file.is_file() and file.suffix != ".safetensors" and not (out / file.name).exists():
+                shutil.copy2(file, out)
+        shutil.copy2(merged / "generation_config.json", out)
+
+    return write
+
+
+def _converter(kind: str) -> Writer:
+    script = _llama_cpp("convert_hf_to_gguf.py", ".")
+    quantize = _llama_cpp("llama-quantize", "build/bin") if kind not in CONVERTED else None
+
+    def write(merged: Path, out: Path, rows: Sequence[Sequence[int]]) -> None:
+        out.mkdir()
+        first = out / ("unquantized.gguf" if quantize else GGUF)
+        outtype = "f32" if quantize else kind
+        _call([sys.executable, str(script), str(merged), "--outfile", str(first), "--outtype", outtype])
+        if quantize:
+            _call([str(quantize), str(first), str(out / GGUF), kind.upper()])
+            first.unlink()
+
+    return write
+
+
+def _llama_cpp(program: str, folder: str) -> Path:
+    root = os.environ.get("LLAMA_CPP", "")
+    found = Path(root) / folder / program if root else Path(shutil.which(program) or "")
+    if not found.is_file():
+        raise RecipeError(
+            f"GGUF needs llama.cpp's {program}, {'which is not at ' + str(found) if root else 'which is not on PATH'}; "
+            "run: git clone https://github.com/ggml-org/llama.cpp (and build it for types other than "
+            f"{', '.join(CONVERTED)}), then export LLAMA_CPP=llama.cpp"
+        )
+    return found.resolve()
+
+
+def _call(command: Sequence[str]) -> None:
+    """Run a tool. Raises RunError with the last line that it said, where it fails."""
+    said = subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    if said.returncode:
+        last = ["it said nothing", *(line.strip() for line in said.stdout.splitlines() if line.strip())][-1]
+        raise RunError(f"{Path(command[0]).name} {Path(command[1]).name} failed ({said.returncode}): {last}")

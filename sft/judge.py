@@ -1,0 +1,63 @@
+"""The adapter on the base of its training, asked held-out rows; what was made of it is asked the same and compared."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from data.conversation import Conversation
+from eval.run import limit_questions
+from eval.tasks import read_conversations
+from sft.candidate import Trained
+from sft.examples import encode_held_out, held_out_conversations, with_split
+from sft.load import load_plain, load_run
+from sft.model import compute_dtype, default_device, takes_packs
+from sft.parity import HeldOut, ParityError, ask, compare
+from sft.recipe import Recipe, Source
+from sft.run import RunError
+
+
+class Judge:
+    def __init__(self, trained: Trained, held_out: HeldOut, name: str = "adapter on base") -> None:
+        self.trained, self.held_out = trained, held_out
+        self.dtype = compute_dtype(trained.recipe.model, default_device())
+        loaded = load_run(trained.run, trained.recipe.model.dtype, trained.adapter)
+        self.before = ask(loaded.model, loaded.tokenizer, held_out, name, loaded.packed)
+
+    def folder(self, folder: Path) -> dict[str, Any]:
+        """How far a merged model's answers are from the adapter's, in the same compute dtype, so that only the weights'
+        rounding differs."""
+        return self.model(load_plain(folder, self.dtype), "merged model")
+
+    def model(self, model: PreTrainedModel, name: str) -> dict[str, Any]:
+        after = ask(model, self.trained.tokenizer, self.held_out, name, takes_packs(model))
+        return compare(self.before, after, self.held_out)
+
+
+def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
+    """`data`, or what the recipe holds out; at most export.prompts conversations. Raises RunError without any."""
+    recipe = trained.recipe
+    conversations: Sequence[Conversation]
+    if data:
+        conversations = read_conversations(recipe.task, data, with_split(Source(path=data), "validation").split)
+    else:
+        conversations = held_out_conversations(recipe)
+    if not conversations:
+        raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
+    chosen = limit_questions(conversations, recipe.export.prompts)
+    examples, too_long = encode_held_out(chosen, trained.tokenizer, recipe.data.max_length)
+    return HeldOut(recipe.task, chosen, examples, too_long, recipe.eval)
+
+
+def check_agreement(found: dict[str, Any], recipe: Recipe, form: str = "") -> None:
+    """Raise ParityError where a merged model, or one made of it in another format, answers otherwise than the recipe
+    allows."""
+    key = "min_format_agreement" if form else "min_agreement"
+    agreement, least = found["answer_argmax_agreement"], getattr(recipe.export, key)
+    if agreement < least:
+        remedy = "Take a format of more bits" if form else "Set export.base to the other base, export.dtype: float32"
+        raise ParityError(
+            f"{form or 'merged'} and adapter agree on {agreement:.2%} of the answer tokens, less than export.{key} "
+            f"{least:.2%}; nothing was written. {remedy}, or pass --allow-mismatch"
+        )

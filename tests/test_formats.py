@@ -1,0 +1,122 @@
+"""Exports in fewer bits: what the tools make is judged. Stand-ins for the tools damage it in planted ways; the tools
+themselves are tried where they are installed."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import sft.formats
+from tests.exports import chatml_base, command, make_run
+
+ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("formats")
+    made = make_run(folder / "run", chatml_base(folder / "base"), quantized=False)
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = made / "recipe.yaml"
+    told = recipe.read_text().replace("data/samples/squad_train.json, max_contexts: 4", str(folder / "train.jsonl"))
+    recipe.write_text(told)
+    return made
+
+
+def compressor(folder: Path, damage: str, monkeypatch) -> None:
+    """A program in the place of llm-compressor's Python, which copies the model and then damages the copy."""
+    program = folder / "python"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import json, shutil, sys\n"
+        "from pathlib import Path\n"
+        "_, script, model, out, scheme, rows = sys.argv\n"
+        "assert Path(script).name == 'compress.py' and scheme == 'W4A16', sys.argv\n"
+        "rows, out = json.loads(Path(rows).read_text()), Path(out)\n"
+        "assert len(rows) == 40 and all(isinstance(i, int) for row in rows for i in row), rows\n"
+        "shutil.copytree(model, out)\n"
+        "(out / 'recipe.yaml').write_text('default_stage: {}')\n" + damage
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("GRAFT_LLMCOMPRESSOR", str(program))
+    find = sft.formats.importlib.util.find_spec
+    monkeypatch.setattr(sft.formats.importlib.util, "find_spec", lambda n: n == "compressed_tensors" or find(n))
+
+
+def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
+    compressor(tmp_path, "", monkeypatch)
+    out = tmp_path / "out"
+    done = command(run, "--format", "w4a16", "--out", out)
+    parity = json.loads((out / "parity.json").read_text())
+    assert parity["format"]["name"] == "w4a16"
+    assert parity["format"]["calibration_rows"] == 40
+    assert parity["format"]["answer_argmax_agreement"] == parity["answer_argmax_agreement"]  # the copy is the merge
+    assert "w4a16" in (out / "README.md").read_text()
+    assert f"next: graft serve {out}" in done.stdout.replace("\n", "")
+    assert not (out / "recipe.yaml").exists()  # a folder with one is a run
+    assert "rounded them" in command(run, "--check", "--out", out).stdout
+    weights = load_file(out / "model.safetensors")
+    save_file({name: torch.zeros_like(w) for name, w in weights.items()}, out / "model.safetensors", {"format": "pt"})
+    assert "w4a16 and adapter agree on" in command(run, "--check", "--out", out, code=2).stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("sys.exit('no space for the scales')\n", "compress.py failed (1): no space for the scales"),
+        (
+            "from safetensors.torch import load_file, save_file\n"
+            "w = load_file(out / 'model.safetensors')\n"
+            "save_file({k: v * 0 for k, v in w.items()}, out / 'model.safetensors', {'format': 'pt'})\n",
+            "less than export.min_format_agreement 95.00%; nothing was written",
+        ),
+        (
+            "f = next(p for p in (out / 'chat_template.jinja', out / 'tokenizer_config.json') if p.exists())\n"
+            "f.write_text(f.read_text().replace('im_start', 'im_begin'))\n",
+            "the chat template has changed",
+        ),
+    ],
+)
+def test_what_a_compressor_breaks_is_not_written(damage, message, run, tmp_path, monkeypatch):
+    compressor(tmp_path, damage, monkeypatch)
+    done = command(run, "--format", "w4a16", "--out", tmp_path / "out", code=2)
+    assert message in " ".join(done.stderr.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w3a16", "write one of w4a16, w8a8, fp8, or gguf-TYPE"),
+        ("gguf-../x", "write one of"),
+        ("w8a8", "python3 -m venv lc && lc/bin/pip install llmcompressor"),
+        (
+            "gguf-q8_0",
+            "convert_hf_to_gguf.py, which is not on PATH; run: git clone https://github.com/ggml-org/llama.cpp",
+        ),
+    ],
+)
+def test_missing_tool_is_told_before_anything_is_merged(name, message, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for variable in ("GRAFT_LLMCOMPRESSOR", "LLAMA_CPP"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr("sft.export.read_trained", lambda run: pytest.fail("read the run first"))
+    assert message in " ".join(command(run, "--format", name, "--out", tmp_path / "out", code=2).stderr.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("LLAMA_CPP" not in os.environ, reason="LLAMA_CPP names no llama.cpp folder")
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_gguf_holds_weights_template_and_stop_of_the_run(kind, smollm, tmp_path):
+    run = make_run(tmp_path / "run", smollm, quantized=False)
+    out = tmp_path / "out"
+    command(run, "--format", f"gguf-{kind}", "--out", out)
+    assert sorted(f.name for f in out.iterdir()) == ["README.md", "model.gguf", "parity.json"]
+    made = json.loads((out / "parity.json").read_text())["format"]
+    assert made["answer_argmax_agreement"] >= 0.95
+    assert (made["bytes"] < 0.7 * made["merged_bytes"]) == (kind == "q8_0")
+    command(run, "--check", "--out", out)
