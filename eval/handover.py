@@ -1,5 +1,6 @@
 """Whether a server does with a prompt what the model it serves does in-process: ids, first token, end, score."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ TOP = 5
 # nats: how much less likely in-process the server's first token may be. bfloat16 rounds logits near 20 to 1/8, and
 # the merge of a quantized base moves them by as much; another adapter or template moves the argmax by whole nats.
 MARGIN = 0.5
+LIKELY = 0.1  # probability, at the server or in-process, from which a first token is compared: rare ones rest on noise
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def check_stop(here: Sequence[Here], there: Sequence[There]) -> Check:
     """Answers end where and with what they end in-process.
 
     Compared where the tokens are the same up to the end of the shorter answer: rounding may turn a near tie, and what
-    follows then has another end for a good reason.
+    follows then has another end for a good reason. Where that happens to more than half of the answers, too few ends
+    are compared to pass.
     """
     if any(t.asked and t.answer is None for t in there):
         return Check("stop", None, "not made: the server returns no token_ids (vLLM does)", {})
@@ -83,37 +86,55 @@ def check_stop(here: Sequence[Here], there: Sequence[There]) -> Check:
     text += f", {cut} of them to the limit of length" if cut else ""
     if not equal and not wrong:
         text += "; no answer ended in-process, so nothing is proven"
+    if few := diverged > len(here) / 2:
+        text += "; more than half went other ways, so too little is proven"
     numbers = {"equal": equal, "wrong": len(wrong), "diverged": diverged, "diverged_and_cut": cut}
-    return Check("stop", bool(equal) and not wrong, text, numbers, wrong[0] if wrong else None)
+    return Check("stop", bool(equal) and not wrong and not few, text, numbers, wrong[0] if wrong else None)
 
 
 def check_first_token(here: Sequence[Here], there: Sequence[There], margin: float = MARGIN) -> Check:
-    """The server's likeliest first token is that of the model in-process, or nearly as likely there."""
+    """The server's likeliest first token is that of the model in-process, or nearly as likely there; and every likely
+    first token has about the same log-probability on both sides."""
     if any(t.asked and t.top is None for t in there):
         return Check("first token", None, "not made: the server returns no logprobs by token id (vLLM does)", {})
     wrong: list[int] = []
-    gaps, differences, sets, same = [0.0], [0.0], 0, 0
+    gaps, spreads, sets, same = [0.0], [0.0], 0, 0
     for i, (h, t) in enumerate(zip(here, there, strict=True)):
         if not t.top:
             wrong.append(i)
             continue
         choice = max(t.top, key=lambda token: t.top[token] if t.top else 0.0)
-        known = {token: float(h.first[token]) if token < len(h.first) else float("-inf") for token in t.top}
-        gaps.append(float(h.first.max()) - known[choice])
+        gaps.append(float(h.first.max()) - _logprob(h.first, choice))
+        spreads.append(_spread(h.first, t.top))
         same += choice == int(h.first.argmax())
         sets += set(t.top) == set(h.first.topk(len(t.top)).indices.tolist())
-        differences.append(abs(known[choice] - t.top[choice]))
-        if gaps[-1] > margin:
+        if max(gaps[-1], spreads[-1]) > margin:
             wrong.append(i)
     n = len(here)
-    text = f"{same} of {n} first tokens are the same, {len(wrong)} beyond the margin of {margin} nats (at most "
-    text += f"{max(gaps):.3f}); {sets} sets of {TOP} equal"
+    text = (
+        f"{same} of {n} first tokens are the same, {len(wrong)} beyond the margin of {margin} nats (at most "
+        f"{max(gaps):.3f}; likely ones differ by at most {max(spreads):.3f}); {sets} sets of {TOP} equal"
+    )
     numbers = {
         "same": same, "beyond_margin": len(wrong), "margin_nats": margin, "largest_gap_nats": round(max(gaps), 4),
-        "top": TOP, "equal_sets": sets,
-        "mean_logprob_difference": round(sum(differences) / max(1, len(differences) - 1), 4),
+        "largest_difference_nats": round(max(spreads), 4), "top": TOP, "equal_sets": sets,
     }  # fmt: skip
     return Check("first token", not wrong, text, numbers, wrong[0] if wrong else None)
+
+
+def _spread(first: torch.Tensor, top: dict[int, float]) -> float:
+    """Nats by which the log-probability of a likely token differs most. Of a token that the server does not list it
+    tells only that it is no likelier than those listed."""
+    likely = math.log(LIKELY)
+    listed = [abs(_logprob(first, i) - p) for i, p in top.items() if max(p, _logprob(first, i)) >= likely]
+    unlisted = [
+        float(first[i]) - min(top.values()) for i in (first >= likely).nonzero().flatten().tolist() if i not in top
+    ]
+    return max([0.0, *listed, *unlisted])
+
+
+def _logprob(first: torch.Tensor, token: int) -> float:
+    return float(first[token]) if token < len(first) else float("-inf")
 
 
 def check_score(here: dict[str, Any], there: dict[str, Any]) -> Check:

@@ -30,7 +30,9 @@ def resolve_base(base: str) -> str:
         check_configs(path.parent, f"model.base: {base}")  # transformers reads them beside the file
         return str(_materialise(path))
     if not (path / "config.json").is_file():
-        raise RecipeError(f"model.base: {base} holds no config.json; name a folder saved by save_pretrained")
+        gguf = next(iter(sorted(path.glob("*.gguf"))), None) if path.is_dir() else None
+        remedy = f"name its file: {gguf}" if gguf else "name a folder saved by save_pretrained"
+        raise RecipeError(f"model.base: {base} holds no config.json; {remedy}")
     if not any(path.glob("*.safetensors")):
         found = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         raise RecipeError(

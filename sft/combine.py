@@ -47,9 +47,13 @@ class Combination:
                 else f"--combine {self.method} keeps all values; leave --density out"
             )
 
+    def names(self) -> list[str]:
+        """Of the runs: their folders', or whole paths where two have the same."""
+        names = [run.name for run in self.runs]
+        return names if len({*names}) == len(names) else [str(run) for run in self.runs]
+
     def record(self) -> dict[str, Any]:
-        runs = [run.name for run in self.runs]
-        return {"runs": runs, "method": self.method, "weights": list(self.weights), "density": self.density}
+        return {"runs": self.names(), "method": self.method, "weights": list(self.weights), "density": self.density}
 
 
 def combination_of(runs: Sequence[Path], method: str, weights: str, density: float | None) -> Combination:

@@ -160,8 +160,8 @@ def _combined(combination: Combination, trained: Trained, origin: dict[str, str]
 
 def _against(combination: Combination, held_out: HeldOut, folder: Path) -> dict[str, dict[str, Any]]:
     """How far the combined model is from each run that it was made of."""
-    runs = [read_trained(run) for run in combination.runs]
-    return {run.run.name: Judge(run, held_out, run.run.name).folder(folder) for run in runs}
+    named = zip(combination.names(), combination.runs, strict=True)
+    return {name: Judge(read_trained(run), held_out, name).folder(folder) for name, run in named}
 
 
 def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:

@@ -30,6 +30,7 @@ from sft.recipe import RecipeError
 from sft.run import RunError
 
 SCHEMES = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
+CALIBRATED = ("w4a16", "w8a8")
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # types that the converter writes itself; others need llama-quantize
 GGUF = "model.gguf"
 CALIBRATION_ROWS = 128
@@ -49,7 +50,7 @@ def find_writer(name: str) -> Writer:
 def convert(name: str, write: Writer, trained: Trained, merged: Path, folder: Path) -> dict[str, Any]:
     """Write the folder; its size beside the merged model's. Raises ParityError where it would be rendered or stopped
     otherwise than in training."""
-    rows = _calibration_rows(trained) if name in SCHEMES else []
+    rows = _calibration_rows(trained) if name in CALIBRATED else []
     print(f"make {name} of the merged model; a large one takes a while", flush=True)
     write(merged, folder, rows)
     if fault := next(format_faults(name, trained, folder), None):
@@ -133,12 +134,13 @@ def _compressor(name: str) -> Writer:
         calibration = out.with_suffix(".json")
         calibration.write_text(json.dumps(rows))
         script = Path(__file__).with_name("compress.py")
-        _call([python, str(script), str(merged), str(out), SCHEMES[name], str(calibration)])
+        # -I: the script's folder, whose modules have common names, stays out of the import path
+        _call("llm-compressor", python, "-I", script, merged, out, SCHEMES[name], calibration)
         (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's own; with it the folder would pass for a run
         for file in merged.iterdir():  # tokenizer, template, stops: what the tool does not touch
-            if file.is_file() and file.suffix != ".safetensors" and not (out / file.name).exists():
+            weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
+            if file.is_file() and not weights and file.name != "config.json":
                 shutil.copy2(file, out)
-        shutil.copy2(merged / "generation_config.json", out)
 
     return write
 
@@ -151,9 +153,9 @@ def _converter(kind: str) -> Writer:
         out.mkdir()
         first = out / ("unquantized.gguf" if quantize else GGUF)
         outtype = "f32" if quantize else kind
-        _call([sys.executable, str(script), str(merged), "--outfile", str(first), "--outtype", outtype])
+        _call(script.name, sys.executable, script, merged, "--outfile", first, "--outtype", outtype)
         if quantize:
-            _call([str(quantize), str(first), str(out / GGUF), kind.upper()])
+            _call(quantize.name, quantize, first, out / GGUF, kind.upper())
             first.unlink()
 
     return write
@@ -171,11 +173,12 @@ def _llama_cpp(program: str, folder: str) -> Path:
     return found.resolve()
 
 
-def _call(command: Sequence[str]) -> None:
-    """Run a tool. Raises RunError with the last line that it said, where it fails."""
+def _call(tool: str, *command: str | Path) -> None:
+    """Raises RunError with the last line that the tool said, where it fails."""
     said = subprocess.run(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+        [str(part) for part in command],
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+    )  # fmt: skip
     if said.returncode:
         last = ["it said nothing", *(line.strip() for line in said.stdout.splitlines() if line.strip())][-1]
-        raise RunError(f"{Path(command[0]).name} {Path(command[1]).name} failed ({said.returncode}): {last}")
+        raise RunError(f"{tool} failed ({said.returncode}): {last}")

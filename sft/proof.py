@@ -25,6 +25,8 @@ from sft.shards import Stored, read_header, shard_files
 PARITY = "parity.json"
 # how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values otherwise
 TOLERANCE = 0.1
+# numbers, spaces, marks, letters of several scripts, code: where tokenizers of one vocabulary split otherwise
+PROBE = "It's 12,345.67 €  now;\n\tdef f(x): return x**2  # naïve Ärger, Москва, 北京 東京, 👍🏽 don't"
 UNTOLD = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
 
 
@@ -97,6 +99,8 @@ def text_faults(
         )
     if ours.get_vocab() != theirs.get_vocab():
         yield "the tokenizer has another vocabulary than the run's"
+    if ours(PROBE)["input_ids"] != theirs(PROBE)["input_ids"]:
+        yield "the tokenizer splits text otherwise than the run's"
     for kind in sorted(ours.special_tokens_map.keys() | theirs.special_tokens_map.keys()):
         was, is_now = ours.special_tokens_map.get(kind), theirs.special_tokens_map.get(kind)
         if was != is_now:

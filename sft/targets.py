@@ -121,7 +121,7 @@ def trained_base(model: Model) -> str:
         return base
     weights = sorted(Path(base).glob("*.safetensors")) if Path(base).is_dir() else []
     origin = [file_sha256(file) for file in weights] or [model.base, str(model.revision)]
-    digest = text_sha256(json.dumps([origin, model.quantization.model_dump(), version("bitsandbytes")]))
+    digest = text_sha256(json.dumps([origin, model.quantization.model_dump(), model.dtype, version("bitsandbytes")]))
     folder = cache_dir() / f"{Path(base).name}-dequantized-{digest[:16]}"
 
     def build(aside: Path) -> None:

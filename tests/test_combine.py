@@ -32,6 +32,19 @@ def test_runs_are_combined_and_compared_with_each(plain, tmp_path):
     command(plain, "--check", "--out", tmp_path / "both")
 
 
+def test_runs_of_one_name_are_told_apart(plain, tmp_path):
+    (tmp_path / "b").mkdir()
+    other = make_run(tmp_path / "b" / "plain", plain.parent / "base", seed=2, quantized=False)
+    command(plain, "--with", other, "--out", tmp_path / "both", "--allow-mismatch")
+    told = json.loads((tmp_path / "both" / "parity.json").read_text())
+    assert list(told["against"]) == told["combination"]["runs"] == [str(plain), str(other)]
+
+
+@pytest.mark.parametrize("option", [("--combine", "ties"), ("--weights", "1"), ("--density", "0.5")])
+def test_way_to_combine_without_another_run_is_refused(option, plain, tmp_path):
+    assert "--with RUN" in command(plain, *option, "--out", tmp_path / "out", code=2).stderr
+
+
 @pytest.mark.parametrize("kind", ["dora", "rslora", "bias", "trainable_tokens", "ia3"])
 def test_adapters_that_peft_would_combine_wrongly_are_refused(kind, plain, tmp_path):
     base = plain.parent / "base"

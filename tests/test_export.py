@@ -161,6 +161,10 @@ FAULTS: dict[str, tuple[Callable, str]] = {
         lambda run, out: edit_json(out / "tokenizer_config.json", eos_token="<|endoftext|>"),
         "the tokenizer's eos_token is <|endoftext|>, the run's is <|im_end|>",
     ),
+    "text split otherwise": (
+        lambda run, out: edit_json(out / "tokenizer.json", pre_tokenizer={"type": "Digits", "individual_digits": True}),
+        "the tokenizer splits text otherwise than the run's",
+    ),
     "configuration changed": (
         lambda run, out: edit_json(out / "config.json", rms_norm_eps=0.5),
         "config.json: rms_norm_eps is 0.5",

@@ -34,7 +34,7 @@ def compressor(folder: Path, damage: str, monkeypatch) -> None:
         f"#!{sys.executable}\n"
         "import json, shutil, sys\n"
         "from pathlib import Path\n"
-        "_, script, model, out, scheme, rows = sys.argv\n"
+        "_, _, script, model, out, scheme, rows = sys.argv\n"
         "assert Path(script).name == 'compress.py' and scheme == 'W4A16', sys.argv\n"
         "rows, out = json.loads(Path(rows).read_text()), Path(out)\n"
         "assert len(rows) == 40 and all(isinstance(i, int) for row in rows for i in row), rows\n"
@@ -67,7 +67,7 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("sys.exit('no space for the scales')\n", "compress.py failed (1): no space for the scales"),
+        ("sys.exit('no space for the scales')\n", "llm-compressor failed (1): no space for the scales"),
         (
             "from safetensors.torch import load_file, save_file\n"
             "w = load_file(out / 'model.safetensors')\n"

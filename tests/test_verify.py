@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -114,7 +115,7 @@ def test_server_that_does_as_the_run_does_passes(run, served):
     assert record["checks"]["render"]["equal"] == record["equal_answers"] == record["prompts"] == N
     assert record["checks"]["stop"]["equal"] > N // 2
     assert record["checks"]["first token"]["equal_sets"] == N
-    assert record["checks"]["first token"]["mean_logprob_difference"] < 1e-3
+    assert record["checks"]["first token"]["largest_difference_nats"] < 1e-3
     assert (record["first_difference"], record["different_answers"]) == (None, [])
     assert "passed" in shown
     assert "FAILED" not in shown
@@ -247,6 +248,32 @@ def test_first_token_may_differ_within_the_margin_only():
     assert not check_first_token([here([])], [near], margin=0.5).passed
     assert not check_first_token([here([])], [far], margin=1.5).passed
     assert not check_first_token([here([])], [there([], top={7: -0.1})]).passed, "an id that the run's vocabulary lacks"
+
+
+def test_likely_first_tokens_have_the_same_probability_on_both_sides():
+    logprobs = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    mine = Here([1], [], True, logprobs)
+    same = {i: float(p) for i, p in enumerate(logprobs)}
+
+    def judge(**changed: float) -> bool | None:
+        told = same | {int(k[1:]): math.log(v) for k, v in changed.items() if v}
+        for k in (k for k, v in changed.items() if not v):
+            del told[int(k[1:])]
+        return check_first_token([mine], [there([], top=told)], margin=0.5).passed
+
+    assert judge()
+    assert judge(_3=0.001), "an unlikely token may differ"
+    assert judge(_1=0.2), "0.41 nats"
+    assert not judge(_2=0.05), "1.1 nats, although the likeliest is the same"
+    assert not judge(_3=0.3), "likely at the server only"
+    assert not judge(_1=0), "likely in-process, and not even among those that the server lists"
+
+
+def test_ends_of_too_few_answers_prove_nothing():
+    same, other = (here([5, 9]), there([5, 9])), (here([5, 6, 9]), there([5, 7, 9]))
+    for pairs, passed in (([same, same, other], True), ([same, other, other], False)):
+        check = check_stop([h for h, _ in pairs], [t for _, t in pairs])
+        assert check.passed is passed, check.text
 
 
 def test_score_must_lie_in_the_other_ones_interval():
