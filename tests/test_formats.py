@@ -39,7 +39,8 @@ def compressor(folder: Path, damage: str, monkeypatch) -> None:
         "rows, out = json.loads(Path(rows).read_text()), Path(out)\n"
         "assert len(rows) == 40 and all(isinstance(i, int) for row in rows for i in row), rows\n"
         "shutil.copytree(model, out)\n"
-        "(out / 'recipe.yaml').write_text('default_stage: {}')\n" + damage
+        "(out / 'recipe.yaml').write_text('default_stage: {}')\n"
+        "(out / 'chat_template.jinja').write_text('{{ messages }}')\n" + damage
     )
     program.chmod(0o755)
     monkeypatch.setenv("GRAFT_LLMCOMPRESSOR", str(program))
@@ -58,6 +59,7 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
     assert "w4a16" in (out / "README.md").read_text()
     assert f"next: graft serve {out}" in done.stdout.replace("\n", "")
     assert not (out / "recipe.yaml").exists()  # a folder with one is a run
+    assert (out / "chat_template.jinja").read_text() != "{{ messages }}"  # the run's own stands there
     assert "rounded them" in command(run, "--check", "--out", out).stdout
     weights = load_file(out / "model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, out / "model.safetensors", {"format": "pt"})
@@ -74,10 +76,12 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
             "save_file({k: v * 0 for k, v in w.items()}, out / 'model.safetensors', {'format': 'pt'})\n",
             "less than export.min_format_agreement 95.00%; nothing was written",
         ),
-        (
-            "f = next(p for p in (out / 'chat_template.jinja', out / 'tokenizer_config.json') if p.exists())\n"
-            "f.write_text(f.read_text().replace('im_start', 'im_begin'))\n",
-            "the chat template has changed",
+        (  # transformers fills it with random values and says so in a log
+            "from safetensors.torch import load_file, save_file\n"
+            "w = load_file(out / 'model.safetensors')\n"
+            "del w['model.layers.0.mlp.down_proj.weight']\n"
+            "save_file(w, out / 'model.safetensors', {'format': 'pt'})\n",
+            "less than export.min_format_agreement 95.00%; nothing was written",
         ),
     ],
 )
