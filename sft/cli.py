@@ -84,9 +84,7 @@ def export_command(
         print(f"{folder}: weights, template, stops and answers are those of {run}")
     else:
         if not others and (method != "linear" or weights or density is not None):
-            raise RecipeError(
-                "--combine, --weights, --density: tell how runs are combined; name others by --with RUN"
-            )
+            raise RecipeError("--combine, --weights, --density: tell how runs are combined; name others by --with RUN")
         combination = combination_of([run, *others], method, weights, density) if others else None
         record = export(run, folder, data, allow_mismatch, parity, combination, form)
         print(json.dumps(record, indent=2))

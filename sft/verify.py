@@ -18,7 +18,7 @@ from data.chat import encode_prompt
 from data.conversation import Conversation
 from data.pack import common_prefix
 from eval.client import ask_all, served_model, served_models
-from eval.handover import TOP, Check, Here, There, check_first_token, check_render, check_score, check_stop
+from eval.handover import MARGIN, TOP, Check, Here, There, check_first_token, check_render, check_score, check_stop
 from eval.likelihood import next_logprobs
 from eval.predict import Prediction, generate
 from eval.run import score, summarize
@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 
 
 def verify(
-    run: Path, url: str, model: str | None = None, data: str | None = None, n: int = 200, concurrency: int = 16
+    run: Path,
+    url: str,
+    model: str | None = None,
+    data: str | None = None,
+    n: int = 200,
+    concurrency: int = 16,
+    margin: float = MARGIN,
 ) -> dict[str, Any]:
     """The record that is written to RUN/verify.json: `passed`, each check with its numbers, and the first prompt that
     differs in its two renders. Raises ServerError where the server can't be asked at all."""
@@ -57,7 +63,12 @@ def verify(
         summarize(recipe.task, score(recipe.task, [questions[i] for i in asked], answers))["scores"]["total"]
         for answers in ([predictions[i] for i in asked], [Prediction(t.text, 0, t.ended, t.asked) for t in told])
     ]
-    checks = [check_render(here, told), check_stop(here, told), check_first_token(here, told), check_score(*scores)]
+    checks = [
+        check_render(here, told),
+        check_stop(here, told),
+        check_first_token(here, told, margin),
+        check_score(*scores),
+    ]
     different = [
         {"id": questions[i].id, "in_process": predictions[i].text, "server": t.text}
         for i, t in zip(asked, told, strict=True)
