@@ -53,9 +53,9 @@ def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
 def check_agreement(found: dict[str, Any], recipe: Recipe, form: str = "") -> None:
     """Raise ParityError where a merged model, or one made of it in another format, answers otherwise than the recipe
     allows."""
-    settings, agreement = recipe.export, found["answer_argmax_agreement"]
+    agreement = found["answer_argmax_agreement"]
     key = "min_format_agreement" if form else "min_agreement"
-    least = settings.min_format_agreement if form else settings.min_agreement
+    least = recipe.export.min_format_agreement if form else recipe.export.min_agreement
     if agreement < least:
         remedy = "Take a format of more bits" if form else "Set export.base to the other base, export.dtype: float32"
         raise ParityError(
