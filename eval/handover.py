@@ -108,7 +108,7 @@ def check_first_token(here: Sequence[Here], there: Sequence[There], margin: floa
         spreads.append(_spread(h.first, t.top))
         same += choice == int(h.first.argmax())
         sets += set(t.top) == set(h.first.topk(len(t.top)).indices.tolist())
-        if max(gaps[-1], spreads[-1]) > margin:
+        if not (gaps[-1] <= margin and spreads[-1] <= margin):  # also where one is not a number
             wrong.append(i)
     n = len(here)
     text = (

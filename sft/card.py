@@ -72,7 +72,8 @@ def licence_of(folder: Path) -> str | None:
 
 def _proof(parity: dict[str, Any]) -> str:
     if not parity["measured"]:
-        return "Its weights were checked against adapter and base. What it answers was **not** measured."
+        whose = "The merged model's" if "format" in parity else "Its"
+        return f"{whose} weights were checked against adapter and base. What it answers was **not** measured."
     merged = _agreement("it" if "format" not in parity else "the merged model", parity)
     made = f" {_agreement('This format', parity['format'])}" if "format" in parity else ""
     return f"On {parity['held_out_examples']} held-out examples {merged}{made} All figures: `parity.json`."

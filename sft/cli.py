@@ -80,8 +80,10 @@ def export_command(
 
     folder = out or run / (f"export-{form}" if form else "export")
     if check:
+        if form:
+            raise RecipeError("--format, --check: an export says itself what it is; name it by --out alone")
         print(json.dumps(check_export(run, folder, data, allow_mismatch), indent=2))
-        print(f"{folder}: weights, template, stops and answers are those of {run}")
+        print(f"{folder}: what was checked is that of {run}")
     else:
         if not others and (method != "linear" or weights or density is not None):
             raise RecipeError("--combine, --weights, --density: tell how runs are combined; name others by --with RUN")

@@ -23,7 +23,9 @@ def compress(model_folder: Path, out: Path, scheme: str, rows: list[list[int]]) 
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", trust_remote_code=False)
     settings = preset_name_to_scheme(scheme, ["Linear"])
     if settings.weights.group_size:
-        widths = [m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+        widths = [
+            m.in_features for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and name != "lm_head"
+        ]
         fitting = [size for size in GROUPS if all(width % size == 0 for width in widths)]
         if not fitting:
             sys.exit(f"{scheme} needs layers whose width is a multiple of {GROUPS[-1]}; take w8a8")

@@ -82,7 +82,8 @@ def export(
             made = convert(form, write, trained, folder, aside / form)
             folder = aside / form
             measured = judge.model(load_format(form, folder, judge.dtype), form) if judge else {}
-            parity["format"] = {"name": form, **made, **measured}
+            least = trained.recipe.export.min_format_agreement
+            parity["format"] = {"name": form, **made, **measured, "min_format_agreement": least}
             if judge and not allow_mismatch:
                 check_agreement(measured, trained.recipe, form)
         if combination:

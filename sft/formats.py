@@ -10,6 +10,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -19,15 +20,17 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from data.chat import end_of_turn
 from sft.base import readable
 from sft.candidate import Trained
 from sft.examples import load_examples
 from sft.load import load_plain
 from sft.model import default_device
 from sft.parity import ParityError
-from sft.proof import end_ids, text_faults
+from sft.proof import text_faults
 from sft.recipe import RecipeError
 from sft.run import RunError
+from sft.untrusted import brings_code
 
 SCHEMES = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
 CALIBRATED = ("w4a16", "w8a8")
@@ -62,7 +65,7 @@ def format_faults(name: str, trained: Trained, folder: Path) -> Iterator[str]:
     """What of template, tokens and stops is not that of training, a line each."""
     if name in SCHEMES:
         return text_faults(trained.run, trained.tokenizer, trained.base, folder)
-    return _gguf_faults(folder, trained.tokenizer, end_ids(trained.base, trained.tokenizer))
+    return _gguf_faults(folder, trained.tokenizer)
 
 
 def load_format(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -98,20 +101,26 @@ def _weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf"))
 
 
-def _gguf_faults(folder: Path, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> Iterator[str]:
-    """What of the file's template, tokens and end token is not that of training, a line each."""
+def _gguf_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    """What of the file's template, tokens and end token is not that of training, a line each. How llama.cpp splits text
+    into these tokens is not checked."""
     from gguf import GGUFReader
 
-    fields = GGUFReader(folder / GGUF).fields
-    tokens = fields["tokenizer.ggml.tokens"].contents()
-    other = [token for token, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] != token]
-    template, end = fields.get("tokenizer.chat_template"), fields["tokenizer.ggml.eos_token_id"].contents()
+    with readable(str(folder / GGUF)):
+        fields = GGUFReader(folder / GGUF).fields
+        found = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+    tokens = found.get("tokenizer.ggml.tokens", [])
+    # the converter writes added tokens with spaces
+    other = [
+        t for t, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] not in (t, t.replace("▁", " "))
+    ]
     if other:
         yield f"{len(other)} tokens have other ids than in training, first {min(other)!r}"
-    if template is None or template.contents() != tokenizer.chat_template:
+    if found.get("tokenizer.chat_template") != tokenizer.chat_template:
         yield "the chat template is not that of training; prompts would be rendered otherwise"
-    if end not in stops:
-        yield f"it stops at token {end}, training taught to stop at {list(stops)}"
+    ends = [found.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    if (taught := end_of_turn(tokenizer)) not in ends:
+        yield f"it stops at tokens {ends}, training taught to stop at {taught}"
 
 
 def _compressor(name: str) -> Writer:
@@ -150,6 +159,12 @@ def _converter(kind: str) -> Writer:
     quantize = _llama_cpp("llama-quantize", "build/bin") if kind not in CONVERTED else None
 
     def write(merged: Path, out: Path, rows: Sequence[Sequence[int]]) -> None:
+        # the converter lets transformers run a repository's code
+        for file in ("config.json", "tokenizer_config.json"):
+            if (merged / file).is_file() and brings_code(json.loads((merged / file).read_text())):
+                raise RunError(
+                    f"{file} of the base names code of its own (auto_map), which llama.cpp's converter would run"
+                )
         out.mkdir()
         first = out / ("unquantized.gguf" if quantize else GGUF)
         outtype = "f32" if quantize else kind
@@ -177,8 +192,13 @@ def _call(tool: str, *command: str | Path) -> None:
     """Raises RunError with the last line that the tool said, where it fails."""
     said = subprocess.run(
         [str(part) for part in command],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
+    if said.returncode == -signal.SIGKILL:
+        raise RunError(
+            f"{tool} was killed, most likely for want of memory; end other programs, or take a larger machine"
+        )
     if said.returncode:
         last = ["it said nothing", *(line.strip() for line in said.stdout.splitlines() if line.strip())][-1]
         raise RunError(f"{tool} failed ({said.returncode}): {last}")

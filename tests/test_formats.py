@@ -1,5 +1,5 @@
-"""Exports in fewer bits: what the tools make is judged. Stand-ins for the tools damage it in planted ways; the tools
-themselves are tried where they are installed."""
+"""Exports in fewer bits: what the tools make is judged. Stand-ins for the tools damage it in planted ways;
+llama.cpp itself is tried where LLAMA_CPP names it."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.formats
+from sft.run import RunError
 from tests.exports import chatml_base, command, make_run
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
@@ -110,6 +111,19 @@ def test_missing_tool_is_told_before_anything_is_merged(name, message, run, tmp_
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("sft.export.read_trained", lambda run: pytest.fail("read the run first"))
     assert message in " ".join(command(run, "--format", name, "--out", tmp_path / "out", code=2).stderr.split())
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_converter_gets_no_model_that_names_code(file, tmp_path, monkeypatch):
+    """llama.cpp's converter lets transformers run it."""
+    (tmp_path / "convert_hf_to_gguf.py").write_text("open('ran', 'w')\n")
+    monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    merged = tmp_path / "merged"
+    merged.mkdir()
+    (merged / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
+    with pytest.raises(RunError, match=f"{file} of the base names code"):
+        sft.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow

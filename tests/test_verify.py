@@ -266,6 +266,8 @@ def test_likely_first_tokens_have_the_same_probability_on_both_sides():
     assert judge(_1=0.2), "0.41 nats"
     assert not judge(_2=0.05), "1.1 nats, although the likeliest is the same"
     assert not judge(_3=0.3), "likely at the server only"
+    broken = Here([1], [], True, torch.full((4,), float("nan")))
+    assert not check_first_token([broken], [there([], top=same)]).passed
     assert not judge(_1=0), "likely in-process, and not even among those that the server lists"
 
 
