@@ -72,7 +72,7 @@ def verify_command(
     data: Annotated[str | None, typer.Option(help="Held-out data; default: the run's.")] = None,
     n: Annotated[int, typer.Option("--n", min=1, help="How many prompts, drawn at random.")] = 200,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    margin: Annotated[float, typer.Option(min=0, help="Nats that a likely first token may differ by.")] = 0.5,
+    margin: Annotated[float | None, typer.Option(min=0, help="Nats that likely first tokens may differ by.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of verify.json, not tables.")] = False,
 ) -> None:
     """Prove that a server renders, stops, answers and scores as the run does in-process; exit code 1 where not."""

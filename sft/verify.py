@@ -39,7 +39,7 @@ def verify(
     data: str | None = None,
     n: int = 200,
     concurrency: int = 16,
-    margin: float = MARGIN,
+    margin: float | None = None,
 ) -> dict[str, Any]:
     """The record that is written to RUN/verify.json: `passed`, each check with its numbers, and the first prompt that
     differs in its two renders. Raises ServerError where the server can't be asked at all."""
@@ -66,7 +66,7 @@ def verify(
     checks = [
         check_render(here, told),
         check_stop(here, told),
-        check_first_token(here, told, margin),
+        check_first_token(here, told, MARGIN if margin is None else margin),
         check_score(*scores),
     ]
     different = [
