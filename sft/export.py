@@ -18,9 +18,9 @@ from sft.base import readable
 from sft.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
 from sft.card import export_card
 from sft.combine import Combination, combine
-from sft.formats import convert, find_writer, format_faults, load_format
+from sft.formats import calibration_rows, convert, find_writer, format_faults, load_format
 from sft.interrupt import RunLocked
-from sft.judge import Judge, check_agreement, read_held_out
+from sft.judge import Judge, agreement_key, check_agreement, read_held_out
 from sft.load import adapter_folder, run_recipe
 from sft.model import default_device
 from sft.parity import HeldOut, ParityError
@@ -48,6 +48,7 @@ def export(
     if out.exists() and any(path.name != _aside_name(out) for path in out.iterdir()):
         raise RunError(f"{out} is not empty; name another folder with --out")
     origin = check_origin(run, trained.recipe, trained.adapter)
+    rows = calibration_rows(form, trained)
     with _aside(out) as aside:
         if combination:
             trained = _combined(combination, trained, origin, aside / "adapter")
@@ -79,11 +80,11 @@ def export(
         if judge and not allow_mismatch:
             check_agreement(parity, trained.recipe)
         if write:
-            made = convert(form, write, trained, folder, aside / form)
+            made = convert(form, write, trained, folder, aside / form, rows, out.with_name(f"{out.name}.{form}.log"))
             folder = aside / form
             measured = judge.model(load_format(form, folder, judge.dtype), form) if judge else {}
-            least = trained.recipe.export.min_format_agreement
-            parity["format"] = {"name": form, **made, **measured, "min_format_agreement": least}
+            least = {key: getattr(trained.recipe.export, key) for key in [agreement_key(form)]}
+            parity["format"] = {"name": form, **made, **measured, **least}
             if judge and not allow_mismatch:
                 check_agreement(measured, trained.recipe, form)
         if combination:

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,19 +29,23 @@ from sft.parity import ParityError
 from sft.proof import text_faults
 from sft.recipe import RecipeError
 from sft.run import RunError
+from sft.supervised import run_tool
 from sft.untrusted import brings_code
 
 SCHEMES = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
 CALIBRATED = ("w4a16", "w8a8")
+UNROUNDED = ("gguf-f32", "gguf-f16", "gguf-bf16")  # as exact as a merged model; others have fewer bits
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # types that the converter writes itself; others need llama-quantize
 GGUF = "model.gguf"
 CALIBRATION_ROWS = 128
-Writer = Callable[[Path, Path, Sequence[Sequence[int]]], None]
+HAS_LLMCOMPRESSOR = "import importlib.util as u; raise SystemExit(not u.find_spec('llmcompressor'))"
+Rows = Sequence[Sequence[int]]  # token ids
+Writer = Callable[[Path, Path, Rows, Path], None]
 
 
 def find_writer(name: str) -> Writer:
-    """What makes a folder, not there yet, of a merged model's; rows of token ids calibrate it. Raises RecipeError for
-    an unknown name, or where the tool is not installed."""
+    """What makes a folder, not there yet, of a merged model's; it takes rows that calibrate it, and a log's place.
+    Raises RecipeError for an unknown name, or where the tool is not installed."""
     if name in SCHEMES:
         return _compressor(name)
     if not name.startswith("gguf-") or not name.removeprefix("gguf-").replace("_", "").isalnum():
@@ -50,12 +53,22 @@ def find_writer(name: str) -> Writer:
     return _converter(name.removeprefix("gguf-").lower())
 
 
-def convert(name: str, write: Writer, trained: Trained, merged: Path, folder: Path) -> dict[str, Any]:
+def calibration_rows(name: str, trained: Trained) -> Rows:
+    """Training examples, drawn by the seed, where the format takes any; held-out ones judge."""
+    if name not in CALIBRATED:
+        return []
+    examples, _ = load_examples(trained.recipe, trained.tokenizer)
+    drawn = random.Random(trained.recipe.train.seed).sample(range(len(examples)), min(CALIBRATION_ROWS, len(examples)))
+    return [[int(i) for i in examples[row].ids] for row in drawn]
+
+
+def convert(
+    name: str, write: Writer, trained: Trained, merged: Path, folder: Path, rows: Rows, log: Path
+) -> dict[str, Any]:
     """Write the folder; its size beside the merged model's. Raises ParityError where it would be rendered or stopped
     otherwise than in training."""
-    rows = _calibration_rows(trained) if name in CALIBRATED else []
     print(f"make {name} of the merged model; a large one takes a while", flush=True)
-    write(merged, folder, rows)
+    write(merged, folder, rows, log)
     if fault := next(format_faults(name, trained, folder), None):
         raise ParityError(f"{trained.run}: {name}: {fault}; nothing was written")
     return {"bytes": _weight_bytes(folder), "merged_bytes": _weight_bytes(merged), "calibration_rows": len(rows)}
@@ -88,13 +101,6 @@ def next_step(folder: Path) -> str:
     """What serves an export: vLLM, or llama.cpp for its own format."""
     gguf = folder / GGUF
     return f"llama-server --jinja -m {gguf}" if gguf.is_file() else f"graft serve {folder}"
-
-
-def _calibration_rows(trained: Trained) -> list[list[int]]:
-    """Training examples, drawn by the seed; held-out ones judge."""
-    examples, _ = load_examples(trained.recipe, trained.tokenizer)
-    drawn = random.Random(trained.recipe.train.seed).sample(range(len(examples)), min(CALIBRATION_ROWS, len(examples)))
-    return [[int(i) for i in examples[row].ids] for row in drawn]
 
 
 def _weight_bytes(folder: Path) -> int:
@@ -133,18 +139,22 @@ def _compressor(name: str) -> Writer:
         )
     if not shutil.which(python):
         raise RecipeError(f"GRAFT_LLMCOMPRESSOR={python} is no program; name the Python that has llm-compressor")
+    if subprocess.run([python, "-I", "-c", HAS_LLMCOMPRESSOR], check=False).returncode:
+        raise RecipeError(
+            f"GRAFT_LLMCOMPRESSOR={python} has no llm-compressor; run: {python} -m pip install llmcompressor"
+        )
     if not importlib.util.find_spec("compressed_tensors"):
         raise RecipeError(
             f"--format {name}: what it answers can't be measured without compressed-tensors; "
             "run: pip install compressed-tensors"
         )
 
-    def write(merged: Path, out: Path, rows: Sequence[Sequence[int]]) -> None:
+    def write(merged: Path, out: Path, rows: Rows, log: Path) -> None:
         calibration = out.with_suffix(".json")
         calibration.write_text(json.dumps(rows))
         script = Path(__file__).with_name("compress.py")
         # -I: the script's folder, whose modules have common names, stays out of the import path
-        _call("llm-compressor", python, "-I", script, merged, out, SCHEMES[name], calibration)
+        run_tool("llm-compressor", [python, "-I", script, merged, out, SCHEMES[name], calibration], log)
         (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's own; with it the folder would pass for a run
         for file in merged.iterdir():  # tokenizer, template, stops: what the tool does not touch
             weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
@@ -157,8 +167,10 @@ def _compressor(name: str) -> Writer:
 def _converter(kind: str) -> Writer:
     script = _llama_cpp("convert_hf_to_gguf.py", ".")
     quantize = _llama_cpp("llama-quantize", "build/bin") if kind not in CONVERTED else None
+    if not importlib.util.find_spec("sentencepiece"):
+        raise RecipeError(f"llama.cpp's {script.name} needs sentencepiece; run: pip install sentencepiece")
 
-    def write(merged: Path, out: Path, rows: Sequence[Sequence[int]]) -> None:
+    def write(merged: Path, out: Path, rows: Rows, log: Path) -> None:
         # the converter lets transformers run a repository's code
         for file in ("config.json", "tokenizer_config.json"):
             if (merged / file).is_file() and brings_code(json.loads((merged / file).read_text())):
@@ -168,9 +180,9 @@ def _converter(kind: str) -> Writer:
         out.mkdir()
         first = out / ("unquantized.gguf" if quantize else GGUF)
         outtype = "f32" if quantize else kind
-        _call(script.name, sys.executable, script, merged, "--outfile", first, "--outtype", outtype)
+        run_tool(script.name, [sys.executable, script, merged, "--outfile", first, "--outtype", outtype], log)
         if quantize:
-            _call(quantize.name, quantize, first, out / GGUF, kind.upper())
+            run_tool(quantize.name, [quantize, first, out / GGUF, kind.upper()], log)
             first.unlink()
 
     return write
@@ -186,19 +198,3 @@ def _llama_cpp(program: str, folder: str) -> Path:
             f"{', '.join(CONVERTED)}), then export LLAMA_CPP=llama.cpp"
         )
     return found.resolve()
-
-
-def _call(tool: str, *command: str | Path) -> None:
-    """Raises RunError with the last line that the tool said, where it fails."""
-    said = subprocess.run(
-        [str(part) for part in command],
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    if said.returncode == -signal.SIGKILL:
-        raise RunError(
-            f"{tool} was killed, most likely for want of memory; end other programs, or take a larger machine"
-        )
-    if said.returncode:
-        last = ["it said nothing", *(line.strip() for line in said.stdout.splitlines() if line.strip())][-1]
-        raise RunError(f"{tool} failed ({said.returncode}): {last}")

@@ -11,6 +11,7 @@ from eval.run import limit_questions
 from eval.tasks import read_conversations
 from sft.candidate import Trained
 from sft.examples import encode_held_out, held_out_conversations, with_split
+from sft.formats import UNROUNDED
 from sft.load import load_plain, load_run
 from sft.model import compute_dtype, default_device, takes_packs
 from sft.parity import HeldOut, ParityError, ask, compare
@@ -50,13 +51,17 @@ def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
     return HeldOut(recipe.task, chosen, examples, too_long, recipe.eval)
 
 
+def agreement_key(form: str) -> str:
+    """The recipe's key, below export, that says how much of the answers must agree."""
+    return "min_format_agreement" if form and form not in UNROUNDED else "min_agreement"
+
+
 def check_agreement(found: dict[str, Any], recipe: Recipe, form: str = "") -> None:
     """Raise ParityError where a merged model, or one made of it in another format, answers otherwise than the recipe
     allows."""
     agreement = found["answer_argmax_agreement"]
-    key = "min_format_agreement" if form else "min_agreement"
-    least = recipe.export.min_format_agreement if form else recipe.export.min_agreement
-    if agreement < least:
+    key = agreement_key(form)
+    if agreement < (least := getattr(recipe.export, key)):
         remedy = "Take a format of more bits" if form else "Set export.base to the other base, export.dtype: float32"
         raise ParityError(
             f"{form or 'merged'} and adapter agree on {agreement:.2%} of the answer tokens, less than export.{key} "

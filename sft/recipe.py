@@ -243,7 +243,8 @@ class Export(Section):
     min_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.99
     """Least share of answer tokens on which adapter and merged model agree (argmax)."""
     min_format_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.95
-    """The same for a merged model in fewer bits: graft export --format."""
+    """The same for a merged model in fewer bits (graft export --format); gguf-f32, -f16 and -bf16 are held to
+    min_agreement."""
 
 
 class Recipe(Section):

@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -18,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-import psutil
 
 from eval.client import ServerError
-from sft import supervisor
 from sft.base import resolve_base
 from sft.server_log import why_it_stopped
+from sft.supervised import supervised
 from sft.targets import Served, resolve_targets
 
 READY_WITHIN_S = 900
@@ -48,9 +46,9 @@ class Server:
     log: Path
     process: "subprocess.Popen[bytes]"
 
-    def wait(self) -> None:
-        """Return never: raise ServerError once vLLM stops by itself."""
-        raise ServerError(why_it_stopped(self.log, self.process.wait()))
+    def wait(self) -> str:
+        """Until vLLM stops by itself; why it did."""
+        return why_it_stopped(self.log, self.process.wait())
 
 
 @contextlib.contextmanager
@@ -76,17 +74,10 @@ def server(
     for run in (loras or {}).values():
         if note := precision_note(served, Path(run)):
             print(note, file=sys.stderr, flush=True)
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, supervisor.__file__, *command], stdin=subprocess.PIPE, stdout=file,
-            stderr=subprocess.STDOUT, env=_environment(), start_new_session=True,
-        )  # fmt: skip
-    try:
+    with supervised(command, log, _environment()) as process:
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         _wait_until_ready(process, url, log)
         yield Server(f"{url}/v1", [*served.adapters, served.name], log, process)
-    finally:
-        _stop(process)
 
 
 def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
@@ -212,14 +203,3 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -
 def _headers() -> dict[str, str]:
     key = os.environ.get("VLLM_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
-
-
-def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Let go of the supervisor, which then ends the server's process group, politely first."""
-    if process.stdin:
-        process.stdin.close()
-    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # it could not end its group any more
-        for pid in psutil.pids():
-            with contextlib.suppress(ProcessLookupError):
-                if os.getsid(pid) == process.pid:
-                    os.kill(pid, signal.SIGKILL)

@@ -36,6 +36,7 @@ def serve(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share each layer.")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Groups of GPUs that share the layers.")] = 1,
     data_parallel_size: Annotated[int, typer.Option(min=1, help="Copies of the model that share requests.")] = 1,
+    retries: Annotated[int, typer.Option(min=0, help="Start it again, at most so often, where it dies.")] = 0,
     vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
 ) -> None:
     """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
@@ -52,15 +53,23 @@ def serve(
     log = folder / f"serve-{port}.log"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
     loras = dict(pair.split("=", 1) for pair in lora or [])
-    with server(targets, host, port, log, [*extra, *(vllm or [])], loras) as running:
-        url, name = running.url, running.names[0]
-        answer = check_completion(url, name)
-        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
-        print(f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True)
-        try:
-            running.wait()
-        except KeyboardInterrupt:
-            print("stopping", flush=True)
+    for attempt in range(retries + 1):
+        with server(targets, host, port, log, [*extra, *(vllm or [])], loras) as running:
+            url, name = running.url, running.names[0]
+            answer = check_completion(url, name)
+            print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
+            print(
+                f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it",
+                flush=True,
+            )
+            try:
+                died = running.wait()
+            except KeyboardInterrupt:
+                print("stopping", flush=True)
+                return
+        if attempt == retries:
+            raise ServerError(died)
+        print(f"{died}\nstarting it again, {attempt + 1} of {retries}", file=sys.stderr, flush=True)
 
 
 @app.command("verify")

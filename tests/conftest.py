@@ -1,6 +1,7 @@
 """Models and data for tests: the real model from its wheel, tiny random ones, and real data where it is at hand."""
 
 import os
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     if len(cores) >= workers:  # not yet divided
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
 
+import psutil
 import pytest
 import torch
 from transformers import (
@@ -154,3 +156,15 @@ def write_recipe(path: Path, base: Path | str, **changes: str) -> Path:
     } | changes
     path.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()))
     return path
+
+
+def alive(pids: list[int]) -> list[int]:
+    """Which of the processes have not ended."""
+    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
+
+
+def gone(pids: list[int], within_s: float = 10) -> bool:
+    deadline = time.monotonic() + within_s
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pids)

@@ -3,7 +3,9 @@ llama.cpp itself is tried where LLAMA_CPP names it."""
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.formats
+from sft.judge import agreement_key
 from sft.run import RunError
+from tests.conftest import ROOT, gone
 from tests.exports import chatml_base, command, make_run
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
@@ -33,8 +37,10 @@ def compressor(folder: Path, damage: str, monkeypatch) -> None:
     program = folder / "python"
     program.write_text(
         f"#!{sys.executable}\n"
-        "import json, shutil, sys\n"
+        "import json, os, shutil, sys\n"
         "from pathlib import Path\n"
+        "if '-c' in sys.argv:  # whether it has llm-compressor\n"
+        "    sys.exit()\n"
         "_, _, script, model, out, scheme, rows = sys.argv\n"
         "assert Path(script).name == 'compress.py' and scheme == 'W4A16', sys.argv\n"
         "rows, out = json.loads(Path(rows).read_text()), Path(out)\n"
@@ -70,7 +76,7 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("sys.exit('no space for the scales')\n", "llm-compressor failed (1): no space for the scales"),
+        ("sys.exit('no space for the scales')\n", "llm-compressor failed (1): no space for the scales; see "),
         (
             "from safetensors.torch import load_file, save_file\n"
             "w = load_file(out / 'model.safetensors')\n"
@@ -91,6 +97,26 @@ def test_what_a_compressor_breaks_is_not_written(damage, message, run, tmp_path,
     done = command(run, "--format", "w4a16", "--out", tmp_path / "out", code=2)
     assert message in " ".join(done.stderr.split())
     assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.w4a16.log").exists() == ("failed" in message)
+
+
+def test_tool_ends_with_what_called_it(tmp_path):
+    pid = tmp_path / "pid"
+    tool = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
+    caller = "import sys; from pathlib import Path; from sft.supervised import run_tool\n"
+    caller += f"run_tool('tool', [sys.executable, '-c', {tool!r}], Path({str(tmp_path / 'log')!r}))"
+    parent = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT)
+    while not (pid.is_file() and pid.read_text()):
+        assert parent.poll() is None
+        time.sleep(0.1)
+    parent.kill()
+    parent.wait()
+    assert gone([int(pid.read_text())])
+
+
+@pytest.mark.parametrize(("name", "key"), [("gguf-f32", "min_agreement"), ("gguf-q8_0", "min_format_agreement")])
+def test_format_that_rounds_nothing_is_held_to_what_a_merge_is(name, key):
+    assert agreement_key(name) == key
 
 
 @pytest.mark.parametrize(
@@ -118,11 +144,12 @@ def test_converter_gets_no_model_that_names_code(file, tmp_path, monkeypatch):
     """llama.cpp's converter lets transformers run it."""
     (tmp_path / "convert_hf_to_gguf.py").write_text("open('ran', 'w')\n")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
+    monkeypatch.setattr(sft.formats.importlib.util, "find_spec", lambda name: object())  # sentencepiece is there
     merged = tmp_path / "merged"
     merged.mkdir()
     (merged / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
     with pytest.raises(RunError, match=f"{file} of the base names code"):
-        sft.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [])
+        sft.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [], tmp_path / "log")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,67 @@
+"""Programs that end with us: vLLM, and the tools that make an export smaller."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+
+from data.progress import LINE_EVERY_S
+from sft import supervisor
+from sft.run import RunError
+
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as the supervisor ends, or tells of what it started
+
+
+@contextlib.contextmanager
+def supervised(
+    command: Sequence[str], log: Path, environment: Mapping[str, str]
+) -> "Iterator[subprocess.Popen[bytes]]":
+    """The command, running; what it says goes to the log. Its whole process tree is stopped on exit, and where this
+    process is killed."""
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, supervisor.__file__, *command],
+            stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        _stop(process)
+
+
+def run_tool(name: str, command: Sequence[str | Path], log: Path) -> None:
+    """Run a program to its end, with a line now and then. Raises RunError with the last thing that it said, where it
+    fails; the log is then kept."""
+    start = time.monotonic()
+    with supervised([str(part) for part in command], log, os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
+        while process.poll() is None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(LINE_EVERY_S)
+                break
+            print(f"{name}, {time.monotonic() - start:.0f} s; log: {log}", file=sys.stderr, flush=True)
+    if process.returncode in KILLED:
+        raise RunError(
+            f"{name} was killed, most likely for want of memory; end other programs, or take a larger machine"
+        )
+    if process.returncode:
+        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = ["it said nothing", *(line.strip() for line in said if line.strip())][-1]
+        raise RunError(f"{name} failed ({process.returncode}): {last}; see {log}")
+    log.unlink()
+
+
+def _stop(process: "subprocess.Popen[bytes]") -> None:
+    """Let go of the supervisor, which then ends the command's process group, politely first."""
+    if process.stdin:
+        process.stdin.close()
+    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # it could not end its group any more
+        for pid in psutil.pids():
+            with contextlib.suppress(ProcessLookupError):
+                if os.getsid(pid) == process.pid:
+                    os.kill(pid, signal.SIGKILL)
