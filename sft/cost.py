@@ -60,7 +60,7 @@ def system_of(run: Path, recipe: Recipe | BaselineRecipe, base: bool = False) ->
     floor = isinstance(recipe, BaselineRecipe) and recipe.is_floor
     return {
         "method": recipe.model.base if floor else recipe.tune.method,
-        "base": recipe.model.base,
+        "base": (isinstance(recipe, BaselineRecipe) and recipe.model.embedder) or recipe.model.base,
         "seed": recipe.train.seed,
         "recipe_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),
         **cost,

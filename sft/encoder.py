@@ -34,6 +34,7 @@ HEADS = {
     "extractive_qa": "AutoModelForQuestionAnswering",
     "mlm": "AutoModelForMaskedLM",
     "nsp": "BertForPreTraining",
+    "features": "AutoModel",
 }
 BATCH_TOKENS = 8192  # of a batch of predictions, padding included
 
@@ -63,8 +64,8 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
             folder, config=config, revision=model.revision, use_safetensors=True, trust_remote_code=False,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
-    inside = f"{loaded.base_model_prefix}."
-    missing = sorted(k for k in found["missing_keys"] if k.startswith(inside) and ".pooler." not in k)
+    inside = "" if head == "features" else f"{loaded.base_model_prefix}."
+    missing = sorted(k for k in found["missing_keys"] if k.startswith(inside) and "pooler." not in k)
     if missing:
         raise RecipeError(
             f"model.base: {model.base}: the weight {missing[0]} is not there ({len(missing)} such weights); "

@@ -168,9 +168,11 @@ def _check_files(recipe: Recipe | BaselineRecipe) -> None:
             files_of(source)
         except DataError as error:
             raise RecipeError(f"{key}: {error}") from error
-    base = recipe.model.base
-    if base not in FLOORS and not is_hub_id(base) and not WHEEL.fullmatch(base) and not Path(base).exists():
-        raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
+    bases = {"base": recipe.model.base, "embedder": getattr(recipe.model, "embedder", None)}
+    for key, base in bases.items():
+        if not base or base in FLOORS or is_hub_id(base) or WHEEL.fullmatch(base) or Path(base).exists():
+            continue
+        raise RecipeError(f"model.{key}: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

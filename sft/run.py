@@ -89,17 +89,17 @@ def manifest(
 ) -> dict[str, Any]:
     """What the run was made from; of the data, what the report says was read."""
     sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
-    floor = isinstance(recipe, BaselineRecipe) and recipe.is_floor
-    base = None if floor else Path(resolve_base(recipe.model.base))
+    model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
+    base = Path(resolve_base(model.base)) if model else None
     parts = ("*.safetensors", "config.json", "tokenizer.json")
     files = sorted(f for part in parts for f in base.glob(part)) if base and base.is_dir() else []
-    stored = _stored_config(recipe.model.base, recipe.model.revision) if base else {}
+    stored = _stored_config(model.base, model.revision) if model else {}
     return {
         "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
         "commit": _commit(),
         **environment(),
         "base": {
-            "name": recipe.model.base,
+            "name": (model or recipe.model).base,
             "revision": recipe.model.revision,
             "commit": stored.get("_commit_hash"),  # of a Hub id
             "sha256": {file.name: file_sha256(file) for file in files},
@@ -172,6 +172,8 @@ def with_absolute_paths(recipe: A) -> A:
         return source.model_copy(update={"path": path})
 
     model: dict[str, Any] = {"base": absolute(recipe.model.base)}
+    if isinstance(recipe, BaselineRecipe) and recipe.model.embedder:
+        model["embedder"] = absolute(recipe.model.embedder)
     if isinstance(recipe, Recipe) and recipe.model.chat_template:
         model["chat_template"] = recipe.model.chat_template.absolute()
     evaluation = {"data": moved(recipe.eval.data)} if recipe.eval.data else {}

@@ -253,6 +253,11 @@ def test_one_text_is_classified_with_probabilities(tiny_bert, tmp_path):
     [
         ("task", "squad_v2", "objective classification is for task newsgroups"),
         ("model", {"base": "floor:overlap"}, "model.base floor:overlap is no floor of task newsgroups"),
+        (
+            "model",
+            {"base": "floor:majority", "embedder": "x"},
+            "model.embedder goes with model.base sklearn:linear_svc",
+        ),
         ("train", {"metric_for_best_model": "f1"}, "train.metric_for_best_model f1: of objective classification"),
         ("train", {"learning_rat": 1}, "train.learning_rat: unknown key, did you mean learning_rate"),
         ("tune", {"method": "gradual"}, "tune.method: 'gradual' is none of"),

@@ -2,15 +2,21 @@
 
 import json
 
+import numpy as np
 import pytest
+import torch
+from scipy import sparse
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.naive_bayes import ComplementNB
+from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
+from transformers import AutoModel, AutoTokenizer
 
 from data.squad import UNANSWERABLE
 from sft.baseline_data import baseline_questions, read_split
 from sft.evaluate import evaluate
 from sft.floor import load_floor
+from sft.run import RunError
 from tests.conftest import REAL_DATA, needs_real
 from tests.test_bert import NEWS, recipe, trained
 
@@ -28,6 +34,33 @@ def test_tfidf_answers_as_scikit_learn_does(base, classifier, tmp_path):
     expected = classifier.predict(vectorizer.transform([c.context for c in test]))
     assert [p.text for p in load_floor(settings, run / "model")(test)] == list(expected)
     assert not list(run.rglob("*.pkl")) + list(run.rglob("*.joblib"))
+
+
+def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path, monkeypatch):
+    """As computed here from transformers' own output, one text at a time."""
+    model = {"base": "sklearn:linear_svc", "embedder": str(tiny_bert)}
+    settings = recipe("classification", "", tmp_path / "run", model=model, data={"dev_share": 0, "max_seq_length": 64})
+    run = trained(settings)
+    assert json.loads((run / "manifest.json").read_text())["base"]["sha256"]["model.safetensors"]
+    train, test = read_split(settings).train, baseline_questions(settings)
+    tokenizer, encoder = AutoTokenizer.from_pretrained(tiny_bert), AutoModel.from_pretrained(tiny_bert).eval()
+
+    def features(conversations, words):
+        means = []
+        for c in conversations:
+            ids = tokenizer(c.context, truncation=True, max_length=64, return_tensors="pt")
+            with torch.inference_mode():
+                means.append(encoder(**ids).last_hidden_state[0].mean(0).numpy())
+        return sparse.hstack([words, 0.5 * normalize(np.stack(means))]).tocsr()
+
+    vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+    x = features(train, vectorizer.fit_transform([c.context for c in train]))
+    classifier = LinearSVC(C=0.5, random_state=42).fit(x, [c.label for c in train])
+    expected = classifier.predict(features(test, vectorizer.transform([c.context for c in test])))
+    assert [p.text for p in load_floor(settings, run / "model")(test)] == list(expected)
+    monkeypatch.setattr("sft.floor._weights_sha256", lambda encoder: {"model.safetensors": "other"})
+    with pytest.raises(RunError, match="other weights than at training"):
+        load_floor(settings, run / "model")
 
 
 def test_two_classes_are_told_apart(tmp_path):

@@ -1,0 +1,39 @@
+"""Frozen features of a text: the mean of an encoder's last token states, at length 1, as sentence encoders are used."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from data.tokens import encode_texts
+from sft.baseline_recipe import EncoderModel
+from sft.encoder import check_positions, load_encoder, load_tokenizer, predict
+from sft.model import default_device
+
+
+class MeanOfTokens(nn.Module):
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, attention_mask: torch.Tensor, **inputs: Any) -> dict[str, torch.Tensor]:
+        states = self.encoder(attention_mask=attention_mask, **inputs).last_hidden_state
+        mask = attention_mask[..., None]
+        return {"embedding": nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)}
+
+
+def embedder(model: EncoderModel, max_seq_length: int) -> Callable[[Sequence[str]], np.ndarray]:
+    """What makes [texts, hidden] float32 of texts, of which the first max_seq_length tokens are read. Raises
+    RecipeError for what is no encoder, or is longer than it reads."""
+    check_positions(model, max_seq_length)
+    tokenizer = load_tokenizer(model)
+    mean = MeanOfTokens(load_encoder(model, "features", seed=0)).to(default_device())
+
+    def embed(texts: Sequence[str]) -> np.ndarray:
+        rows, _ = encode_texts(texts, tokenizer, max_seq_length)
+        return np.stack([row[0] for row in predict(mean, rows, tokenizer.pad_token_id, ("embedding",), bf16=False)])
+
+    return embed
