@@ -86,7 +86,7 @@ def _train(
     watch = Stopwatch()
     if recipe.is_floor:
         if resume:
-            raise RecipeError(f"{resume}: a floor takes seconds and has no checkpoint; start a new run")
+            raise RecipeError(f"{resume}: a floor has no checkpoint to go on from; start a new run")
         run = agree_on_folder(recipe, recipe_path)
         if not main:
             return None
