@@ -97,6 +97,7 @@ def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int
     widest = max(length for p in body for length in p.shape)
     layer = text.hidden_size if recipe.train.gradient_checkpointing else 10 * text.hidden_size + 5 * widest
     activations = tokens * text.num_hidden_layers * layer * size
-    logits = 3 * answers * text.vocab_size * 4
+    # float32, which becomes its own gradient (sft/loss.py), beside the model's and its gradient where those are shorter
+    logits = answers * text.vocab_size * (4 + (2 * size if size < 4 else 0))
     libraries = 0.8 * 2**30
     return (weights + activations + logits + libraries) / 2**30

@@ -16,7 +16,6 @@ from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -25,6 +24,7 @@ from data.pack import Layout, Pack, make_packs, step_order
 from data.store import Examples
 from sft.attention import pack_inputs
 from sft.durable import DurableTrainer, TrainingDiverged
+from sft.loss import sum_of_nll
 from sft.recipe import Train
 from sft.session import is_out_of_memory
 from sft.state import State, random_state, set_random_state
@@ -72,7 +72,7 @@ def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[
 def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
     logits = model(**pack_inputs(model, pack, device), use_cache=False).logits[0]
-    return functional.cross_entropy(logits.float(), torch.tensor(pack.target, device=device), reduction="sum")
+    return sum_of_nll(logits, torch.tensor(pack.target, device=device))
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
