@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 from data.chat import Example, encode, encode_turns
 from data.conversation import Conversation
 from data.pack import Layout, attention_mask, is_chain, make_packs
-from sft.attention import pack_inputs, pieces_of
+from sft.attention import pack_inputs
+from sft.forest import pieces_of
 from sft.fused_lora import fuse_lora
 from sft.model import load_base, tune_model
 from sft.recipe import Model, Tune
@@ -123,7 +124,7 @@ def test_pieces_of_a_pack_see_what_the_mask_lets_them_see(seed):
     for piece in found:
         own = range(piece.start, piece.stop)
         columns = [i for a, b in piece.before for i in range(a, b)] + list(own)
-        sees = torch.ones(len(own), len(columns), dtype=torch.bool).tril() if piece.sees is None else piece.sees
+        sees = torch.ones(len(own), len(columns), dtype=torch.bool).tril() if piece.mask is None else piece.mask == 0
         seen[piece.start : piece.stop, columns] = sees
     assert torch.equal(seen, attention_mask(pack)[0, 0])
     assert [i for piece in found for i in range(piece.start, piece.stop)] == list(range(len(pack.end)))
@@ -136,7 +137,7 @@ def test_pieces_of_a_pack_see_what_the_mask_lets_them_see(seed):
 @pytest.mark.parametrize("most", [2.0, 0.0])
 def test_branches_by_themselves_train_in_bfloat16_as_the_dense_mask_does(questions, tokenizer, tiny, monkeypatch, most):
     """By plain products, and by the fused kernel where the scores would take too much memory."""
-    monkeypatch.setattr("sft.attention.PLAIN_GIB", most)
+    monkeypatch.setattr("sft.forest.PLAIN_GIB", most)
     (pack,) = make_packs([encode(q, tokenizer, 1024) for q in questions[:8]], Layout(True, 4096, "sparse"))
     found = []
     for dtype, implementation in ((torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "forest")):
