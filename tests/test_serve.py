@@ -391,8 +391,10 @@ needs_vllm = pytest.mark.skipif(not has_vllm, reason="vLLM is not installed; `ma
 
 def started(*args: str, **more) -> "subprocess.Popen[str]":
     return subprocess.Popen(
-        [sys.executable, "-m", "sft.cli", "serve", *args], stdout=subprocess.PIPE, text=True, cwd=ROOT, **more
-    )
+        [sys.executable, "-m", "sft.cli", "serve", *args], stdout=subprocess.PIPE, text=True, cwd=ROOT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
+        **more,
+    )  # fmt: skip
 
 
 @pytest.mark.serve
