@@ -67,7 +67,7 @@ def _train(
     from sft.cost import COST, Stopwatch
     from sft.encoder import tune_encoder
     from sft.encoder_trainer import EncoderTrainer, arguments_of, settle_bf16
-    from sft.floor import fit_floor
+    from sft.floor import beside_embedding, fit_floor
     from sft.head import CHOSEN, head_of
     from sft.interrupt import locked
     from sft.model import count_parameters
@@ -87,11 +87,12 @@ def _train(
     if recipe.is_floor:
         if resume:
             raise RecipeError(f"{resume}: a floor has no checkpoint to go on from; start a new run")
+        features = beside_embedding(recipe)  # before a folder is made that it can't be used for
         run = agree_on_folder(recipe, recipe_path)
         if not main:
             return None
         start_run(run, recipe, manifest(recipe, split.report, 0, 0), split.report)
-        fit_floor(recipe, [*split.train, *split.dev], run / "model")  # it has nothing to choose
+        fit_floor(recipe, [*split.train, *split.dev], run / "model", features)  # it has nothing to choose
         write_json(run / COST, watch.cost(run / "model", 0, 0))
         return run
 

@@ -52,6 +52,8 @@ def system_of(run: Path, recipe: Recipe | BaselineRecipe, base: bool = False) ->
     plain = recipe.model_dump(mode="json")
     for key in ("seed", "output_dir"):
         plain["train"].pop(key)
+    if not plain["model"].get("embedder"):  # a key that came later: without it a recipe is the one that it was
+        plain["model"].pop("embedder", None)
     plain["eval"] = None  # what is scored is the comparison's own matter
     cost = json.loads((run / COST).read_text()) if (run / COST).is_file() else {}
     if base:

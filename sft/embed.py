@@ -12,6 +12,7 @@ from data.tokens import encode_texts
 from sft.baseline_recipe import EncoderModel
 from sft.encoder import check_positions, load_encoder, load_tokenizer, predict
 from sft.model import default_device
+from sft.recipe import RecipeError
 
 
 class MeanOfTokens(nn.Module):
@@ -30,10 +31,19 @@ def embedder(model: EncoderModel, max_seq_length: int) -> Callable[[Sequence[str
     RecipeError for what is no encoder, or is longer than it reads."""
     check_positions(model, max_seq_length)
     tokenizer = load_tokenizer(model)
-    mean = MeanOfTokens(load_encoder(model, "features", seed=0)).to(default_device())
+    if tokenizer.pad_token_id is None:
+        raise RecipeError(
+            f"model.base: {model.base} pads nothing, so it is no encoder; name one such as bert-base-uncased"
+        )
+    encoder = load_encoder(model, "features", seed=0)
+    if encoder.config.is_encoder_decoder:
+        raise RecipeError(f"model.base: {model.base} has a decoder too; name an encoder such as bert-base-uncased")
+    mean = MeanOfTokens(encoder).to(default_device())
 
     def embed(texts: Sequence[str]) -> np.ndarray:
-        rows, _ = encode_texts(texts, tokenizer, max_seq_length)
+        rows, cut = encode_texts(texts, tokenizer, max_seq_length)
+        if cut and len(rows) > 1:
+            print(f"{cut} of {len(rows)} texts are embedded by their first {max_seq_length} tokens", flush=True)
         return np.stack([row[0] for row in predict(mean, rows, tokenizer.pad_token_id, ("embedding",), bf16=False)])
 
     return embed

@@ -41,7 +41,9 @@ def export(
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. With
     `measure` off no model is loaded, for one that is larger than memory: only its weights are checked. `form`: what to
     make of the merged model, see sft/formats.py."""
+    form = form.lower()
     write = find_writer(form) if form else None
+    log = run / f"export-{form}.log"  # of the tool; it is kept where that fails
     trained = read_trained(run)
     check_writable(out, "--out")
     out = out.resolve()
@@ -49,6 +51,8 @@ def export(
         raise RunError(f"{out} is not empty; name another folder with --out")
     origin = check_origin(run, trained.recipe, trained.adapter)
     rows = calibration_rows(form, trained)
+    if write:
+        check_writable(run, "the run folder, for the tool's log")
     with _aside(out) as aside:
         if combination:
             trained = _combined(combination, trained, origin, aside / "adapter")
@@ -80,7 +84,7 @@ def export(
         if judge and not allow_mismatch:
             check_agreement(parity, trained.recipe)
         if write:
-            made = convert(form, write, trained, folder, aside / form, rows, out.with_name(f"{out.name}.{form}.log"))
+            made = convert(form, write, trained, folder, aside / form, rows, log)
             folder = aside / form
             measured = judge.model(load_format(form, folder, judge.dtype), form) if judge else {}
             least = {key: getattr(trained.recipe.export, key) for key in [agreement_key(form)]}

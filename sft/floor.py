@@ -23,18 +23,20 @@ from data.conversation import Conversation
 from data.squad import UNANSWERABLE
 from data.store import file_sha256
 from eval.predict import Prediction
-from sft.base import resolve_base
+from sft.base import resolve_base, stored_config
 from sft.baseline_recipe import BaselineRecipe, EncoderModel
+from sft.recipe import RecipeError
 from sft.run import RunError
 
+Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF of texts -> what is fitted
 FACTS, WEIGHTS = "floor.json", "floor.safetensors"
 EMBEDDING = 0.5  # its length beside TF-IDF's 1: the best of 0, 1/4, 1/2, 1, 2 on 20 Newsgroups' training posts, 5 folds
 LONGEST = 4  # words of an answer by overlap
 WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")
 
 
-def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Path) -> None:
-    """Write what answering needs: as JSON and safetensors, never as a pickle."""
+def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Path, features: Features) -> None:
+    """Write what answering needs: as JSON and safetensors, never as a pickle. features: of beside_embedding."""
     folder.mkdir(parents=True)
     base = recipe.model.base
     facts: dict[str, Any] = {}
@@ -47,7 +49,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
     elif base.startswith("sklearn:"):
         vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
         texts = [c.context for c in train]
-        x = _beside_embedding(recipe)(vectorizer.fit_transform(texts), texts)
+        x = features(vectorizer.fit_transform(texts), texts)
         classifier: Any = LinearSVC(C=0.5, random_state=recipe.train.seed)
         if base == "sklearn:complement_nb":
             classifier = ComplementNB(alpha=0.1)
@@ -61,7 +63,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
         # coef_ is in column order, whose bytes safetensors would write as if they were rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
         if recipe.encoder:
-            facts["embedder_sha256"] = _weights_sha256(recipe.encoder)
+            facts["embedder"] = _identity(recipe.encoder)
         facts |= {"labels": [str(c) for c in classifier.classes_], "words": _in_order(vectorizer.vocabulary_)}
     (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
 
@@ -78,30 +80,37 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
     arrays = load_file(folder / WEIGHTS)
     vectorizer = TfidfVectorizer(sublinear_tf=True, vocabulary={word: i for i, word in enumerate(facts["words"])})
     vectorizer.idf_ = arrays["idf"]
-    if recipe.encoder and _weights_sha256(recipe.encoder) != facts["embedder_sha256"]:
-        raise RunError(f"model.embedder {recipe.encoder.base} has other weights than at training; put those back")
-    beside_embedding = _beside_embedding(recipe)
+    features = beside_embedding(recipe)
+    if recipe.encoder and _identity(recipe.encoder) != facts.get("embedder"):
+        raise RunError(f"model.embedder {recipe.encoder.base} is not what it was at training; put that back")
 
     def classify(asked: Sequence[Conversation]) -> list[Prediction]:
         texts = [c.context for c in asked]
-        scores = beside_embedding(vectorizer.transform(texts), texts) @ arrays["weights"].T + arrays["bias"]
+        scores = features(vectorizer.transform(texts), texts) @ arrays["weights"].T + arrays["bias"]
         return [Prediction(facts["labels"][i], 0, True) for i in scores.argmax(axis=1)]
 
     return classify
 
 
-def _beside_embedding(recipe: BaselineRecipe) -> Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]:
-    """What adds the recipe's embedding of texts, if it names any, to their TF-IDF."""
+def beside_embedding(recipe: BaselineRecipe) -> Features:
+    """What adds the recipe's embedding of texts, if it names any, to their TF-IDF. Raises RecipeError."""
     if not recipe.encoder:
         return lambda words, texts: words
     from sft.embed import embedder
 
-    embed = embedder(recipe.encoder, recipe.data.max_seq_length)
+    try:
+        embed = embedder(recipe.encoder, recipe.data.max_seq_length)
+    except RecipeError as error:
+        raise RecipeError(str(error).replace("model.base: ", "model.embedder: ")) from error
     return lambda words, texts: sparse.hstack([words, EMBEDDING * embed(texts)]).tocsr()
 
 
-def _weights_sha256(encoder: EncoderModel) -> dict[str, str]:
-    return {file.name: file_sha256(file) for file in sorted(Path(resolve_base(encoder.base)).glob("*.safetensors"))}
+def _identity(encoder: EncoderModel) -> dict[str, str | None]:
+    """sha256 of a folder's files; of a Hub id the commit."""
+    folder = Path(resolve_base(encoder.base))
+    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
+    commit = stored_config(encoder.base, encoder.revision).get("_commit_hash")
+    return {"commit": commit} | {file.name: file_sha256(file) for file in files if file.is_file()}
 
 
 def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ class Piece:
         return states[:, :, self.start : self.stop]
 
 
-@lru_cache(maxsize=4)  # all layers ask for the same
+@lru_cache(maxsize=1)  # all layers ask for the same
 def pieces_of(end: tuple[int, ...]) -> list[Piece]:
     """The pack, so divided that little is computed which nobody sees: a trunk is a piece, and each branch from it, but
     for short ones, which make a piece together. Together they hold each token once, in order."""
@@ -102,8 +102,9 @@ def forest_attention(
     pieces = pieces_of(tuple(attention_mask.flatten().tolist()))
     scores = cast(Any, module).config.num_hidden_layers * heads * tokens**2
     small = scores * 6 <= PLAIN_GIB * 2**30  # fp32 before the softmax, bf16 after it
-    plain = query.dtype == torch.bfloat16 and small and not dropout
-    if not plain and not dropout and value.shape[3] == query.shape[3]:  # what the fused kernel can do
+    on_cpu = query.device.type == "cpu"
+    plain = on_cpu and query.dtype == torch.bfloat16 and small and not dropout
+    if not plain and on_cpu and not dropout and _fits(query, key, value):
         return cast(torch.Tensor, _Fused.apply(query, key, value, pieces, scaling)), None
     found = []
     for piece in pieces:
@@ -114,6 +115,11 @@ def forest_attention(
             o = scaled_dot_product_attention(q, k, v, mask, dropout, mask is None, scale=scaling, enable_gqa=True)
         found.append(o.transpose(1, 2))
     return torch.cat(found, dim=1), None
+
+
+def _fits(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
+    """What the fused kernel takes for granted."""
+    return value.shape[3] == query.shape[3] and all(t.stride(3) == 1 for t in (query, key, value))
 
 
 def _plain(
@@ -173,4 +179,4 @@ class _Fused(torch.autograd.Function):
 
 
 def _mask(piece: Piece, query: torch.Tensor) -> torch.Tensor | None:
-    return None if piece.mask is None else piece.mask.to(query.dtype)
+    return None if piece.mask is None else piece.mask.to(query)

@@ -39,6 +39,10 @@ OURS = {
 OPENING = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 
+class ServerDied(ServerError):
+    """vLLM was started, and ended by itself."""
+
+
 @dataclass(frozen=True)
 class Server:
     url: str  # of /v1
@@ -46,9 +50,9 @@ class Server:
     log: Path
     process: "subprocess.Popen[bytes]"
 
-    def wait(self) -> str:
-        """Until vLLM stops by itself; why it did."""
-        return why_it_stopped(self.log, self.process.wait())
+    def wait(self) -> None:
+        """Return never: raise ServerDied once vLLM stops by itself."""
+        raise ServerDied(why_it_stopped(self.log, self.process.wait()))
 
 
 @contextlib.contextmanager
@@ -189,7 +193,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -
     start = shown = time.monotonic()
     while time.monotonic() - start < READY_WITHIN_S:
         if process.poll() is not None:
-            raise ServerError(why_it_stopped(log, process.returncode))
+            raise ServerDied(why_it_stopped(log, process.returncode))
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"{url}/health", headers=_headers(), timeout=5).status_code == 200:
                 return

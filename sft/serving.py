@@ -41,7 +41,7 @@ def serve(
 ) -> None:
     """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
     from eval.client import ServerError
-    from sft.serve import check_completion, curl_line, read_key, server
+    from sft.serve import ServerDied, read_key
 
     if wrong := [pair for pair in lora or [] if not all(pair.partition("="))]:
         raise ServerError(f"--lora {wrong[0]}: write NAME=RUN, for example --lora squad=runs/smollm_qlora")
@@ -54,22 +54,30 @@ def serve(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
     loras = dict(pair.split("=", 1) for pair in lora or [])
     for attempt in range(retries + 1):
-        with server(targets, host, port, log, [*extra, *(vllm or [])], loras) as running:
-            url, name = running.url, running.names[0]
-            answer = check_completion(url, name)
-            print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
-            print(
-                f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it",
-                flush=True,
-            )
-            try:
-                died = running.wait()
-            except KeyboardInterrupt:
-                print("stopping", flush=True)
-                return
-        if attempt == retries:
-            raise ServerError(died)
-        print(f"{died}\nstarting it again, {attempt + 1} of {retries}", file=sys.stderr, flush=True)
+        try:
+            return _serve_once(targets, host, port, log, [*extra, *(vllm or [])], loras)
+        except ServerDied as died:
+            if attempt == retries:
+                raise
+            kept = log.with_suffix(f".{attempt + 1}.log")
+            log.rename(kept)
+            told = f"{died}\nstarting it again, {attempt + 1} of {retries}; its log until now: {kept}"
+            print(told, file=sys.stderr, flush=True)
+
+
+def _serve_once(targets: list[str], host: str, port: int, log: Path, options: list[str], loras: dict[str, str]) -> None:
+    """Until Ctrl-C."""
+    from sft.serve import check_completion, curl_line, server
+
+    with server(targets, host, port, log, options, loras) as running:
+        url, name = running.url, running.names[0]
+        answer = check_completion(url, name)
+        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
+        print(f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True)
+        try:
+            running.wait()
+        except KeyboardInterrupt:
+            print("stopping", flush=True)
 
 
 @app.command("verify")

@@ -47,7 +47,7 @@ def run_tool(name: str, command: Sequence[str | Path], log: Path) -> None:
             print(f"{name}, {time.monotonic() - start:.0f} s; log: {log}", file=sys.stderr, flush=True)
     if process.returncode in KILLED:
         raise RunError(
-            f"{name} was killed, most likely for want of memory; end other programs, or take a larger machine"
+            f"{name} was killed, most likely for want of memory; end other programs or take a larger machine; see {log}"
         )
     if process.returncode:
         said = log.read_text(encoding="utf-8", errors="replace").splitlines()

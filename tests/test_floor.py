@@ -1,6 +1,8 @@
 """Floors: what a fine-tuned model must beat, stored without pickles."""
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from data.squad import UNANSWERABLE
 from sft.baseline_data import baseline_questions, read_split
 from sft.evaluate import evaluate
 from sft.floor import load_floor
+from sft.recipe import RecipeError
 from sft.run import RunError
 from tests.conftest import REAL_DATA, needs_real
 from tests.test_bert import NEWS, recipe, trained
@@ -36,8 +39,9 @@ def test_tfidf_answers_as_scikit_learn_does(base, classifier, tmp_path):
     assert not list(run.rglob("*.pkl")) + list(run.rglob("*.joblib"))
 
 
-def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path, monkeypatch):
-    """As computed here from transformers' own output, one text at a time."""
+def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path):
+    """As computed here from transformers' own output, one text at a time; and the encoder must stay what it was."""
+    tiny_bert = Path(shutil.copytree(tiny_bert, tmp_path / "encoder"))
     model = {"base": "sklearn:linear_svc", "embedder": str(tiny_bert)}
     settings = recipe("classification", "", tmp_path / "run", model=model, data={"dev_share": 0, "max_seq_length": 64})
     run = trained(settings)
@@ -58,9 +62,19 @@ def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path, monkeypatch):
     classifier = LinearSVC(C=0.5, random_state=42).fit(x, [c.label for c in train])
     expected = classifier.predict(features(test, vectorizer.transform([c.context for c in test])))
     assert [p.text for p in load_floor(settings, run / "model")(test)] == list(expected)
-    monkeypatch.setattr("sft.floor._weights_sha256", lambda encoder: {"model.safetensors": "other"})
-    with pytest.raises(RunError, match="other weights than at training"):
+    told = json.loads((tiny_bert / "tokenizer.json").read_text())
+    (tiny_bert / "tokenizer.json").write_text(json.dumps(told | {"normalizer": None}))
+    with pytest.raises(RunError, match="is not what it was at training"):
         load_floor(settings, run / "model")
+
+
+def test_embedder_that_cannot_be_used_is_refused_before_there_is_a_run(tmp_path, tiny_bert):
+    for embedder, length, why in ((tmp_path, 64, "model.embedder: "), (tiny_bert, 100_000, "exceeds the")):
+        model = {"base": "sklearn:linear_svc", "embedder": str(embedder)}
+        settings = recipe("classification", "", tmp_path / "run", model=model, data={"max_seq_length": length})
+        with pytest.raises(RecipeError, match=why):
+            trained(settings)
+        assert not (tmp_path / "run").exists()
 
 
 def test_two_classes_are_told_apart(tmp_path):

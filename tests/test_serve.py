@@ -315,8 +315,11 @@ def test_ctrl_c_during_the_start_leaves_no_process(fake_vllm, tmp_path, tiny, mo
 
 def test_server_that_dies_once_it_was_ready_ends_with_its_reason(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("FAKE", "dies")
-    with server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running:
-        assert "out of memory; lower" in running.wait()
+    with (
+        pytest.raises(ServerError, match="out of memory; lower"),
+        server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running,
+    ):
+        running.wait()
     assert gone(processes(fake_vllm), 0)
 
 
@@ -327,6 +330,10 @@ def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_
     told = capfd.readouterr()
     assert ended.value.code == 2
     assert told.out.count("it answers: 'Paris'") == 3
+    kept = sorted(tiny.glob("serve-*.[12].log"))
+    assert len(kept) == 2  # of each that died
+    for log in kept:
+        log.unlink()
     assert "starting it again, 2 of 2" in told.err
     assert told.err.count("out of memory; lower") == 3
     assert gone(processes(fake_vllm), 0)
@@ -357,7 +364,8 @@ def test_kill_9_of_the_supervisor_leaves_no_process(fake_vllm, tmp_path, tiny):
         pids = processes(fake_vllm)
         assert alive(pids) == pids
         running.process.kill()
-        assert "stopped with code -9" in running.wait()
+        with pytest.raises(ServerError, match="stopped with code -9"):
+            running.wait()
     assert gone(pids)
 
 

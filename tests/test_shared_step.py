@@ -1,17 +1,19 @@
 """One optimizer step over packs: its loss and every gradient are those of flat training, on each back end."""
 
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 
 from data.chat import Example, encode, encode_turns
 from data.conversation import Conversation
 from data.pack import Layout, attention_mask, is_chain, make_packs
 from sft.attention import pack_inputs
-from sft.forest import pieces_of
+from sft.forest import forest_attention, pieces_of
 from sft.fused_lora import fuse_lora
 from sft.model import load_base, tune_model
 from sft.recipe import Model, Tune
@@ -149,6 +151,31 @@ def test_branches_by_themselves_train_in_bfloat16_as_the_dense_mask_does(questio
         found.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad]))
     exact, dense, forest = found
     assert (forest - exact).norm() < 1.5 * (dense - exact).norm() < 0.2 * exact.norm()
+
+
+@pytest.mark.parametrize("case", ["plain", "transposed", "autocast", "checkpointed", "other value size"])
+def test_attention_by_pieces_has_the_gradients_of_a_dense_mask(case):
+    """With grouped heads, of a trunk with long branches and short ones."""
+    torch.manual_seed(0)
+    end = [300, *[300] * 39, *[120] * 80, *[200] * 80, *[250] * 50, *[300] * 50]
+    mask = torch.tensor([[k <= q < end[k] for k in range(300)] for q in range(300)])
+    size = 8 if case.endswith("value size") else 16
+    shapes = ((6, 16), (2, 16), (2, size))
+    states = [torch.randn(1, h, 300, s, requires_grad=True) for h, s in shapes]
+    module = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=2), training=False)
+    given = torch.randn(1, 300, 6, size)
+
+    def forest(*qkv: torch.Tensor) -> torch.Tensor:
+        if case == "transposed":  # a last stride that the fused kernel can't have
+            qkv = tuple(t.transpose(2, 3).contiguous().transpose(2, 3) for t in qkv)
+        return forest_attention(module, *qkv, torch.tensor(end)[None, None, None], scaling=0.3)[0]
+
+    with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
+        ours = checkpoint(forest, *states, use_reentrant=False) if case == "checkpointed" else forest(*states)
+    theirs = functional.scaled_dot_product_attention(*states, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
+    found = [torch.autograd.grad(o, states, given.to(o.dtype)) for o in (ours, theirs)]
+    for mine, other in zip((ours, *found[0]), (theirs, *found[1]), strict=True):
+        assert (mine.float() - other).norm() <= (0.02 if case == "autocast" else 1e-5) * other.norm()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
