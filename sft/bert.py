@@ -87,13 +87,13 @@ def _train(
     if recipe.is_floor:
         if resume:
             raise RecipeError(f"{resume}: a floor has no checkpoint to go on from; start a new run")
-        features = beside_embedding(recipe)  # before a folder is made that it can't be used for
+        features, frozen = beside_embedding(recipe)  # before a folder is made that it can't be used for
         run = agree_on_folder(recipe, recipe_path)
         if not main:
             return None
-        start_run(run, recipe, manifest(recipe, split.report, 0, 0), split.report)
-        fit_floor(recipe, [*split.train, *split.dev], run / "model", features)  # it has nothing to choose
-        write_json(run / COST, watch.cost(run / "model", 0, 0))
+        start_run(run, recipe, manifest(recipe, split.report, 0, frozen), split.report)
+        fitted = fit_floor(recipe, [*split.train, *split.dev], run / "model", features)  # it has nothing to choose
+        write_json(run / COST, watch.cost(run / "model", fitted, fitted + frozen))
         return run
 
     if resume:

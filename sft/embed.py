@@ -26,9 +26,9 @@ class MeanOfTokens(nn.Module):
         return {"embedding": nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)}
 
 
-def embedder(model: EncoderModel, max_seq_length: int) -> Callable[[Sequence[str]], np.ndarray]:
-    """What makes [texts, hidden] float32 of texts, of which the first max_seq_length tokens are read. Raises
-    RecipeError for what is no encoder, or is longer than it reads."""
+def embedder(model: EncoderModel, max_seq_length: int) -> tuple[Callable[[Sequence[str]], np.ndarray], int]:
+    """What makes [texts, hidden] float32 of texts, of which the first max_seq_length tokens are read, and the number of
+    its parameters. Raises RecipeError for what is no encoder, or is longer than it reads."""
     check_positions(model, max_seq_length)
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token_id is None:
@@ -46,4 +46,4 @@ def embedder(model: EncoderModel, max_seq_length: int) -> Callable[[Sequence[str
             print(f"{cut} of {len(rows)} texts are embedded by their first {max_seq_length} tokens", flush=True)
         return np.stack([row[0] for row in predict(mean, rows, tokenizer.pad_token_id, ("embedding",), bf16=False)])
 
-    return embed
+    return embed, sum(p.numel() for p in mean.parameters())

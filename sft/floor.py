@@ -35,8 +35,10 @@ LONGEST = 4  # words of an answer by overlap
 WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")
 
 
-def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Path, features: Features) -> None:
-    """Write what answering needs: as JSON and safetensors, never as a pickle. features: of beside_embedding."""
+def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Path, features: Features) -> int:
+    """Write what answering needs: as JSON and safetensors, never as a pickle. The number of values that were fitted.
+    features: of beside_embedding."""
+    fitted = 0
     folder.mkdir(parents=True)
     base = recipe.model.base
     facts: dict[str, Any] = {}
@@ -59,6 +61,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
         bias = classifier.intercept_ if linear else np.zeros(len(weights))
         if len(weights) == 1:  # of two classes a linear SVM has one weight vector: that of the second
             weights, bias = np.vstack([-weights, weights]), np.concatenate([-bias, bias])
+        fitted = weights.size + bias.size
         arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
         # coef_ is in column order, whose bytes safetensors would write as if they were rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
@@ -66,6 +69,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
             facts["embedder"] = _identity(recipe.encoder)
         facts |= {"labels": [str(c) for c in classifier.classes_], "words": _in_order(vectorizer.vocabulary_)}
     (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
+    return fitted
 
 
 def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conversation]], list[Prediction]]:
@@ -80,7 +84,7 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
     arrays = load_file(folder / WEIGHTS)
     vectorizer = TfidfVectorizer(sublinear_tf=True, vocabulary={word: i for i, word in enumerate(facts["words"])})
     vectorizer.idf_ = arrays["idf"]
-    features = beside_embedding(recipe)
+    features, _ = beside_embedding(recipe)
     if recipe.encoder and _identity(recipe.encoder) != facts.get("embedder"):
         raise RunError(f"model.embedder {recipe.encoder.base} is not what it was at training; put that back")
 
@@ -92,17 +96,18 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
     return classify
 
 
-def beside_embedding(recipe: BaselineRecipe) -> Features:
-    """What adds the recipe's embedding of texts, if it names any, to their TF-IDF. Raises RecipeError."""
+def beside_embedding(recipe: BaselineRecipe) -> tuple[Features, int]:
+    """What adds the recipe's embedding of texts, if it names any, to their TF-IDF, and the number of the encoder's
+    parameters. Raises RecipeError."""
     if not recipe.encoder:
-        return lambda words, texts: words
+        return lambda words, texts: words, 0
     from sft.embed import embedder
 
     try:
-        embed = embedder(recipe.encoder, recipe.data.max_seq_length)
+        embed, parameters = embedder(recipe.encoder, recipe.data.max_seq_length)
     except RecipeError as error:
         raise RecipeError(str(error).replace("model.base: ", "model.embedder: ")) from error
-    return lambda words, texts: sparse.hstack([words, EMBEDDING * embed(texts)]).tocsr()
+    return lambda words, texts: sparse.hstack([words, EMBEDDING * embed(texts)]).tocsr(), parameters
 
 
 def _identity(encoder: EncoderModel) -> dict[str, str | None]:

@@ -62,6 +62,9 @@ def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path):
     classifier = LinearSVC(C=0.5, random_state=42).fit(x, [c.label for c in train])
     expected = classifier.predict(features(test, vectorizer.transform([c.context for c in test])))
     assert [p.text for p in load_floor(settings, run / "model")(test)] == list(expected)
+    cost = json.loads((run / "cost.json").read_text())
+    assert cost["trainable_parameters"] == classifier.coef_.size + 20
+    assert cost["parameters"] - cost["trainable_parameters"] == sum(p.numel() for p in encoder.parameters())
     told = json.loads((tiny_bert / "tokenizer.json").read_text())
     (tiny_bert / "tokenizer.json").write_text(json.dumps(told | {"normalizer": None}))
     with pytest.raises(RunError, match="is not what it was at training"):
