@@ -20,7 +20,7 @@ from sft.card import export_card
 from sft.combine import Combination, combine
 from sft.formats import calibration_rows, convert, find_writer, format_faults, load_format
 from sft.interrupt import RunLocked
-from sft.judge import Judge, agreement_key, check_agreement, read_held_out
+from sft.judge import Judge, check_agreement, least_agreement, read_held_out
 from sft.load import adapter_folder, run_recipe
 from sft.model import default_device
 from sft.parity import HeldOut, ParityError
@@ -87,8 +87,8 @@ def export(
             made = convert(form, write, trained, folder, aside / form, rows, log)
             folder = aside / form
             measured = judge.model(load_format(form, folder, judge.dtype), form) if judge else {}
-            least = {key: getattr(trained.recipe.export, key) for key in [agreement_key(form)]}
-            parity["format"] = {"name": form, **made, **measured, **least}
+            key, least = least_agreement(trained.recipe, form)
+            parity["format"] = {"name": form, **made, **measured, key: least}
             if judge and not allow_mismatch:
                 check_agreement(measured, trained.recipe, form)
         if combination:

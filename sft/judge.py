@@ -51,17 +51,19 @@ def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
     return HeldOut(recipe.task, chosen, examples, too_long, recipe.eval)
 
 
-def agreement_key(form: str) -> str:
-    """The recipe's key, below export, that says how much of the answers must agree."""
-    return "min_format_agreement" if form and form not in UNROUNDED else "min_agreement"
+def least_agreement(recipe: Recipe, form: str) -> tuple[str, float]:
+    """The recipe's key, below export, that says how much of the answers must agree, and its value."""
+    if form and form not in UNROUNDED:
+        return "min_format_agreement", recipe.export.min_format_agreement
+    return "min_agreement", recipe.export.min_agreement
 
 
 def check_agreement(found: dict[str, Any], recipe: Recipe, form: str = "") -> None:
     """Raise ParityError where a merged model, or one made of it in another format, answers otherwise than the recipe
     allows."""
     agreement = found["answer_argmax_agreement"]
-    key = agreement_key(form)
-    if agreement < (least := getattr(recipe.export, key)):
+    key, least = least_agreement(recipe, form)
+    if agreement < least:
         remedy = "Take a format of more bits" if form else "Set export.base to the other base, export.dtype: float32"
         raise ParityError(
             f"{form or 'merged'} and adapter agree on {agreement:.2%} of the answer tokens, less than export.{key} "

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sft.formats
-from sft.judge import agreement_key
+from sft.judge import least_agreement
+from sft.load import run_recipe
 from sft.run import RunError
 from tests.conftest import ROOT, gone
 from tests.exports import chatml_base, command, make_run
@@ -117,8 +118,8 @@ def test_tool_ends_with_what_called_it(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "key"), [("gguf-f32", "min_agreement"), ("gguf-q8_0", "min_format_agreement")])
-def test_format_that_rounds_nothing_is_held_to_what_a_merge_is(name, key):
-    assert agreement_key(name) == key
+def test_format_that_rounds_nothing_is_held_to_what_a_merge_is(name, key, run):
+    assert least_agreement(run_recipe(run), name)[0] == key
 
 
 @pytest.mark.parametrize(
