@@ -30,7 +30,7 @@ from sft.run import RunError
 
 Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF of texts -> what is fitted
 FACTS, WEIGHTS = "floor.json", "floor.safetensors"
-EMBEDDING = 0.5  # its length beside TF-IDF's 1: the best of 0, 1/4, 1/2, 1, 2 on 20 Newsgroups' training posts, 5 folds
+EMBEDDING = 0.5  # its length beside TF-IDF's 1: the best of 0, 1/4, 1/2, 1, 2 in 5 folds of 20 Newsgroups' training posts
 LONGEST = 4  # words of an answer by overlap
 WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")
 
