@@ -21,16 +21,14 @@ from sklearn.svm import LinearSVC
 
 from data.conversation import Conversation
 from data.squad import UNANSWERABLE
-from data.store import file_sha256
 from eval.predict import Prediction
-from sft.base import resolve_base, stored_config
-from sft.baseline_recipe import BaselineRecipe, EncoderModel
+from sft.baseline_recipe import BaselineRecipe
 from sft.recipe import RecipeError
-from sft.run import RunError
+from sft.run import RunError, identity
 
 Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF of texts -> what is fitted
 FACTS, WEIGHTS = "floor.json", "floor.safetensors"
-EMBEDDING = 0.5  # its length beside TF-IDF's 1: the best of 0, 1/4, 1/2, 1, 2 in 5 folds of 20 Newsgroups' training posts
+EMBEDDING = 0.5  # its length beside TF-IDF's 1: the best of 0, 1/4, 1/2, 1, 2 in 5 folds of newsgroups' training posts
 LONGEST = 4  # words of an answer by overlap
 WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")
 
@@ -65,8 +63,6 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
         arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
         # coef_ is in column order, whose bytes safetensors would write as if they were rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
-        if recipe.encoder:
-            facts["embedder"] = _identity(recipe.encoder)
         facts |= {"labels": [str(c) for c in classifier.classes_], "words": _in_order(vectorizer.vocabulary_)}
     (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
     return fitted
@@ -85,8 +81,11 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
     vectorizer = TfidfVectorizer(sublinear_tf=True, vocabulary={word: i for i, word in enumerate(facts["words"])})
     vectorizer.idf_ = arrays["idf"]
     features, _ = beside_embedding(recipe)
-    if recipe.encoder and _identity(recipe.encoder) != facts.get("embedder"):
-        raise RunError(f"model.embedder {recipe.encoder.base} is not what it was at training; put that back")
+    if encoder := recipe.encoder:
+        then = json.loads((folder.parent / "manifest.json").read_text())["base"]
+        now = identity(encoder.base, encoder.revision)
+        if now != {key: then[key] for key in now}:
+            raise RunError(f"model.embedder {encoder.base} is not what it was at training; put that back")
 
     def classify(asked: Sequence[Conversation]) -> list[Prediction]:
         texts = [c.context for c in asked]
@@ -108,14 +107,6 @@ def beside_embedding(recipe: BaselineRecipe) -> tuple[Features, int]:
     except RecipeError as error:
         raise RecipeError(str(error).replace("model.base: ", "model.embedder: ")) from error
     return lambda words, texts: sparse.hstack([words, EMBEDDING * embed(texts)]).tocsr(), parameters
-
-
-def _identity(encoder: EncoderModel) -> dict[str, str | None]:
-    """sha256 of a folder's files; of a Hub id the commit."""
-    folder = Path(resolve_base(encoder.base))
-    files = [*sorted(folder.glob("*.safetensors")), folder / "config.json", folder / "tokenizer.json"]
-    commit = stored_config(encoder.base, encoder.revision).get("_commit_hash")
-    return {"commit": commit} | {file.name: file_sha256(file) for file in files if file.is_file()}
 
 
 def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:

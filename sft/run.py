@@ -90,9 +90,6 @@ def manifest(
     """What the run was made from; of the data, what the report says was read."""
     sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
     model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
-    base = Path(resolve_base(model.base)) if model else None
-    parts = ("*.safetensors", "config.json", "tokenizer.json")
-    files = sorted(f for part in parts for f in base.glob(part)) if base and base.is_dir() else []
     stored = _stored_config(model.base, model.revision) if model else {}
     return {
         "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
@@ -101,8 +98,7 @@ def manifest(
         "base": {
             "name": (model or recipe.model).base,
             "revision": recipe.model.revision,
-            "commit": stored.get("_commit_hash"),  # of a Hub id
-            "sha256": {file.name: file_sha256(file) for file in files},
+            **(identity(model.base, model.revision) if model else {"commit": None, "sha256": {}}),
             "auto_map": brings_code(stored),
         },
         "trust_remote_code": False,
@@ -113,6 +109,15 @@ def manifest(
         "trainable_parameters": trainable,
         "parameters": parameters,
     }
+
+
+def identity(base: str, revision: str | None) -> dict[str, Any]:
+    """What tells bases apart: of a Hub id the commit, of a folder the sha256 of weights, config and tokenizer."""
+    folder = Path(resolve_base(base))
+    parts = ("*.safetensors", "config.json", "tokenizer.json")
+    files = sorted(f for part in parts for f in folder.glob(part)) if folder.is_dir() else []
+    commit = _stored_config(base, revision).get("_commit_hash")
+    return {"commit": commit, "sha256": {file.name: file_sha256(file) for file in files}}
 
 
 def _stored_config(base: str, revision: str | None) -> dict[str, Any]:
