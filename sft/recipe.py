@@ -178,7 +178,7 @@ class Data(Section):
     """Compute a prefix that several examples of a step share once; auto: where that saves 3 % of the time or more."""
     pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(_auto)] = "auto"
     """Most tokens of a micro-batch, so that memory is bounded; only an example that is longer makes a larger one. auto:
-    512 on a CPU, 4096 on CUDA."""
+    1024 on a CPU, 4096 on CUDA; 512 where attention computes all pairs of tokens."""
     max_branches: Count | None = None
     """Most examples of one context in a step, which may then be smaller; left out: up to examples_per_step."""
 
