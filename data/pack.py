@@ -1,4 +1,4 @@
-"""Examples -> packs: a forest of token ids in which a common prefix stands, and is computed, once.
+"""Examples -> packs: a forest of token ids in which a common prefix stands, and is computed, once; or rows, padded.
 
 A pack is a trie over the ids of its examples, laid out in depth-first preorder. Token q may attend to token k
 exactly when k <= q < end[k]: documents and siblings are isolated, ancestors shared, by that one rule.
@@ -27,16 +27,17 @@ class Layout:
 
     pack_tokens: most tokens of one, so that memory is bounded; only a longer example makes a larger one.
     attention: "dense" computes T^2 scores under a mask (SDPA, eager), "sparse" nearly none but those that the mask
-    lets through (forest, FlexAttention), "causal" takes no mask, so every example stands alone.
+    lets through (forest, FlexAttention). Where no mask says who sees whom, every example is a row of its own: "padded"
+    to the longest of the micro-batch, or "alone" in it.
     """
 
     share_prefixes: bool = True
     pack_tokens: int = 512
-    attention: Literal["dense", "sparse", "causal"] = "dense"
+    attention: Literal["dense", "sparse", "padded", "alone"] = "dense"
 
     def cost(self, tokens: int) -> float:
         """Time of a micro-batch of so many tokens, in units of a token's time."""
-        return FIXED_TOKENS + tokens + (0 if self.attention == "sparse" else tokens**2 / DENSE_TOKENS)
+        return FIXED_TOKENS + tokens + (tokens**2 / DENSE_TOKENS if self.attention == "dense" else 0)
 
     def share(self, one: int, other: int, both: int) -> bool:
         """Whether trees of `one` and `other` tokens had better be a single one of `both` tokens."""
@@ -46,9 +47,7 @@ class Layout:
 
     def joins(self, one: int, other: int) -> bool:
         """Whether micro-batches of `one` and `other` tokens had better be a single one."""
-        if self.attention == "causal" or one + other > self.pack_tokens:
-            return False
-        return self.cost(one + other) < self.cost(one) + self.cost(other)
+        return one + other <= self.pack_tokens and self.cost(one + other) < self.cost(one) + self.cost(other)
 
 
 @dataclass
@@ -58,6 +57,7 @@ class Pack:
     input_ids, position_ids (depth in its tree), end (one past the last index of the subtree): length T.
     source, target: length M, an entry for every trained token of every example: the index whose hidden state
     predicts it, and its id. A branch point predicts several targets; equal answers count as often as they occur.
+    rows: of T / rows tokens, that a model computes as a batch, without a mask. None: a forest, a single sequence.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -66,6 +66,7 @@ class Pack:
     source: list[int] = field(default_factory=list)
     target: list[int] = field(default_factory=list)
     leaf: list[int] = field(default_factory=list)  # per example, in the order given: the index of its last token
+    rows: int | None = None
 
 
 def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
@@ -99,8 +100,27 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
     return pack
 
 
+def pad_rows(examples: Sequence[Example]) -> Pack:
+    """One pack with a row for each example. Its padding stands behind it, where no causal model sees it from before."""
+    width = max(len(example.ids) for example in examples)
+    pack = Pack(rows=len(examples))
+    for example in examples:
+        first, tokens = len(pack.input_ids), len(example.ids)
+        pack.input_ids += [*example.ids, *[0] * (width - tokens)]
+        pack.position_ids += range(width)
+        pack.end += [first + width] * width
+        for depth in range(1, tokens):
+            if example.loss_mask[depth]:
+                pack.source.append(first + depth - 1)
+                pack.target.append(example.ids[depth])
+        pack.leaf.append(first + tokens - 1)
+    return pack
+
+
 def make_packs(examples: Sequence[Example], layout: Layout = Layout()) -> list[Pack]:
     """Micro-batches that hold the examples once each."""
+    if layout.attention in ("padded", "alone"):
+        return [pad_rows(rows) for rows in plan_rows(examples, layout)]
     return [build_pack(trees) for trees in plan_packs(examples, layout)]
 
 
@@ -190,11 +210,25 @@ def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Ex
     return [[sorted(chain.from_iterable(trees), key=lambda e: e.ids)] for _, trees in packs]
 
 
+def plan_rows(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
+    """The rows of each micro-batch, where they stand alone: the longest first, as long as the padding of the next one
+    costs less than a micro-batch of its own."""
+    packs: list[list[Example]] = []
+    for example in sorted(examples, key=lambda e: (-len(e.ids), e.ids)):
+        width = len(packs[-1][0].ids) if packs else 0
+        fits = layout.attention == "padded" and packs and (len(packs[-1]) + 1) * width <= layout.pack_tokens
+        if fits and width - len(example.ids) < FIXED_TOKENS:
+            packs[-1].append(example)
+        else:
+            packs.append([example])
+    return packs
+
+
 def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
     """The examples in order of their ids, cut where least is shared until each tree fits into a pack and costs less
     than its parts."""
     rows = sorted(examples, key=lambda e: e.ids)
-    if not layout.share_prefixes or layout.attention == "causal":
+    if not layout.share_prefixes:
         return [[row] for row in rows]
     shared = [common_prefix(rows[i - 1].ids, row.ids) if i else 0 for i, row in enumerate(rows)]
     own = list(accumulate((len(row.ids) - n for row, n in zip(rows, shared, strict=True)), initial=0))

@@ -6,7 +6,7 @@ eager            the model's own plain matrix products, with a dense mask
 flex_attention   a block mask, blocks that nobody sees cost nothing; CUDA (PyTorch has no CPU backward for it)
 """
 
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from data.errors import UserError
 from data.pack import Pack, attention_mask, is_chain
 from sft.forest import forest_attention
 
@@ -33,26 +34,50 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementa
     return "forest" if replaceable else "sdpa"
 
 
+def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
+    """The logits [M, vocab] at the pack's sources. Raises UserError where the model's forward gives others."""
+    if pack.rows is None:
+        logits: torch.Tensor = model(**pack_inputs(model, pack, device), use_cache=False).logits[0]
+    else:
+        logits = _logits_of_rows(model, pack, pack.rows, device)
+    if len(logits) != len(pack.source):
+        name = type(extract_model_from_parallel(model, keep_torch_compile=False)).__name__
+        raise UserError(f"{name} gives logits of {len(logits)} tokens where {len(pack.source)} are asked for")
+    return logits
+
+
+def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.device) -> torch.Tensor:
+    ids = torch.tensor(pack.input_ids, device=device).view(rows, -1)
+    source, width = torch.tensor(pack.source, device=device), ids.shape[1]
+    row, column = source // width, source % width - width  # from the end: virtual tokens may stand before
+
+    def gather(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        return (inputs[0][row, column][None],)
+
+    # transformers' logits_to_keep knows only positions that are the same in all rows
+    head = extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()
+    hook = head.register_forward_pre_hook(gather)
+    try:
+        # PEFT puts the mask of virtual tokens in front of one
+        more = {"attention_mask": torch.ones_like(ids)} if has_virtual_tokens(model) else {}
+        logits: torch.Tensor = model(input_ids=ids, **more, use_cache=False).logits[0]
+        return logits
+    finally:
+        hook.remove()
+
+
 def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, Any]:
-    """Arguments of the model's forward that give the logits [1, M, vocab] at the pack's sources."""
-    source = torch.tensor(pack.source, device=device)
-    virtual = virtual_tokens(model)
-    if virtual is not None:  # PEFT puts the virtual tokens, their mask and positions in front
-        ids = torch.tensor([pack.input_ids], device=device)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "logits_to_keep": source + virtual}
+    """Arguments of the model's forward that give the logits [1, M, vocab] at the sources of a forest."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     inputs = _inputs(pack, inner.config._attn_implementation, inner.get_input_embeddings().weight.dtype, device)
-    return inputs | {"logits_to_keep": source}  # the head on answers only: a few percent of the tokens
+    # the head on answers only: a few percent of the tokens
+    return inputs | {"logits_to_keep": torch.tensor(pack.source, device=device)}
 
 
-def virtual_tokens(model: nn.Module) -> int | None:
-    """How far prompt learning shifts the hidden states; None for every other method."""
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether prompt learning puts tokens, or their keys and values, before each example."""
     tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
-    if not isinstance(tuned, PeftModel) or not tuned.active_peft_config.is_prompt_learning:
-        return None
-    config = cast(Any, tuned.active_peft_config)
-    in_cache = config.peft_type in ("PREFIX_TUNING", "CARTRIDGE")
-    return 0 if in_cache else config.num_virtual_tokens
+    return isinstance(tuned, PeftModel) and bool(tuned.active_peft_config.is_prompt_learning)
 
 
 def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

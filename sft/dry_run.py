@@ -1,16 +1,14 @@
 """What a run would do, without training: `graft train RECIPE --dry-run`."""
 
-from dataclasses import replace
-
 import torch
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sft.attention import choose_attention, virtual_tokens
+from sft.attention import choose_attention, has_virtual_tokens
 from sft.base import readable
 from sft.compile import training_seconds
-from sft.examples import layout_of, load_examples, sharing_of
+from sft.examples import layout_of, load_examples, rows_layout, sharing_of
 from sft.flops import split_weights
 from sft.model import (
     check_length,
@@ -51,10 +49,10 @@ def print_plan(recipe: Recipe) -> None:
     share = recipe.data.share_prefixes
     if share == "auto":
         share = sharing_of(examples, recipe, attention).pays
-    prefixed = virtual_tokens(model) is not None  # each example then stands alone
+    prefixed = has_virtual_tokens(model)  # each example is then a row of its own
     layout = layout_of(recipe, share, attention)
     if prefixed:
-        layout = replace(layout, share_prefixes=False, attention="causal")
+        layout = rows_layout(recipe, device.type == "cuda", padded=True)
     plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
     steps = [plan.packs(step) for step in range(len(plan.steps))]
     packs = [pack for step in steps for pack in step]

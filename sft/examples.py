@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -87,6 +87,12 @@ def layout_of(recipe: Recipe, share: bool, implementation: str) -> Layout:
     asked = recipe.data.pack_tokens
     tokens = PACK_TOKENS.get(implementation, 512) if asked == "auto" else asked
     return Layout(share, tokens, "sparse" if implementation in ("forest", "flex_attention") else "dense")
+
+
+def rows_layout(recipe: Recipe, on_gpu: bool, padded: bool) -> Layout:
+    """The micro-batches where no mask says who sees whom, so that each example is a row of its own."""
+    layout = layout_of(recipe, False, "flex_attention" if on_gpu else "forest")
+    return replace(layout, attention="padded" if padded else "alone")
 
 
 def sharing_of(examples: Examples, recipe: Recipe, implementation: str = "forest") -> Sharing:

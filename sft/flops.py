@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.attention import virtual_tokens
+from sft.attention import has_virtual_tokens
 
 
 def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, checkpointing: bool) -> float:
@@ -21,7 +21,7 @@ def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, che
     """
     embedding, head, body = split_weights(model)
     # parameters are registered in the order of the forward pass; virtual tokens come last and are used first
-    reached = virtual_tokens(model) is not None or any(p.requires_grad for p in embedding)
+    reached = has_virtual_tokens(model) or any(p.requires_grad for p in embedding)
     flops = 0.0
     for p in body:
         flops += 2 * p.numel() * tokens * (1 + reached * (1 + checkpointing) + p.requires_grad)

@@ -13,10 +13,11 @@ from sft.candidate import Trained
 from sft.examples import encode_held_out, held_out_conversations, with_split
 from sft.formats import UNROUNDED
 from sft.load import load_plain, load_run
-from sft.model import compute_dtype, default_device, takes_packs
+from sft.model import compute_dtype, default_device
 from sft.parity import HeldOut, ParityError, ask, compare
 from sft.recipe import Recipe, Source
 from sft.run import RunError
+from sft.takes_packs import takes_packs
 
 
 class Judge:

@@ -1,6 +1,5 @@
 """What a recipe leaves to `auto`, decided once: the run's recipe.yaml holds it, and resuming repeats it."""
 
-from dataclasses import replace
 from importlib.util import find_spec
 
 import torch
@@ -9,12 +8,13 @@ from transformers import PreTrainedModel
 
 from data.pack import Layout
 from data.store import Examples
-from sft.attention import choose_attention, virtual_tokens
+from sft.attention import choose_attention, has_virtual_tokens
 from sft.compile import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
-from sft.examples import layout_of, sharing_of
+from sft.examples import layout_of, rows_layout, sharing_of
 from sft.fused_lora import fuse_lora
-from sft.model import compute_dtype, sliding_window
+from sft.model import compute_dtype
 from sft.recipe import OTHER_METHODS, Recipe, RecipeError
+from sft.takes_packs import sliding_window, takes_padding
 from sft.trainer import StepPlan
 
 
@@ -58,7 +58,10 @@ def settle(
                 remedy = f"go on where the run was begun, or {remedy} in its recipe.yaml and allow the changed recipe"
             raise RecipeError(f"data.share_prefixes: {obstacle}; {remedy}")
         lines.append(f"prefixes are not shared: {obstacle}")
-        layout = replace(layout_of(recipe, False, "sdpa"), attention="causal")
+        padded = takes_padding(model, data.max_length)
+        layout = rows_layout(recipe, model.device.type == "cuda", padded)
+        if not padded:
+            lines.append("each example is a micro-batch of its own: padding behind it would change it")
         attention = model.config._attn_implementation if attention == "auto" else attention
     else:
         if attention == "auto":
@@ -77,7 +80,7 @@ def settle(
 
 def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str | None:
     """Why a pack's mask would not reach the attention; None where it does."""
-    if virtual_tokens(model) is not None:
+    if has_virtual_tokens(model):
         return f"tune.method {recipe.tune.method} puts virtual tokens before each example"
     if not takes_mask:
         window = sliding_window(model)

@@ -120,11 +120,12 @@ def _train(
     from sft.cost import COST, Stopwatch
     from sft.examples import load_examples, load_held_out
     from sft.interrupt import locked
-    from sft.model import check_length, count_parameters, load_base, load_tokenizer, takes_packs, tune_model
+    from sft.model import check_length, count_parameters, load_base, load_tokenizer, tune_model
     from sft.monitor import Monitor
     from sft.resume import begin, note_changed_data
     from sft.run import agree_on_folder, finish_run, manifest, read_metrics, warnings_of, write_json
     from sft.settle import apply_settled, settle, settle_compile, settle_dtype
+    from sft.takes_packs import takes_packs
     from sft.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())

@@ -22,7 +22,7 @@ from trl import SFTConfig, SFTTrainer
 from data.chat import Example
 from data.pack import Layout, Pack, make_packs, step_order
 from data.store import Examples
-from sft.attention import pack_inputs
+from sft.attention import source_logits
 from sft.durable import DurableTrainer, TrainingDiverged
 from sft.loss import sum_of_nll
 from sft.recipe import Train
@@ -71,8 +71,7 @@ def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[
 
 def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
-    logits = model(**pack_inputs(model, pack, device), use_cache=False).logits[0]
-    return sum_of_nll(logits, torch.tensor(pack.target, device=device))
+    return sum_of_nll(source_logits(model, pack, device), torch.tensor(pack.target, device=device))
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:

@@ -245,7 +245,7 @@ def test_method_trains_something_and_learns(tune, questions, tokenizer, tiny):
     model = tune_model(load_base(Model(base=str(tiny), dtype="float32"), CPU), tune, seed=0)
     trainable, total = count_parameters(model)
     assert 0 < trainable <= total
-    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:3]], Layout(False, attention="causal"))
+    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:3]], Layout(False, attention="alone"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     losses = []
     for _ in range(6):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from data.chat import Example, encode
-from data.pack import Layout, attention_mask, build_pack, is_chain, make_packs, step_order
+from data.pack import Layout, attention_mask, build_pack, make_packs, step_order
 from data.sharing import measure_sharing
 from tests.conftest import stored
 
@@ -47,7 +47,7 @@ def test_packs_hold_every_example_once_whatever_the_budget(questions, tokenizer)
     longest = max(len(e.ids) for e in examples)
     for share in (True, False):
         for budget in (100, 700, 5000):
-            for attention in ("dense", "sparse", "causal"):
+            for attention in ("dense", "sparse", "padded", "alone"):
                 packs = make_packs(examples, Layout(share, budget, attention))
                 assert sorted(t for p in packs for t in p.target) == wanted
                 assert max(len(p.input_ids) for p in packs) <= max(budget, longest)
@@ -60,10 +60,18 @@ def test_without_sharing_every_token_is_computed_and_with_it_a_part(questions, t
     assert sum(len(p.input_ids) for p in make_packs(examples, Layout(True))) < 0.4 * flat
 
 
-def test_where_no_mask_can_be_given_each_example_stands_alone(questions, tokenizer):
-    packs = make_packs([encode(q, tokenizer, 1024) for q in questions[:12]], Layout(True, attention="causal"))
-    assert len(packs) == 12
-    assert all(is_chain(p) for p in packs)
+def test_where_no_mask_can_be_given_each_example_is_a_row(questions, tokenizer):
+    examples = [encode(q, tokenizer, 1024) for q in questions]
+    assert [p.rows for p in make_packs(examples, Layout(False, attention="alone"))] == [1] * 96
+    packs = make_packs(examples, Layout(False, 1024, "padded"))
+    assert len(packs) < 48
+    padding = sum(len(p.input_ids) for p in packs) - sum(len(e.ids) for e in examples)
+    assert 0 < padding < 32 * 96
+    for pack in packs:
+        width = len(pack.input_ids) // pack.rows
+        rows = [pack.input_ids[i * width : leaf + 1] for i, leaf in enumerate(pack.leaf)]
+        assert all(row in [e.ids for e in examples] for row in rows)
+        assert pack.position_ids == [*range(width)] * pack.rows
 
 
 def rows_of(prefix: int, own: int, count: int) -> list[Example]:

@@ -12,10 +12,11 @@ from data.pack import Layout, make_packs
 from sft.attention import choose_attention
 from sft.compile import compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.fused_lora import fuse_lora
-from sft.model import takes_packs, tune_model
+from sft.model import tune_model
 from sft.recipe import Model, RecipeError, Tune
 from sft.recipe_file import load_recipe
 from sft.settle import apply_settled, settle, settle_compile, settle_dtype
+from sft.takes_packs import takes_packs
 from sft.trainer import pack_loss, plan_steps
 from tests.conftest import save_tiny, stored, write_recipe
 from tests.test_commands import run
@@ -67,7 +68,7 @@ def test_a_base_that_takes_no_mask_trains_unshared_and_says_so(tokenizer, squad,
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", windows))
     settled, layout, lines = settle(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
     assert settled.data.share_prefixes is False
-    assert layout.attention == "causal"
+    assert layout.attention == "padded"
     assert "prefixes are not shared" in lines[0]
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share_prefixes": True})})
     with pytest.raises(RecipeError, match="auto or false"):
@@ -78,7 +79,7 @@ def test_virtual_tokens_leave_no_place_for_packs(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
     tune = Tune.model_validate({"method": "prompt_tuning", "num_virtual_tokens": 4})
     _, layout, _ = settle(recipe, tuned(tiny, tune), squad, True)
-    assert layout.attention == "causal"
+    assert layout.attention == "padded"
 
 
 def test_attention_follows_device_and_architecture(tiny):

@@ -1,12 +1,18 @@
 """Which models take packs, and that they train in packs as on each example alone."""
 
+import random
+from typing import Any
+
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from data.chat import encode
+from data.chat import Example, encode
+from data.errors import UserError
 from data.pack import Layout, make_packs
-from sft.model import sliding_window, takes_packs
+from sft.model import tune_model
+from sft.recipe import Tune
+from sft.takes_packs import sliding_window, takes_packs, takes_padding
 from sft.trainer import pack_loss
 
 CPU = torch.device("cpu")
@@ -41,7 +47,7 @@ def test_packs_of_short_examples_train_as_they_do_alone_where_windows_slide(kind
     for implementation in ("alone", "sdpa", "forest"):
         if implementation == "forest":
             model.set_attn_implementation("forest")
-        layout = Layout(False, 1, "causal") if implementation == "alone" else Layout(True, 512, "dense")
+        layout = Layout(False, 1, "alone") if implementation == "alone" else Layout(True, 512, "dense")
         model.zero_grad()
         loss = sum(pack_loss(model, pack, CPU) for pack in make_packs(examples, layout))
         loss.backward()
@@ -67,11 +73,78 @@ def test_positions_that_mean_another_angle_beside_a_longer_example_are_not_packe
     assert not takes_packs(model)
     assert not takes_packs(model, longest=65)
     assert takes_packs(model, longest=64)
+    assert takes_padding(model, 64)
+    assert not takes_padding(model, 65)
+
+
+def small_model(kind: str, **more: object) -> PreTrainedModel:
+    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "vocab_size": 64}
+    small = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | small | more))
+
+
+@pytest.mark.parametrize(
+    "kind", ["bloom", "mamba", "mistral", "qwen3_next", "prompt_tuning", "p_tuning", "prefix_tuning", "forest"]
+)
+def test_padded_rows_train_as_each_example_alone(kind):
+    """Loss and gradients; an attention that the recipe names sees windows too."""
+    more = {"sliding_window": 4} if kind in ("mistral", "forest") else {}
+    if kind == "qwen3_next":
+        more = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8}
+        more |= {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        more |= {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+    model: Any = small_model(kind if kind in ("bloom", "mamba", "qwen3_next") else "mistral", **more)
+    if kind.endswith("tuning"):
+        tune = {"method": kind, "num_virtual_tokens": 3} | ({"encoder_hidden_size": 16} if kind == "p_tuning" else {})
+        model = tune_model(model, Tune.model_validate(tune), 0)
+    if kind == "forest":
+        model.set_attn_implementation("forest")
+    assert takes_padding(model, 64)
+    rng = random.Random(0)
+    lengths = [20, 17, 12, 9, 9]
+    rows = [Example([rng.randrange(5, 60) for _ in range(n)], [i > n - 4 for i in range(n)]) for n in lengths]
+    found = []
+    for attention in ("alone", "padded"):
+        packs = make_packs(rows, Layout(False, 64, attention))
+        model.zero_grad()
+        loss = sum(pack_loss(model, pack, CPU) for pack in packs)
+        loss.backward()
+        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    assert [len(make_packs(rows, Layout(False, 64, a))) for a in ("alone", "padded")] == [5, 2]
+    reference = sum(nll_alone(model, row) for row in rows)
+    (alone, of_alone), (padded, of_padded) = found
+    assert alone == pytest.approx(reference, rel=1e-5)
+    assert padded == pytest.approx(reference, rel=1e-5)
+    assert (of_padded - of_alone).norm() < 1e-4 * of_alone.norm()
+
+
+def nll_alone(model: Any, row: Example) -> float:
+    """transformers' own loss, as a sum."""
+    labels = torch.tensor([[t if m else -100 for t, m in zip(row.ids, row.loss_mask, strict=True)]])
+    ids = torch.tensor([row.ids])
+    with torch.no_grad():
+        return float(model(ids, attention_mask=torch.ones_like(ids), labels=labels).loss * sum(row.loss_mask))
+
+
+def test_a_model_that_looks_ahead_takes_no_padding():
+    model = small_model("mistral")
+    for layer in model.model.layers:
+        forward = layer.forward
+        layer.forward = lambda states, *a, forward=forward, **k: forward(states + states.mean(1, keepdim=True), *a, **k)
+    assert not takes_padding(model.eval(), 64)
+
+
+def test_logits_of_other_tokens_than_asked_for_are_refused():
+    model = small_model("mistral")
+    head, model.lm_head = model.lm_head, torch.nn.Identity()
+    model.get_output_embeddings = lambda: head  # which the forward does not call
+    with pytest.raises(UserError, match="MistralForCausalLM gives logits of 6 tokens where 2 are asked for"):
+        pack_loss(
+            model, make_packs([Example([5, 6, 7, 8, 9, 10], [0, 0, 0, 0, 1, 1])], Layout(False, 64, "padded"))[0], CPU
+        )
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "mistral"])
 def test_models_that_do_not_obey_the_mask_do_not_take_packs(kind):
-    sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "vocab_size": 64}
-    small = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **small)).eval()
-    assert not takes_packs(model)
+    assert not takes_packs(small_model(kind).eval())

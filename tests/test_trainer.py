@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from data.chat import encode
 from data.pack import Layout, make_packs
-from sft.attention import virtual_tokens
+from sft.attention import has_virtual_tokens
 from sft.model import tune_model
 from sft.recipe import Train, Tune
 from sft.trainer import PackTrainer, leave_casts_to_autocast, plan_steps, shard_packs, training_arguments
@@ -45,8 +45,8 @@ def test_every_pack_counts_once_over_all_processes(examples, processes):
     assert sorted(counted) == sorted(id(pack) for pack in packs)
 
 
-@pytest.mark.parametrize(("method", "shift"), [("prompt_tuning", 4), ("prefix_tuning", 0), ("lora", None)])
-def test_virtual_tokens_are_counted_through_ddp(method, shift, tiny):
+@pytest.mark.parametrize(("method", "virtual"), [("prompt_tuning", True), ("prefix_tuning", True), ("lora", False)])
+def test_virtual_tokens_are_seen_through_ddp(method, virtual, tiny):
     import torch.distributed as dist
 
     more = {"r": 4, "target_modules": "all-linear"} if method == "lora" else {"num_virtual_tokens": 4}
@@ -55,7 +55,7 @@ def test_virtual_tokens_are_counted_through_ddp(method, shift, tiny):
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        assert virtual_tokens(model) == virtual_tokens(wrapped) == shift
+        assert has_virtual_tokens(model) is has_virtual_tokens(wrapped) is virtual
     finally:
         dist.destroy_process_group()
 

@@ -1,0 +1,86 @@
+"""Which micro-batches a model computes as it computes each example alone: forests under a mask, padded rows, none."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from data.chat import Example
+from data.pack import attention_mask, build_pack
+
+
+def sliding_window(model: PreTrainedModel) -> int | None:
+    """How many tokens back the layers see that don't see all, by the config; None where all do."""
+    text = model.config.get_text_config().to_dict()
+    window = text.get("sliding_window")
+    slides = "sliding_attention" in (text.get("layer_types") or ()) or text.get("use_sliding_window", True)
+    return window if slides else None
+
+
+def _rope_limit(text: dict[str, Any]) -> int | None:
+    """Tokens from which on a position's angle depends on the longest sequence of the batch, by the text config."""
+    ropes = text.get("rope_parameters") or {}
+    for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):
+        if rope.get("rope_type") in ("longrope", "dynamic"):
+            own = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+            return int(own or text.get("max_position_embeddings") or 1)
+    return None
+
+
+def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
+    """Whether one mask says who sees whom in examples of at most `longest` tokens (None: of any length).
+
+    They fit into sliding windows, and their positions mean the same whatever stands beside them. The logits of two
+    branches of a small tree equal those of the two sequences alone (state-space layers, ALiBi and the like fail that),
+    but for what also changes with a sequence's length: the rounding of bfloat16 and of quantized products."""
+    text = model.config.get_text_config().to_dict()
+    kinds = set(text.get("layer_types") or ())
+    if kinds - {"full_attention", "sliding_attention"} or model.config._attn_implementation == "eager":
+        return False
+    if any(limit and (longest is None or longest > limit) for limit in (sliding_window(model), _rope_limit(text))):
+        return False
+    rows = [Example([5, 6, 7, 8, 9, 10], [0] * 6), Example([5, 6, 7, 11, 12], [0] * 5)]
+    pack = build_pack([rows])
+    device = next(model.parameters()).device
+
+    def logits(ids: list[int], positions: Sequence[int], **more: torch.Tensor) -> torch.Tensor:
+        inputs = {"input_ids": ids, "position_ids": positions}
+        tensors = {name: torch.tensor([value], device=device) for name, value in inputs.items()}
+        return model(**tensors, use_cache=False, **more).logits[0].float()
+
+    def longer(ids: list[int]) -> torch.Tensor:
+        """The logits at the last of them, once more, with tokens behind and a mask."""
+        more = [*ids, 13, 14, 15]
+        causal = torch.ones(1, 1, len(more), len(more), dtype=torch.bool, device=device).tril()
+        return logits(more, range(len(more)), attention_mask=causal)[len(ids) - 1]
+
+    with torch.inference_mode():
+        plain = [model(torch.tensor([r.ids], device=device), use_cache=False).logits[0, -1] for r in rows]
+        alone = torch.stack(plain).float()
+        try:
+            rounding = (torch.stack([longer(r.ids) for r in rows]) - alone).std()
+            together = logits(pack.input_ids, pack.position_ids, attention_mask=attention_mask(pack, device))
+        except (RuntimeError, ValueError, TypeError):  # it has no place for such a mask
+            return False
+    allowed = torch.minimum(4 * rounding, 0.15 * alone.std()) + 1e-3 * alone.std()
+    return bool((together[pack.leaf] - alone).std() < allowed)
+
+
+def takes_padding(model: PreTrainedModel, longest: int) -> bool:
+    """Whether tokens behind an example of at most `longest` tokens, and rows beside it, change nothing in it but the
+    rounding. `model` may have its adapter."""
+    limit = _rope_limit(model.config.get_text_config().to_dict())
+    if limit and longest > limit:
+        return False
+    rows, training = [[5, 6, 7, 8, 9, 10], [5, 6, 7, 11]], model.training
+    device = next(model.parameters()).device
+    model.eval()  # dropout would differ
+    with torch.inference_mode():
+        alone = torch.stack([model(torch.tensor([row], device=device), use_cache=False).logits[0, -1] for row in rows])
+        padded = torch.tensor([row + [0] * (6 - len(row)) for row in rows], device=device)
+        found = model(padded, use_cache=False).logits[:, -6:]  # virtual tokens stand before
+    model.train(training)
+    together = torch.stack([found[i, len(row) - 1] for i, row in enumerate(rows)])
+    rounded = alone.dtype != torch.float32 or next(model.parameters()).dtype != torch.float32
+    return bool((together - alone).float().std() < (0.15 if rounded else 1e-3) * alone.float().std())
