@@ -48,6 +48,7 @@ class Rules:
     max_contexts: int | None = None
     unanswerable_share: float | None = None
     held_out_share: float | None = None
+    held_out_seed: int = 0
     seed: int = 0
 
 
@@ -229,4 +230,4 @@ def _conversations(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[
 
 def _is_held_out(conversation: Conversation, rules: Rules) -> bool:
     share = rules.held_out_share
-    return share is not None and held_out_by_share(conversation.cluster, share, rules.seed)
+    return share is not None and held_out_by_share(conversation.cluster, share, rules.held_out_seed)

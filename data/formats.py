@@ -9,6 +9,7 @@ from data.files import Row
 from data.instruct import instruct_conversation, unread_keys
 from data.newsgroups import newsgroups_conversation
 from data.squad import squad_conversation, squad_version
+from data.text import text_conversation
 
 # the keys that a row must have, and those it may have
 SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))
@@ -26,7 +27,11 @@ NAMES = tuple(dict.fromkeys(key for keys in KEYS.values() for names in keys for 
 
 
 def row_conversation(row: Row, named: str | None, task: str, where: str, ledger: Ledger) -> Conversation:
-    """The row as a conversation of the format that is named, or else recognised. Raises DataError."""
+    """The row as a conversation of the format that is named, or else recognised; of task text, its text. Raises
+    DataError."""
+    if task == "text":
+        ledger.formats["text"] += 1
+        return text_conversation(row, where)
     format = _format(row, named, where)
     if format.startswith("squad"):
         version = squad_version(row, named, task)

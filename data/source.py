@@ -21,6 +21,7 @@ from data.jsonl import read_jsonl
 from data.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
 from data.squad import holds_articles, read_articles
 from data.tables import read_csv, read_hub, read_parquet
+from data.text import read_paragraphs
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -69,13 +70,14 @@ def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Convers
     """The source's conversations in order; rows that can't be used are told to the ledger and left out, and so is the
     rest of a file that can't be read on.
 
-    task: squad_v1, squad_v2, newsgroups or instruct; it only decides what rows leave open, see squad_version.
+    task: squad_v1, squad_v2, newsgroups or instruct; it only decides what rows leave open, see squad_version. Of task
+    text a row's text is all that is read.
     Raises DataError where the source itself is wrong: no such file, a setting that it has not, a column in no row.
     """
     check_names(source.format, source.columns, source.path)
     unseen, first = dict(source.columns), Row()
     ids: set[int] = set()  # hashes: some 70 bytes an id, whatever its length
-    for where, row in _rows(source, ledger):
+    for where, row in _rows(source, ledger, task == "text"):
         ledger.rows += 1
         if isinstance(row, DataError):
             ledger.defect(row)
@@ -140,7 +142,7 @@ def hub_revision(name: str, revision: str | None) -> str | None:
         return None
 
 
-def _rows(source: SourceLike, ledger: Ledger) -> Rows:
+def _rows(source: SourceLike, ledger: Ledger, raw: bool) -> Rows:
     """Rows of all files, one after the other, of each up to where it can't be read on."""
     files = files_of(source)
     _refuse_settings(source, files)
@@ -152,7 +154,7 @@ def _rows(source: SourceLike, ledger: Ledger) -> Rows:
     _note_left_files(Path(source.path), files, ledger)
     for path in files:
         in_group_folder = path.parent.parent == Path(source.path)
-        yield from _until_broken(str(path), _file_rows(path, in_group_folder, ledger), ledger)
+        yield from _until_broken(str(path), _file_rows(path, in_group_folder, ledger, raw), ledger)
 
 
 def _until_broken(name: str, rows: Rows, ledger: Ledger) -> Rows:
@@ -181,12 +183,15 @@ def _refuse_settings(source: SourceLike, files: list[Path]) -> None:
             raise DataError(source.path, f"{name} {value!r}: {kind} has no {name}; leave it out", "setting")
 
 
-def _file_rows(path: Path, in_group_folder: bool, ledger: Ledger) -> Rows:
+def _file_rows(path: Path, in_group_folder: bool, ledger: Ledger, raw: bool) -> Rows:
     suffix = data_suffix(path)
     if in_group_folder and suffix not in SUFFIXES:
         yield from read_post(path)
     elif suffix == ".parquet":
         yield from read_parquet(path)
+    elif raw and suffix == ".txt":
+        check_encoding(path, ledger)
+        yield from read_paragraphs(path, ledger)
     elif suffix not in SUFFIXES:
         allowed = ", ".join(SUFFIXES)
         raise DataError(str(path), f"suffix {suffix!r}; must be one of {allowed}, or that and .gz", "suffix")

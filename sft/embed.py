@@ -33,11 +33,12 @@ def embedder(model: EncoderModel, max_seq_length: int) -> tuple[Callable[[Sequen
     tokenizer = load_tokenizer(model)
     if tokenizer.pad_token_id is None:
         raise RecipeError(
-            f"model.base: {model.base} pads nothing, so it is no encoder; name one such as bert-base-uncased"
+            f"model.base: {model.base} pads nothing, so it is no encoder; name one, as google-bert/bert-base-uncased"
         )
     encoder = load_encoder(model, "features", seed=0)
     if encoder.config.is_encoder_decoder:
-        raise RecipeError(f"model.base: {model.base} has a decoder too; name an encoder such as bert-base-uncased")
+        remedy = "name an encoder, as google-bert/bert-base-uncased"
+        raise RecipeError(f"model.base: {model.base} has a decoder too; {remedy}")
     mean = MeanOfTokens(encoder).to(default_device())
 
     def embed(texts: Sequence[str]) -> np.ndarray:

@@ -24,7 +24,7 @@ from transformers import (
 from data.progress import Bar
 from sft.base import readable, resolve_base, stored_config
 from sft.baseline_recipe import PEFT_TASKS, BaselineTune, EncoderModel
-from sft.model import train_matching, with_tokenizer
+from sft.model import peft_settings, train_matching
 from sft.recipe import RecipeError
 from sft.recipe_file import peft_types
 from sft.untrusted import check_adapter, check_config
@@ -65,11 +65,12 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
     inside = "" if head == "features" else f"{loaded.base_model_prefix}."
-    missing = sorted(k for k in found["missing_keys"] if k.startswith(inside) and "pooler." not in k)
-    if missing:
+    of_encoder = sorted(k.removeprefix(inside) for k in found["missing_keys"] if k.startswith(inside))
+    loaded.drawn = [k for k in of_encoder if "pooler." in k]  # which is the head's rather than the encoder's
+    if missing := [k for k in of_encoder if "pooler." not in k]:
         raise RecipeError(
             f"model.base: {model.base}: the weight {missing[0]} is not there ({len(missing)} such weights); "
-            "name a whole encoder such as bert-base-uncased"
+            "name a whole encoder such as google-bert/bert-base-uncased"
         )
     return cast(PreTrainedModel, loaded)
 
@@ -83,13 +84,19 @@ def _set_attention_dropout(config: PretrainedConfig, model: EncoderModel) -> Non
     setattr(config, known[0], model.attention_dropout)
 
 
-def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:
-    """Raise RecipeError where an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
+def positions_of(model: EncoderModel) -> int | None:
+    """Tokens of the longest input; None where the config sets no limit."""
     with readable(f"model.base: {model.base}"):
         config = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
-    most = config.to_dict().get("max_position_embeddings")
+    most: int | None = config.to_dict().get("max_position_embeddings")
     if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         most -= 2  # their positions begin behind that of padding
+    return most
+
+
+def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:
+    """Raise RecipeError where an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
+    most = positions_of(model)
     if most is not None and max_seq_length + virtual_tokens > most:
         behind = f" behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise RecipeError(
@@ -106,11 +113,12 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
         train_matching(model, tune.trainable)
         return model
     if tune.method == "linear_probe":
-        model.base_model.requires_grad_(False)
+        for name, parameter in model.base_model.named_parameters():
+            parameter.requires_grad_(name in cast(Any, model).drawn)
         return model
     from peft import get_peft_model
 
-    kind, settings = peft_types()[tune.method], dict(with_tokenizer(tune.peft, model))
+    kind, settings = peft_types()[tune.method], dict(peft_settings(tune, model))
     if objective == "extractive_qa" and settings.get("target_modules") == "all-linear":
         settings.setdefault("exclude_modules", ["qa_outputs"])  # the new head is trained whole, as a classifier's is
     config = kind(task_type=PEFT_TASKS[objective], **settings)
@@ -122,7 +130,7 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
 
 def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
     """Depth of each parameter by name: 0 the head and pooler, 1 the uppermost layer, ..., the embeddings; and the
-    deepest."""
+    deepest. Raises RecipeError where the names don't tell layers."""
     layers = model.config.num_hidden_layers
     found = {}
     for name, _ in model.named_parameters():
@@ -131,6 +139,8 @@ def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
             found[name] = layers - int(layer[1])
         else:
             found[name] = layers + 1 if "embeddings" in name else 0
+    if not any(0 < depth <= layers for depth in found.values()):
+        raise RecipeError(f"tune: {type(model).__name__} names no layers to go through; use full without layer_decay")
     return found, layers + 1
 
 

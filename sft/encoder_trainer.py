@@ -128,7 +128,7 @@ def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, c
     per_epoch = -(-rows // train.examples_per_step)
     steps = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
     strategy = "no" if train.eval_strategy == "no" or not recipe.data.dev_share else "steps"
-    every = per_epoch if train.eval_strategy == "epoch" else train.eval_steps
+    every = min(steps, per_epoch if train.eval_strategy == "epoch" else train.eval_steps)
     own = {
         "examples_per_step", "num_train_epochs", "max_steps", "output_dir", "eval_strategy", "eval_steps", "bf16",
         "metric_for_best_model",

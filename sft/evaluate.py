@@ -1,5 +1,7 @@
 """Score a run, an export, a base or a server: `graft eval TARGET --task squad_v2 --data FILE`."""
 
+import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversation import Conversation, DataError
+from data.source import files_of
+from data.store import file_digests
+from eval.metrics import normalize_label
 from eval.partial import NAME
 from eval.run import limit_questions, score, summarize, write_results
 from eval.shots import with_shots
 from eval.tasks import TASKS, read_conversations
 from sft.answer import Asking, baseline_answerer, model_answerer, training_questions
 from sft.baseline_data import baseline_questions
-from sft.baseline_recipe import BaselineRecipe
+from sft.baseline_recipe import TASKS_OF, BaselineRecipe
 from sft.cost import latency_ms, system_of
 from sft.examples import held_out_conversations, with_split
 from sft.load import check_target, is_run, is_url, run_any_recipe
@@ -56,6 +61,9 @@ def evaluate(
         near = nearest(task, list(TASKS)) if task else ""
         raise RecipeError(f"--task {task or ''}: name one of {', '.join(TASKS)}{near}")
     check_writable(out, "--out")
+    if isinstance(recipe, BaselineRecipe) and target_is_run and task not in TASKS_OF[recipe.objective]:
+        fitting = " or ".join(TASKS_OF[recipe.objective])
+        raise RecipeError(f"--task {task}: {target} was trained for {fitting}; leave --task out")
     conversations, source = questions_to_score(target, recipe, task, data, split, limit)
 
     use_all_cores()
@@ -78,6 +86,7 @@ def evaluate(
         "name": _name(target, base, asking),
         "data": source,
         **summarize(task, scored),
+        "trained_on": trained_on(brings, data, split) if brings and data and not base else [],
         "scorer": "labels" if asking.labels else "",
         "shots": asking.shots,
         "threshold_from": asking.threshold_from,
@@ -108,7 +117,13 @@ def questions_to_score(
     limit = limit or (recipe.eval.limit if recipe else None)
     if data:
         source = with_split(Source(path=data, split=split), "validation")
-        return limit_questions(read_conversations(task, data, source.split), limit), Path(data).name
+        found = read_conversations(task, data, source.split)
+        labels = {normalize_label(label) for label in TASKS[task].labels}
+        for c in found if labels else ():
+            if not labels.intersection(map(normalize_label, c.answers)):
+                answer = f"{c.answers[0]!r:.60}" if c.answers else "no answer"
+                raise RecipeError(f"{c.where}: {answer} is none of the {len(labels)} labels of task {task}")
+        return limit_questions(found, limit), Path(data).name
     if recipe is None or (recipe.eval.data is None and recipe.eval.share is None):
         raise RecipeError(f"--data: name the data to score on; {target} brings none")
     held_out = recipe.eval.data
@@ -124,6 +139,16 @@ def questions_to_score(
     except DataError as error:
         raise RecipeError(f"the data that {target} names: {error}; name other data with --data") from error
     return questions, Path(held_out.path).name if held_out else f"{recipe.eval.share:.0%} of data.train"
+
+
+def trained_on(run: Path, data: str, split: str | None) -> list[str]:
+    """Those of the data's files that the run was trained on, by sha256; none where the run does not say."""
+    report = run / "data_report.json"
+    if not report.is_file():
+        return []
+    known = {sha256 for source in json.loads(report.read_text())["sources"] for sha256 in source["sha256"].values()}
+    given = file_digests(files_of(Source(path=data, split=split)))
+    return [name for name, sha256 in given.items() if sha256 in known]
 
 
 def _name(target: str, base: bool, asking: Asking) -> str:
@@ -146,7 +171,9 @@ def print_scores(results: dict[str, Any], console: Console | None = None) -> Non
     for part, s in results["scores"].items():
         cells = [cell for name in names for cell in (f"{s[name]:.1f}", interval(s[f"{name}_95"]))]
         table.add_row(part, str(s["questions"]), *cells)
-    (console or Console()).print(table)
+    (console or Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)).print(table)
+    if seen := results.get("trained_on"):
+        print(f"warning: the run was trained on {', '.join(seen)}: this is no score on held-out questions")
     if long := results["too_long_for_model"]:
         print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
     if cut := results["cut_at_max_new_tokens"]:

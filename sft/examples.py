@@ -125,6 +125,7 @@ def rules_of(recipe: Recipe) -> Rules:
         max_contexts=data.max_contexts,
         unanswerable_share=data.unanswerable_share,
         held_out_share=recipe.eval.share,
+        held_out_seed=recipe.eval.seed,
         seed=recipe.train.seed,
     )
 

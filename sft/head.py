@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -68,7 +68,11 @@ class Classifier:
         )
 
     def load(self) -> PreTrainedModel:
-        return load_encoder(self.recipe.model, "classification", self.recipe.train.seed, self.labels)
+        model: Any = load_encoder(self.recipe.model, "classification", self.recipe.train.seed, self.labels)
+        if model.drawn:
+            trained = ", and trained with the head" if self.recipe.tune.method == "linear_probe" else ""
+            self.notes.append(f"{self.recipe.model.base} has no pooler: it is drawn at random{trained}")
+        return cast(PreTrainedModel, model)
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         return pad(rows, self.tokenizer.pad_token_id) | {"labels": torch.tensor([row["labels"] for row in rows])}

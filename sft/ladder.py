@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe
+from sft.encoder import positions_of
 from sft.recipe import Model, Recipe, RecipeError
 from sft.recipe_file import dump_recipe, load_any_recipe, nearest
 
@@ -88,6 +89,9 @@ def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: f
         "train.learning_rate": rate or rate_of(method, recipe),
         "train.output_dir": str(run.absolute()),  # a relative one may not lead out of this folder
     }
+    if isinstance(recipe, BaselineRecipe) and method == "prompt_tuning" and (most := positions_of(recipe.model)):
+        # its virtual tokens take positions from the input
+        changes["data.max_seq_length"] = min(recipe.data.max_seq_length, most - changes["tune"]["num_virtual_tokens"])
     if isinstance(recipe, Recipe):
         own = recipe.model.quantization
         nf4 = own.model_dump(mode="json") if own and own.load_in_4bit else {"load_in_4bit": True}

@@ -7,10 +7,13 @@ Devlin et al. 2019 (BERT), section 3.1. Masks are drawn anew whenever a row is r
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -42,7 +45,7 @@ class MaskedLM:
         if None in (self.tokenizer.mask_token, self.tokenizer.cls_token, self.tokenizer.sep_token):
             raise RecipeError(
                 f"model.base: {recipe.model.base}: its tokenizer lacks a mask, cls or sep token; "
-                "name an encoder such as bert-base-uncased"
+                "name an encoder such as google-bert/bert-base-uncased"
             )
         if self.pairs:
             check_next_sentence(recipe.model)
@@ -130,6 +133,17 @@ def check_next_sentence(model: EncoderModel) -> None:
             f"pretraining.next_sentence: {model.base} is of type {kind}, and BERT alone has a head for it; "
             "set it to false, or name a BERT"
         )
+
+
+def keep_pooler(base: EncoderModel, folder: Path) -> None:
+    """Add the base's pooler to what was saved, where masked tokens left it aside: a classifier of it begins there."""
+    features: Any = load_encoder(base, "features", 0)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+    inside = f"{features.base_model_prefix}."
+    own = {inside + name: w for name, w in features.state_dict().items() if "pooler." in name and not features.drawn}
+    if more := {name: weight.contiguous() for name, weight in own.items() if name not in weights}:
+        save_file(weights | more, folder / "model.safetensors", {"format": "pt"})
 
 
 def is_drawn(model: PreTrainedModel) -> bool:

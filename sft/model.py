@@ -27,6 +27,7 @@ from sft.recipe_file import peft_types
 from sft.untrusted import check_config
 
 CPU = torch.device("cpu")
+VIRTUAL_TOKENS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 def default_device() -> torch.device:
@@ -141,7 +142,7 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
         return _train_part(base, tune)
     from peft import get_peft_model
 
-    config = peft_types()[tune.method](task_type="CAUSAL_LM", **with_tokenizer(tune.peft, base))
+    config = peft_types()[tune.method](task_type="CAUSAL_LM", **peft_settings(tune, base))
     try:
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
     except ValueError as error:  # PEFT names the module or value that does not fit this base
@@ -149,8 +150,12 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
     return cast(PreTrainedModel, model)  # it answers to the same calls
 
 
-def with_tokenizer(settings: dict[str, Any], base: PreTrainedModel) -> dict[str, Any]:
-    """Settings of PEFT; those of a prompt that begins as a text with the base's tokenizer, which reads it."""
+def peft_settings(tune: Tune, base: PreTrainedModel) -> dict[str, Any]:
+    """Settings of PEFT; those of a prompt that begins as a text with the base's tokenizer, which reads it. Raises
+    RecipeError where virtual tokens have no number."""
+    settings = tune.peft
+    if tune.method in VIRTUAL_TOKENS and not settings.get("num_virtual_tokens"):
+        raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
     text = settings.get("prompt_tuning_init") == "TEXT"
     return {**settings, "tokenizer_name_or_path": base.config._name_or_path} if text else settings
 

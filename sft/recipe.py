@@ -226,6 +226,8 @@ class Eval(Section):
     """Held-out data: of held-out loss, `graft eval RUN` and the export's parity check."""
     share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Instead of data: hold out this share of data.train, by whole passages and threads, and don't train on it."""
+    seed: Seed = 42
+    """Draws eval.share: runs of other train.seed hold out the same."""
     limit: Count | None = None
     """At most this many questions, drawn by a fixed seed."""
     max_new_tokens: Count = 48

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AlbertConfig, AlbertForSequenceClassification
 
+from data.conversation import DataError
 from eval.compare import CompareError, compare
 from sft.answer import Asking
 from sft.ask import ask_run, classify_text
@@ -17,7 +19,7 @@ from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe, EncoderModel
 from sft.bert import train_baseline
 from sft.encoder import depths, load_encoder, load_trained, predict
 from sft.encoder_trainer import EncoderTrainer, Unfreeze
-from sft.evaluate import evaluate
+from sft.evaluate import evaluate, print_scores
 from sft.recipe import RecipeError
 from sft.recipe_file import check_baseline, load_recipe
 from sft.run import read_metrics
@@ -143,6 +145,81 @@ def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path)
     assert not (clusters[1] & clusters[2])
     rows = len(split.train) + len(split.dev) + len(test)
     assert rows == len(NEWS.read_text().splitlines())
+
+
+def test_other_training_seeds_hold_out_the_same(tmp_path):
+    found = [
+        [c.id for c in baseline_questions(recipe("classification", "sklearn:linear_svc", tmp_path, train={"seed": s}))]
+        for s in (1, 2)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("leaks", ["keep", "remove"])
+def test_training_rows_that_are_held_out_too_are_told_and_can_be_left_out(leaks, tmp_path):
+    rows = [json.loads(line) for line in NEWS.read_text().splitlines()]
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
+    settings = recipe(
+        "classification", "sklearn:linear_svc", tmp_path, data={"leaks": leaks},
+        eval={"share": None, "data": str(tmp_path / "test.jsonl")},
+    )  # fmt: skip
+    split = read_split(settings)
+    (told,) = split.notes
+    assert "5 training rows have a text that stands in the held-out data" in told
+    assert f"{NEWS}:1 as {tmp_path}/test.jsonl:1" in told
+    assert len(split.train) + len(split.dev) == len(rows) - (5 if leaks == "remove" else 0)
+    assert split.report["leaks"]["rows"] == 5
+    assert split.report["leaks"]["removed"] == (5 if leaks == "remove" else 0)
+
+
+def test_a_score_on_what_was_trained_on_says_so_and_is_not_compared(tmp_path, capsys):
+    run = trained(recipe("classification", "sklearn:linear_svc", tmp_path / "run"))
+    evaluate(str(run), tmp_path / "a")
+    seen = evaluate(str(run), tmp_path / "b", data=str(NEWS))
+    assert seen["trained_on"] == [str(NEWS)]
+    print_scores(seen)
+    assert "no score on held-out questions" in capsys.readouterr().out
+    with pytest.raises(CompareError, match="was trained on"):
+        compare([tmp_path / "b", tmp_path / "b"], tmp_path / "out")
+    assert compare([tmp_path / "a", tmp_path / "a"], tmp_path / "out")["pairs"][0]["p"] == 1
+
+
+def test_a_score_of_labels_says_which_ones_are_taken_for_which(tmp_path):
+    run = trained(recipe("classification", "sklearn:linear_svc", tmp_path / "run"))
+    found = evaluate(str(run), tmp_path / "a")["classes"]
+    assert sum(map(sum, found["confusion"])) == sum(row["questions"] for row in found["table"])
+    assert (tmp_path / "a" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_questions_of_another_task_are_refused(tmp_path):
+    run = str(trained(recipe("classification", "sklearn:linear_svc", tmp_path / "run")))
+    with pytest.raises(RecipeError, match="--task squad_v2: .* was trained for newsgroups"):
+        evaluate(run, tmp_path / "a", task="squad_v2", data=str(SQUAD))
+    with pytest.raises(RecipeError, match="is none of the 20 labels of task newsgroups"):
+        evaluate(run, tmp_path / "a", data=str(SQUAD))
+
+
+def test_one_label_trains_no_classifier(tmp_path):
+    row = NEWS.read_text().splitlines()[0]
+    (tmp_path / "one.jsonl").write_text("".join(row.replace("Subject: ", f"Subject: {i} ") + "\n" for i in range(20)))
+    settings = recipe("classification", "sklearn:linear_svc", tmp_path, data={"train": str(tmp_path / "one.jsonl")})
+    with pytest.raises(DataError, match="a classifier needs two or more"):
+        read_split(settings)
+
+
+def test_the_last_step_is_scored_where_a_run_is_shorter_than_eval_steps(tiny_bert, tmp_path):
+    steps = {"eval_strategy": "steps", "eval_steps": 400, "metric_for_best_model": "accuracy"}
+    run = trained(recipe("classification", tiny_bert, tmp_path / "run", train=steps))
+    assert [row["step"] for row in read_metrics(run) if "eval_accuracy" in row] == [3]
+
+
+def test_settings_that_a_method_does_not_read_are_refused(tiny_bert, tmp_path):
+    with pytest.raises(RecipeError, match="layer_decay"):
+        recipe("classification", tiny_bert, tmp_path, tune={"method": "linear_probe", "layer_decay": 0.9})
+    with pytest.raises(RecipeError, match="names no layers"):
+        depths(AlbertForSequenceClassification(AlbertConfig(vocab_size=9, hidden_size=8, num_attention_heads=1)))
+    with pytest.raises(RecipeError, match="num_virtual_tokens"):
+        trained(recipe("classification", tiny_bert, tmp_path / "run", tune={"method": "prompt_tuning"}))
 
 
 def test_a_row_stays_on_its_side_however_its_file_is_named(tmp_path, monkeypatch):

@@ -38,6 +38,13 @@ def rung(method: str, path: Path, kind: str, run: Path):
     return load_any_recipe(path, changes)
 
 
+def test_virtual_tokens_of_an_encoder_leave_the_input_the_positions_that_it_has(tiny_bert, tmp_path):
+    data = f"{{train: '{SAMPLES / 'newsgroups.jsonl'}', max_seq_length: 512}}"
+    path = encoder_recipe(tmp_path / "r.yaml", tiny_bert, data=data)
+    assert rung("prompt_tuning", path, "bert", tmp_path).data.max_seq_length == 492
+    assert rung("lora", path, "bert", tmp_path).data.max_seq_length == 512
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
     """Instead of processes: files as training and scoring write them. `fails`: methods whose training fails."""

@@ -4,9 +4,11 @@ import json
 import random
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from transformers.data.metrics import squad_metrics
 
 from data.conversation import Conversation
 from eval.metrics import label_scores, normalize_answer, reference_scores, squad_scores, token_f1
@@ -36,6 +38,65 @@ from eval.tasks import TASKS
 )
 def test_squad_scores(gold, predicted, exact, f1):
     assert squad_scores(gold, predicted) == {"exact": exact, "f1": pytest.approx(f1)}
+
+
+def adversarial_text(rng: random.Random, like: str = "") -> str:
+    """Words that normalise to little or nothing, or a text that is nearly `like`."""
+    words = [
+        "the",
+        "a",
+        "an",
+        "An",
+        "Paris",
+        "paris",
+        "U.S.",
+        "1999",
+        "x-ray",
+        "é",
+        "--",
+        "'s",
+        "\u00a0",
+        "and",
+        "THE.",
+    ]
+    found = like.split() if like and rng.random() < 0.5 else [rng.choice(words) for _ in range(rng.randrange(5))]
+    if found and rng.random() < 0.5:
+        found[rng.randrange(len(found))] = rng.choice(words)
+    return rng.choice([" ", "  ", " , ", "\t"]).join(found)
+
+
+def test_scores_are_those_of_the_official_script(tmp_path):
+    """As transformers has it: its functions are evaluate-v2.0.py's. Total, HasAns and NoAns, in percent."""
+    rng = random.Random(0)
+    golds, said = {}, {}
+    for i in range(1000):
+        golds[str(i)] = [adversarial_text(rng) for _ in range(rng.choice([0, 1, 1, 3]))]
+        said[str(i)] = adversarial_text(rng, rng.choice(golds[str(i)] or [""]))
+    examples = [SimpleNamespace(qas_id=i, answers=[{"text": a} for a in g], answer_text="") for i, g in golds.items()]
+    exact, f1 = squad_metrics.get_raw_scores(examples, said)
+    for i, gold in golds.items():
+        assert squad_scores(gold, said[i]) == {"exact": exact[i], "f1": pytest.approx(f1[i])}
+    asked = [
+        Conversation(({"role": "user", "content": i},), i, i, answers=tuple(g), context=i) for i, g in golds.items()
+    ]
+
+    def totals(answers: dict[str, str]) -> dict:
+        return summarize("squad_v2", score("squad_v2", asked, [Prediction(answers[c.id], 1, True) for c in asked]))[
+            "scores"
+        ]
+
+    found = totals(said)
+    has = [i for i, g in golds.items() if g]
+    official = squad_metrics.make_eval_dict(exact, f1)
+    of_has, of_none = (squad_metrics.make_eval_dict(exact, f1, part) for part in (has, set(golds) - set(has)))
+    for part, wanted in (("total", official), ("HasAns", of_has), ("NoAns", of_none)):
+        assert found[part]["questions"] == wanted["total"]
+        assert [found[part][m] for m in ("exact", "f1")] == [round(wanted[m], 2) for m in ("exact", "f1")]
+    assert totals({i: (g or [""])[0] for i, g in golds.items()})["NoAns"]["exact"] == 100
+    best = {i: next((a for a in g if normalize_answer(a)), "") for i, g in golds.items()}
+    assert totals(best)["total"]["exact"] == totals(best)["total"]["f1"] == 100
+    unanswerable = sum(not any(normalize_answer(a) for a in g) for g in golds.values())
+    assert totals(dict.fromkeys(golds, ""))["total"]["exact"] == round(unanswerable / 10, 2)
 
 
 def test_normalisation_drops_case_punctuation_articles_and_spaces():

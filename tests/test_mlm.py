@@ -10,12 +10,12 @@ import torch
 import transformers
 from transformers import AutoConfig, BertConfig, DistilBertConfig, set_seed
 
-from data.conversation import Conversation
+from data.conversation import Conversation, DataError
 from data.tokens import plain_backend
-from sft.baseline_data import Split
-from sft.baseline_recipe import BaselineRecipe
+from sft.baseline_data import Split, read_split
+from sft.baseline_recipe import BaselineRecipe, BaselineTune, EncoderModel
 from sft.bert import train_baseline
-from sft.encoder import load_encoder
+from sft.encoder import load_encoder, tune_encoder
 from sft.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
 from sft.recipe import RecipeError
 from sft.run import read_metrics
@@ -63,6 +63,38 @@ def words(count: int) -> str:
 def train(recipe: BaselineRecipe) -> tuple[Path, dict, list[dict]]:
     run = train_baseline(recipe, Path("recipes/tiny.yaml"))
     return run, json.loads((run / "chosen.json").read_text()), read_metrics(run)
+
+
+def test_pooler_of_the_base_stays_for_the_classifier_that_begins_there(bert, tmp_path):
+    run, _, _ = train(recipe_of(bert, tmp_path / "run"))
+    began, after = (load_encoder(EncoderModel(base=b), "classification", 0, ("a", "b")) for b in (bert, f"{run}/model"))
+    assert not after.drawn
+    assert torch.equal(began.bert.pooler.dense.weight, after.bert.pooler.dense.weight)
+    bare = transformers.BertModel(BertConfig(vocab_size=len(bert_tokenizer()), **SIZES), add_pooling_layer=False)
+    drawn = load_encoder(EncoderModel(base=save(bare, tmp_path / "bare")), "classification", 0, ("a", "b"))
+    probe = tune_encoder(drawn, BaselineTune(method="linear_probe"), "classification", 0)
+    learns = {name for name, p in probe.named_parameters() if p.requires_grad}
+    assert learns == {f"{part}.{kind}" for part in ("bert.pooler.dense", "classifier") for kind in ("weight", "bias")}
+
+
+@pytest.mark.parametrize("name", ["posts.txt", "posts.jsonl"])
+def test_raw_text_of_ones_own_is_read_whole(name, bert, tmp_path):
+    texts = ["One two three.\nFour five.", "Six seven eight nine.", "Ten."]
+    whole = "\n\n".join(texts) + "\n" if name == "posts.txt" else "".join(json.dumps({"text": t}) + "\n" for t in texts)
+    (tmp_path / name).write_text(whole)
+    recipe = recipe_of(bert, task="text", data={"train": str(tmp_path / name), "dev_share": 0})
+    rows = read_split(recipe).train
+    assert [c.context.rstrip("\n") for c in rows] == texts
+    assert [c.where for c in rows] == [
+        f"{tmp_path / name}:{n}" for n in ((1, 4, 6) if name == "posts.txt" else (1, 2, 3))
+    ]
+    assert len(MaskedLM(recipe, read_split(recipe)).rows) == 3
+
+
+def test_rows_without_text_are_named(bert, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "p"}\n')
+    with pytest.raises(DataError, match=r"a.jsonl:1: text: missing, the row's keys are prompt; name the column"):
+        read_split(recipe_of(bert, task="text", data={"train": str(tmp_path / "a.jsonl")}))
 
 
 def test_long_posts_become_blocks_without_loss_and_text_stays_text():

@@ -10,6 +10,7 @@ from eval.stats import (
     approximate_randomisation,
     bootstrap_sums,
     brier,
+    cell,
     cluster_interval,
     expected_calibration_error,
     holm,
@@ -19,6 +20,7 @@ from eval.stats import (
     mean_sd,
     paired_cluster_bootstrap,
     reliability_bins,
+    score_interval,
     wilson_interval,
 )
 
@@ -157,6 +159,31 @@ def test_macro_f1_is_that_of_scikit_learn():
     one_hot = [of[:, None] == np.arange(5) for of in (gold, predicted)]
     sums = np.hstack([one_hot[0] & one_hot[1], *one_hot]).sum(0)
     assert macro_f1(sums) == pytest.approx(f1_score(gold, predicted, labels=range(5), average="macro", zero_division=0))
+
+
+def test_interval_of_macro_f1_holds_score_and_truth_where_classes_are_small():
+    """36 items of 20 classes: a resample lacks a third of the classes."""
+    rng, inside, covered = np.random.default_rng(0), 0, 0
+    for _ in range(100):
+        gold = rng.permutation(np.arange(36) % 20)
+        predicted = np.where(rng.random(36) < 0.55, gold, rng.integers(0, 20, 36))
+        one_hot = [of[:, None] == np.arange(20) for of in (gold, predicted)]
+        counts = np.hstack([one_hot[0] & one_hot[1], *one_hot]).astype(float)
+        sums = np.vstack([counts.sum(0), bootstrap_sums(counts, [str(i) for i in range(36)], 400)])
+        found = cell(100 * macro_f1(sums), 36)
+        inside += found["low"] <= found["score"] <= found["high"]
+        covered += found["low"] <= 100 * (0.55 + 0.45 / 20) <= found["high"]  # what each class's F1 is near
+    assert inside == 100
+    assert covered >= 80
+
+
+def test_scores_without_variance_have_wilsons_interval_of_their_clusters():
+    for value, wanted in ((0.0, wilson_interval(0, 5)), (1.0, wilson_interval(5, 5))):
+        assert score_interval([value] * 10, [str(i // 2) for i in range(10)]) == wanted
+        seen = cell(np.full(50, 100 * value), 5)
+        assert (seen["low"], seen["high"]) == tuple(round(100 * end, 2) for end in wanted)
+    assert score_interval([1.0, 0.0], ["a", "b"]) == cluster_interval([1.0, 0.0], ["a", "b"])
+    assert cell(np.zeros(50)) == {"score": 0, "low": 0, "high": 0}  # a difference that is none
 
 
 def test_mean_sd():

@@ -249,6 +249,16 @@ def test_second_start_takes_the_windows_of_the_first(questions, tmp_path, monkey
     assert_equal(load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS), fresh)
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40])])
+def test_damaged_windows_are_made_anew(damage, questions, tmp_path, capsys):
+    fresh = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
+    wanted = {field.name: np.array(getattr(fresh, field.name)) for field in dataclasses.fields(fresh)}
+    damage(next(tmp_path.glob("*/passage_ids.npy")))
+    again = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
+    assert "is damaged" in capsys.readouterr().out
+    assert all(np.array_equal(getattr(again, name), value) for name, value in wanted.items())
+
+
 def test_whatever_changes_windows_changes_the_key(questions):
     key = windows_key(questions, bert_tokenizer(), *SETTINGS)
     assert key == windows_key(list(questions), bert_tokenizer(), *SETTINGS)

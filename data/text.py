@@ -1,0 +1,37 @@
+"""Raw text to go on reading: rows with `text`, or the paragraphs of a .txt file."""
+
+from pathlib import Path
+
+from data.conversation import Conversation, DataError, Ledger
+from data.fields import shown_names, text
+from data.files import Row, Rows, not_utf8, read_lines
+
+
+def read_paragraphs(path: Path, ledger: Ledger) -> Rows:
+    """What stands between blank lines, each under the line that it begins in."""
+    first, lines = 1, list[str]()
+    for number, line in read_lines(path, ledger):
+        if isinstance(line, DataError):
+            yield f"{path}:{number}", line
+            continue
+        try:
+            lines.append(line.decode())
+        except UnicodeDecodeError as error:
+            yield f"{path}:{number}", not_utf8(line[error.start], f"{path}:{number}")
+            continue
+        if not lines[-1].strip():
+            lines.pop()
+            if lines:
+                yield f"{path}:{first}", {"text": "".join(lines)}
+            first, lines = number + 1, []
+    if lines:
+        yield f"{path}:{first}", {"text": "".join(lines)}
+
+
+def text_conversation(row: Row, where: str) -> Conversation:
+    """Of any row that has a text; it asks and answers nothing. Raises DataError."""
+    if "text" not in row:
+        remedy = "name the column that holds it: columns: {text: ...}"
+        raise DataError(where, f"text: missing, the row's keys are {shown_names(row)}; {remedy}", "text: missing")
+    context = text(row["text"], "text", where)
+    return Conversation(({"role": "user", "content": context},), where, where, context=context)
