@@ -113,6 +113,9 @@ class BaselineEval(Section):
     """clusters: whole passages and threads. rows: single rows at random, as tutorials split; a thread may then stand on
     both sides."""
     limit: Count | None = None
+    unanswerable_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Of squad_v2: the share of questions without an answer to expect where the run is used; the no-answer threshold is
+    chosen for it. Left out: that of data.dev_share."""
     n_best: Count = 20
     max_answer_length: Count = 30
     """Tokens of the longest answer span."""
@@ -152,6 +155,8 @@ class BaselineRecipe(Section):
         if self.model.embedder and base != "sklearn:linear_svc":
             raise ValueError(f"model.embedder goes with model.base sklearn:linear_svc; {base} doesn't read it")
         check_rows(self.task, self.data, self.eval)
+        if self.eval.unanswerable_share and self.task != "squad_v2":
+            raise ValueError("eval.unanswerable_share is of task squad_v2; leave it out")
         best = self.train.metric_for_best_model
         if best and best != "loss" and best not in METRICS[self.objective]:
             raise ValueError(

@@ -212,9 +212,15 @@ def read_spans(
 
 
 def best_threshold(recipe: BaselineRecipe, questions: Sequence[Conversation], answers: Sequence[SpanAnswer]) -> float:
-    """The null_difference above which there is no answer, by EM on these questions; inf in version 1."""
+    """The null_difference above which there is no answer, by EM on these questions, those without an answer weighted
+    to the share that the recipe expects; inf in version 1."""
     if recipe.task == "squad_v1":
         return math.inf
-    texts = [squad_scores(c.answers, a.text)["exact"] for c, a in zip(questions, answers, strict=True)]
-    nulls = [squad_scores(c.answers, "")["exact"] for c in questions]
-    return tune_threshold([a.null_difference for a in answers], texts, nulls)[0]
+    texts = np.array([squad_scores(c.answers, a.text)["exact"] for c, a in zip(questions, answers, strict=True)])
+    nulls = np.array([squad_scores(c.answers, "")["exact"] for c in questions])
+    weights, expected, seen = np.ones(len(nulls)), recipe.eval.unanswerable_share, nulls.mean()
+    if expected and 0 < seen < 1:
+        weights = np.where(nulls == 1, expected / seen, (1 - expected) / (1 - seen))
+    return tune_threshold([a.null_difference for a in answers], (weights * texts).tolist(), (weights * nulls).tolist())[
+        0
+    ]

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AlbertConfig, AlbertForSequenceClassification
 
-from data.conversation import DataError
+from data.conversation import Conversation, DataError
 from eval.compare import CompareError, compare
+from eval.spans import SpanAnswer
 from sft.answer import Asking
 from sft.ask import ask_run, classify_text
 from sft.baseline_data import baseline_questions, read_split
@@ -20,6 +21,7 @@ from sft.bert import train_baseline
 from sft.encoder import depths, load_encoder, load_trained, predict
 from sft.encoder_trainer import EncoderTrainer, Unfreeze
 from sft.evaluate import evaluate, print_scores
+from sft.head import best_threshold
 from sft.recipe import RecipeError
 from sft.recipe_file import check_baseline, load_recipe
 from sft.run import read_metrics
@@ -145,6 +147,20 @@ def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path)
     assert not (clusters[1] & clusters[2])
     rows = len(split.train) + len(split.dev) + len(test)
     assert rows == len(NEWS.read_text().splitlines())
+
+
+def test_no_answer_threshold_is_chosen_for_the_share_that_is_expected(tmp_path):
+    """Right quotes lie at -2, -1 and 0.5, questions without an answer at -0.5 and 1."""
+    found = {}
+    places = [(-2, True), (-1, True), (-0.5, False), (0.5, True), (1, False)]
+    asked = [Conversation((), str(d), str(d), answers=("x",) if has else (), context="x") for d, has in places]
+    answers = [SpanAnswer("x", 0.0, 0.0, d, 0.5, 0.5, []) for d, _ in places]
+    for share in (0.2, None, 0.7):
+        settings = recipe("extractive_qa", "floor:overlap", tmp_path, eval={"unanswerable_share": share})
+        found[share] = best_threshold(settings, asked, answers)
+    assert 0.5 <= found[0.2] < 1
+    assert -1 <= found[0.7] < -0.5
+    assert found[0.7] <= found[None] <= found[0.2]
 
 
 def test_other_training_seeds_hold_out_the_same(tmp_path):
