@@ -221,6 +221,5 @@ def best_threshold(recipe: BaselineRecipe, questions: Sequence[Conversation], an
     weights, expected, seen = np.ones(len(nulls)), recipe.eval.unanswerable_share, nulls.mean()
     if expected and 0 < seen < 1:
         weights = np.where(nulls == 1, expected / seen, (1 - expected) / (1 - seen))
-    return tune_threshold([a.null_difference for a in answers], (weights * texts).tolist(), (weights * nulls).tolist())[
-        0
-    ]
+    scores = (weights * texts).tolist(), (weights * nulls).tolist()
+    return tune_threshold([a.null_difference for a in answers], *scores)[0]
