@@ -27,7 +27,7 @@ COSTS = (
     "trainable_parameters", "parameters", "train_seconds", "train_cpu_seconds", "train_peak_memory_gib", "disk_mib",
     "questions_per_s", "peak_memory_gib",
 )  # fmt: skip
-STATED = ("target", "scorer", "seconds", "cut_at_max_new_tokens", "too_long_for_model")  # as results.json has them
+STATED = ("target", "scorer", "seconds", "cut_at_max_new_tokens", "too_long_for_model", "machine")  # of results.json
 FIELDS = {
     "task": str, "task_version": int, "questions": int, "scores": dict, "evaluation_sha256": str,
     "name": str | None, "data": str | None, "scorer": str | None, "system": dict | None, "latency_ms": dict | None,
@@ -213,6 +213,7 @@ def build_report(systems: Sequence[System]) -> Found:
         "questions": len(clusters), "clusters": len(set(clusters)), "resamples": RESAMPLES, "seed": SEED,
         "metrics": list(resampled["total"]), "labels": labels,
         "parts": {part: len(indices) for part, indices in first.parts().items()}, "systems": rows, "pairs": pairs,
+        "machines": sorted({str(row["machine"]) for row in rows if row["machine"]}),
         "seeds": over_seeds([s.results for s in systems], rows),
         "slices": slices(first.rows, scores) if first.results["task"].startswith("squad") else [],
         "examples": _examples(systems, pairs),

@@ -173,6 +173,9 @@ def markdown(report: Found) -> str:
     text = ["# Comparison", told, _table(["system", *head], scores)]
     text.append(_table(["score", "pair", "difference", "p", "p after Holm", "verdict"], pairs))
     text.append(_table(["system", *COSTS.values()], costs))
+    if len(report["machines"]) > 1:
+        different = _plain("; ".join(report["machines"]))
+        text.append(f"Answers were timed on different machines, which can't be compared: {different}.")
     if seeds:
         text.append(_table(["mean ± sd over seeds", *(title[m] for m in report["metrics"])], seeds))
     return "\n\n".join(text) + "\n"

@@ -27,7 +27,7 @@ from sft.load import check_target, is_run, is_url, run_any_recipe
 from sft.monitor import peak_memory_gib
 from sft.recipe import Eval, Recipe, RecipeError, Source
 from sft.recipe_file import nearest
-from sft.run import check_writable
+from sft.run import check_writable, machine
 from sft.session import use_all_cores
 
 COLUMNS = {"exact": "EM", "f1": "F1", "valid": "valid labels", "macro_f1": "macro-F1"}
@@ -96,6 +96,7 @@ def evaluate(
     if not goes_on:
         results["questions_per_s"] = round(len(predictions) / seconds, 2)
     if not is_url(target):
+        results["machine"] = machine()
         results["latency_ms"] = latency_ms(answer, conversations)
         results["peak_memory_gib"] = round(peak_memory_gib(), 2)
     if target_is_run and recipe:

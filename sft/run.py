@@ -247,6 +247,13 @@ def plot_loss(run: Path) -> None:
     pyplot.close(figure)
 
 
+def machine() -> str:
+    """Where a latency was taken, in words; processes that were given fewer cores say so."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_name()}, cores: {cores}" + (f", {', '.join(gpus)}" if gpus else "")
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []

@@ -148,3 +148,14 @@ def test_another_number_of_samples_is_refused(tmp_path: Path):
 )
 def test_question_word_is_the_first_one(question: str, word: str):
     assert _question_word(question) == word
+
+
+def test_answers_that_were_timed_on_different_machines_are_told(squad: list[Path], tmp_path: Path):
+    compare(squad, tmp_path / "same")
+    for i, folder in enumerate(squad):
+        edit(folder, lambda results, i=i: results.update(machine=f"CPU {i % 2} <b>, cores: 2"))
+    compare(squad, tmp_path / "other")
+    for page in ("report.md", "report.html"):
+        assert "different machines" not in (tmp_path / "same" / page).read_text()
+        assert "different machines" in (tmp_path / "other" / page).read_text()
+    assert "<b>" not in (tmp_path / "other" / "report.html").read_text()
