@@ -66,7 +66,7 @@ def _train(
     from sft.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
     from sft.cost import COST, Stopwatch
     from sft.encoder import tune_encoder
-    from sft.encoder_trainer import EncoderTrainer, arguments_of, settle_bf16
+    from sft.encoder_trainer import EncoderTrainer, arguments_of, check_processes, settle_bf16
     from sft.floor import beside_embedding, fit_floor
     from sft.head import CHOSEN, head_of
     from sft.interrupt import locked
@@ -81,6 +81,7 @@ def _train(
     use_all_cores()
     if changed[1]:
         raise RecipeError("--elastic: the rows of a baseline's step depend on the processes; start as many as before")
+    check_processes(recipe, state.num_processes)
     if not resume:
         agree_on_folder(recipe, recipe_path, probe=True)
     split = read_split(recipe)

@@ -118,13 +118,15 @@ def settle_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"bf16": fast})})
 
 
+def check_processes(recipe: BaselineRecipe, processes: int) -> None:
+    """Raise RecipeError where a step can't be divided over the processes."""
+    examples = recipe.train.examples_per_step
+    if examples % processes:
+        raise RecipeError(f"train.examples_per_step {examples} is no multiple of the {processes} processes; change it")
+
+
 def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, cuda: bool) -> TrainingArguments:
-    """Raises RecipeError where a step can't be divided over the processes."""
     train = recipe.train
-    if train.examples_per_step % processes:
-        raise RecipeError(
-            f"train.examples_per_step {train.examples_per_step} is no multiple of the {processes} processes; change it"
-        )
     per_epoch = -(-rows // train.examples_per_step)
     steps = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
     strategy = "no" if train.eval_strategy == "no" or not recipe.data.dev_share else "steps"

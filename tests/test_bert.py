@@ -2,7 +2,10 @@
 
 import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,9 +26,9 @@ from sft.encoder_trainer import EncoderTrainer, Unfreeze
 from sft.evaluate import evaluate, print_scores
 from sft.head import best_threshold
 from sft.recipe import RecipeError
-from sft.recipe_file import check_baseline, load_recipe
+from sft.recipe_file import check_baseline, dump_recipe, load_recipe
 from sft.run import read_metrics
-from tests.conftest import SAMPLES
+from tests.conftest import ROOT, SAMPLES
 
 NEWS, SQUAD = SAMPLES / "newsgroups.jsonl", SAMPLES / "squad_train.json"
 
@@ -394,3 +397,30 @@ def test_scored_runs_of_different_kinds_are_compared_on_the_same_questions(tiny_
     evaluate(str(trained(other)), tmp_path / "other" / "eval")
     with pytest.raises(CompareError, match="evaluation_sha256"):
         compare([folders[0], tmp_path / "other"], tmp_path / "report")
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_bert, tmp_path):
+    """Without dropout, which each process draws for itself; a step that can't be divided leaves no folder."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_bert, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(
+        json.dumps(config | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0})
+    )
+    found = []
+    for processes, more in ((1, []), (2, []), (2, ["--set", "train.examples_per_step=7"])):
+        run = tmp_path / f"run{len(found)}"
+        (tmp_path / "r.yaml").write_text(dump_recipe(recipe("classification", base, run, train={"logging_steps": 1})))
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        port = ["--master_port", str(29900 + os.getpid() % 90)]
+        command = [*launch, *port, "sft/bert.py", str(tmp_path / "r.yaml"), *more]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+        found.append((done, run))
+    (_, one), (_, two), (refused, folder) = found
+    assert [done.returncode for done, _ in found[:2]] == [0, 0]
+    losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (one, two)]
+    assert len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert "7 is no multiple of the 2 processes" in refused.stdout + refused.stderr
+    assert not folder.exists()
