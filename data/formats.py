@@ -30,6 +30,8 @@ def row_conversation(row: Row, named: str | None, task: str, where: str, ledger:
     """The row as a conversation of the format that is named, or else recognised; of task text, its text. Raises
     DataError."""
     if task == "text":
+        if named:
+            raise DataError(where, f"format {named!r}: task text reads no format; leave it out", "format")
         ledger.formats["text"] += 1
         return text_conversation(row, where)
     format = _format(row, named, where)

@@ -189,11 +189,11 @@ def load_windows(
     folder = cache / windows_key(*asked)
     try:
         return Windows.load(publish(folder, lambda aside: make_windows(*asked).save(aside)))
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, EOFError, ValueError) as error:
         if not folder.is_dir():
             raise
         print(f"{folder} is damaged ({error}): its windows are made anew", flush=True)
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
         return Windows.load(publish(folder, lambda aside: make_windows(*asked).save(aside)))
 
 

@@ -105,10 +105,14 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
             }
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     summary.write_text(json.dumps(scrub_values(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    (out / "results.json").unlink(missing_ok=True)
-    samples.replace(out / "samples.jsonl")
+    plot = out / ".confusion.new.png"
     if results.get("classes"):
-        plot_confusion(results["classes"], out / "confusion.png")
+        plot_confusion(results["classes"], plot)
+    for name in ("results.json", "confusion.png"):
+        (out / name).unlink(missing_ok=True)
+    samples.replace(out / "samples.jsonl")
+    if plot.exists():
+        plot.replace(out / "confusion.png")
     summary.replace(out / "results.json")
 
 

@@ -37,13 +37,15 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementa
 def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """The logits [M, vocab] at the pack's sources. Raises UserError where the model's forward gives others."""
     if pack.rows is None:
-        logits: torch.Tensor = model(**pack_inputs(model, pack, device), use_cache=False).logits[0]
+        logits: torch.Tensor = model(**pack_inputs(model, pack, device), use_cache=False).logits
     else:
         logits = _logits_of_rows(model, pack, pack.rows, device)
-    if len(logits) != len(pack.source):
+    if logits.shape[:2] != (1, len(pack.source)):
         name = type(extract_model_from_parallel(model, keep_torch_compile=False)).__name__
-        raise UserError(f"{name} gives logits of {len(logits)} tokens where {len(pack.source)} are asked for")
-    return logits
+        rows, tokens = logits.shape[:2]
+        told = f"logits of {rows} x {tokens} tokens where {len(pack.source)} are asked for"
+        raise UserError(f"model.base: {name} gives {told}: this architecture can't be trained here")
+    return logits[0]
 
 
 def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.device) -> torch.Tensor:
@@ -60,7 +62,7 @@ def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.devic
     try:
         # PEFT puts the mask of virtual tokens in front of one
         more = {"attention_mask": torch.ones_like(ids)} if has_virtual_tokens(model) else {}
-        logits: torch.Tensor = model(input_ids=ids, **more, use_cache=False).logits[0]
+        logits: torch.Tensor = model(input_ids=ids, **more, use_cache=False).logits
         return logits
     finally:
         hook.remove()

@@ -129,6 +129,8 @@ def _without_leaks(
         return rows, leaks, []
     first, match = leaked[0]
     told = f"{len(leaked)} training rows have a text that stands in the held-out data, {first.where} as {match.where}"
+    if removed and len(leaked) == len(rows):
+        raise DataError("", f"data.leaks remove leaves nothing to train on: {told}")
     if removed:
         return [c for c in rows if not found.get(c.context)], leaks, [f"{told}: they are left out"]
     return rows, leaks, [f"warning: {told} (data.leaks: remove leaves them out)"]

@@ -115,7 +115,7 @@ class BaselineEval(Section):
     limit: Count | None = None
     unanswerable_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Of squad_v2: the share of questions without an answer to expect where the run is used; the no-answer threshold is
-    chosen for it. Left out: that of data.dev_share."""
+    chosen for it, but not the best checkpoint. Left out: that of data.dev_share."""
     n_best: Count = 20
     max_answer_length: Count = 30
     """Tokens of the longest answer span."""
@@ -155,8 +155,8 @@ class BaselineRecipe(Section):
         if self.model.embedder and base != "sklearn:linear_svc":
             raise ValueError(f"model.embedder goes with model.base sklearn:linear_svc; {base} doesn't read it")
         check_rows(self.task, self.data, self.eval)
-        if self.eval.unanswerable_share and self.task != "squad_v2":
-            raise ValueError("eval.unanswerable_share is of task squad_v2; leave it out")
+        if self.eval.unanswerable_share and (self.task != "squad_v2" or self.is_floor or not self.data.dev_share):
+            raise ValueError("eval.unanswerable_share needs an encoder, task squad_v2 and data.dev_share; leave it out")
         best = self.train.metric_for_best_model
         if best and best != "loss" and best not in METRICS[self.objective]:
             raise ValueError(

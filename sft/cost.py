@@ -54,7 +54,11 @@ def system_of(run: Path, recipe: Recipe | BaselineRecipe, base: bool = False) ->
         plain["train"].pop(key)
     if not plain["model"].get("embedder"):  # a key that came later: without it a recipe is the one that it was
         plain["model"].pop("embedder", None)
-    plain["eval"] = None  # what is scored is the comparison's own matter
+    if plain["data"].get("leaks") == "keep":  # likewise
+        plain["data"].pop("leaks")
+    # what is scored is the comparison's own matter; what the threshold was chosen for is the run's
+    expected = plain["eval"].get("unanswerable_share")
+    plain["eval"] = {"unanswerable_share": expected} if expected else None
     cost = json.loads((run / COST).read_text()) if (run / COST).is_file() else {}
     if base:
         cost = {"parameters": cost.get("parameters"), "trainable_parameters": 0, "train_seconds": 0}

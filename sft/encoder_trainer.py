@@ -126,6 +126,7 @@ def check_processes(recipe: BaselineRecipe, processes: int) -> None:
 
 
 def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, cuda: bool) -> TrainingArguments:
+    """Of a training whose steps are divided over the processes, see check_processes."""
     train = recipe.train
     per_epoch = -(-rows // train.examples_per_step)
     steps = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))

@@ -76,6 +76,7 @@ def evaluate(
         if asking.shots:
             conversations = with_shots(conversations, known, asking.shots, recipe.train.seed if recipe else 0)
         answer = model_answerer(target, task, base, settings, asking, known, out / NAME)
+    seen = trained_on(brings, data, split) if brings and data and not base else []
     goes_on = (out / NAME).exists()  # then a part of the answers took none of the time below
     start = time.monotonic()
     predictions = answer(conversations)
@@ -86,7 +87,7 @@ def evaluate(
         "name": _name(target, base, asking),
         "data": source,
         **summarize(task, scored),
-        "trained_on": trained_on(brings, data, split) if brings and data and not base else [],
+        "trained_on": seen,
         "scorer": "labels" if asking.labels else "",
         "shots": asking.shots,
         "threshold_from": asking.threshold_from,
@@ -147,7 +148,8 @@ def trained_on(run: Path, data: str, split: str | None) -> list[str]:
     report = run / "data_report.json"
     if not report.is_file():
         return []
-    known = {sha256 for source in json.loads(report.read_text())["sources"] for sha256 in source["sha256"].values()}
+    sources = json.loads(report.read_text()).get("sources", [])
+    known = {sha256 for source in sources for sha256 in source.get("sha256", {}).values()}
     given = file_digests(files_of(Source(path=data, split=split)))
     return [name for name, sha256 in given.items() if sha256 in known]
 

@@ -91,7 +91,8 @@ def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: f
     }
     if isinstance(recipe, BaselineRecipe) and method == "prompt_tuning" and (most := positions_of(recipe.model)):
         # its virtual tokens take positions from the input
-        changes["data.max_seq_length"] = min(recipe.data.max_seq_length, most - changes["tune"]["num_virtual_tokens"])
+        virtual = changes["tune"].get("num_virtual_tokens") or 0
+        changes["data.max_seq_length"] = min(recipe.data.max_seq_length, most - virtual)
     if isinstance(recipe, Recipe):
         own = recipe.model.quantization
         nf4 = own.model_dump(mode="json") if own and own.load_in_4bit else {"load_in_4bit": True}

@@ -69,8 +69,8 @@ def _trace(model: PreTrainedModel, example: Example) -> Trace:
     """Teacher-forced over prompt and gold answer."""
     pack = build_pack([[example]])
     inputs = pack_inputs(model, pack, next(model.parameters()).device)
-    virtual = inputs.pop("logits_to_keep").min() - min(pack.source)
-    logits = model(**inputs, use_cache=False).logits[0, int(virtual) :].float()
+    del inputs["logits_to_keep"]
+    logits = model(**inputs, use_cache=False).logits[0].float()
     argmax = logits.argmax(-1).cpu()
     return Trace(logits[pack.source[:LOGITS]].cpu(), argmax[pack.source], argmax)
 

@@ -48,6 +48,7 @@ def load_any_recipe(
         tree = parse(_text(path), str(path))
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections (task, model, tune, data, train, eval)")
+        _as_it_was(tree, path)
         for override in overrides or []:
             _set(tree, override)
         return check_baseline(tree, check_files) if "objective" in tree else check_recipe(tree, check_files)
@@ -55,6 +56,14 @@ def load_any_recipe(
         raise RecipeError(str(error)) from error
     except OSError as error:  # a name that is too long, a folder that may not be read
         raise RecipeError(f"{path}: {error.strerror or error}: {str(error.filename)[:60]}; correct the name") from error
+
+
+def _as_it_was(tree: dict[str, Any], path: Path) -> None:
+    """Of a run from before eval.seed: what it held out was drawn by train.seed."""
+    evaluation, train = tree.get("eval"), tree.get("train")
+    of_run = path.name == "recipe.yaml" and (path.parent / "manifest.json").is_file()
+    if of_run and isinstance(evaluation, dict) and isinstance(train, dict) and "seed" in train:
+        evaluation.setdefault("seed", train["seed"])
 
 
 def _text(path: Path) -> str:

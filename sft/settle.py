@@ -58,7 +58,8 @@ def settle(
                 remedy = f"go on where the run was begun, or {remedy} in its recipe.yaml and allow the changed recipe"
             raise RecipeError(f"data.share_prefixes: {obstacle}; {remedy}")
         lines.append(f"prefixes are not shared: {obstacle}")
-        padded = takes_padding(model, data.max_length)
+        longest = data.max_length + (recipe.tune.peft.get("num_virtual_tokens") or 0)
+        (padded,) = broadcast_object_list([takes_padding(model, longest)])  # all processes plan the same packs
         layout = rows_layout(recipe, model.device.type == "cuda", padded)
         if not padded:
             lines.append("each example is a micro-batch of its own: padding behind it would change it")

@@ -113,6 +113,7 @@ def _train(
 ) -> Path | None:
     import torch
     from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
 
     from data.pack import make_packs
     from sft.base import resolve_base
@@ -147,7 +148,7 @@ def _train(
         examples, report = load_examples(recipe, tokenizer)
     held_out = load_held_out(recipe, tokenizer)
     model = load_base(recipe.model, state.device)
-    takes_mask = takes_packs(model, recipe.data.max_length)
+    (takes_mask,) = broadcast_object_list([takes_packs(model, recipe.data.max_length)])
     model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
     trainable, parameters = count_parameters(model)
     recipe, layout, decided = settle(recipe, model, examples, takes_mask, resume is not None)

@@ -26,7 +26,7 @@ from sft.encoder_trainer import EncoderTrainer, Unfreeze
 from sft.evaluate import evaluate, print_scores
 from sft.head import best_threshold
 from sft.recipe import RecipeError
-from sft.recipe_file import check_baseline, dump_recipe, load_recipe
+from sft.recipe_file import check_baseline, dump_recipe, load_any_recipe, load_recipe
 from sft.run import read_metrics
 from tests.conftest import ROOT, SAMPLES
 
@@ -152,18 +152,20 @@ def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path)
     assert rows == len(NEWS.read_text().splitlines())
 
 
-def test_no_answer_threshold_is_chosen_for_the_share_that_is_expected(tmp_path):
+def test_no_answer_threshold_is_chosen_for_the_share_that_is_expected(tiny_bert, tmp_path):
     """Right quotes lie at -2, -1 and 0.5, questions without an answer at -0.5 and 1."""
     found = {}
     places = [(-2, True), (-1, True), (-0.5, False), (0.5, True), (1, False)]
     asked = [Conversation((), str(d), str(d), answers=("x",) if has else (), context="x") for d, has in places]
     answers = [SpanAnswer("x", 0.0, 0.0, d, 0.5, 0.5, []) for d, _ in places]
     for share in (0.2, None, 0.7):
-        settings = recipe("extractive_qa", "floor:overlap", tmp_path, eval={"unanswerable_share": share})
+        settings = recipe("extractive_qa", tiny_bert, tmp_path, eval={"unanswerable_share": share})
         found[share] = best_threshold(settings, asked, answers)
     assert 0.5 <= found[0.2] < 1
     assert -1 <= found[0.7] < -0.5
     assert found[0.7] <= found[None] <= found[0.2]
+    with pytest.raises(RecipeError, match="needs an encoder, task squad_v2 and data.dev_share"):
+        recipe("extractive_qa", tiny_bert, tmp_path, data={"dev_share": 0}, eval={"unanswerable_share": 0.5})
 
 
 def test_other_training_seeds_hold_out_the_same(tmp_path):
@@ -424,3 +426,15 @@ def test_two_processes_train_as_one(tiny_bert, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert "7 is no multiple of the 2 processes" in refused.stdout + refused.stderr
     assert not folder.exists()
+
+
+def test_a_run_from_before_eval_seed_holds_out_what_it_held_out(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    text = dump_recipe(recipe("classification", "sklearn:linear_svc", run, train={"seed": 7}))
+    before = "\n".join(line for line in text.splitlines() if line != "  seed: 42") + "\n"
+    assert before != text
+    (run / "recipe.yaml").write_text(before)
+    assert load_any_recipe(run / "recipe.yaml").eval.seed == 42
+    (run / "manifest.json").write_text("{}")
+    assert load_any_recipe(run / "recipe.yaml").eval.seed == 7

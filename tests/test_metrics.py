@@ -42,23 +42,7 @@ def test_squad_scores(gold, predicted, exact, f1):
 
 def adversarial_text(rng: random.Random, like: str = "") -> str:
     """Words that normalise to little or nothing, or a text that is nearly `like`."""
-    words = [
-        "the",
-        "a",
-        "an",
-        "An",
-        "Paris",
-        "paris",
-        "U.S.",
-        "1999",
-        "x-ray",
-        "é",
-        "--",
-        "'s",
-        "\u00a0",
-        "and",
-        "THE.",
-    ]
+    words = ["the", "a", "an", "An", "Paris", "paris", "U.S.", "1999", "x-ray", "é", "--", "'s", "\xa0", "and", "THE."]
     found = like.split() if like and rng.random() < 0.5 else [rng.choice(words) for _ in range(rng.randrange(5))]
     if found and rng.random() < 0.5:
         found[rng.randrange(len(found))] = rng.choice(words)

@@ -127,22 +127,29 @@ def nll_alone(model: Any, row: Example) -> float:
         return float(model(ids, attention_mask=torch.ones_like(ids), labels=labels).loss * sum(row.loss_mask))
 
 
-def test_a_model_that_looks_ahead_takes_no_padding():
-    model = small_model("mistral")
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 0.01), (torch.bfloat16, 0.1), (torch.bfloat16, 0.0)])
+def test_a_model_that_looks_ahead_takes_no_padding(dtype, share):
+    model = small_model("mistral").to(dtype)
     for layer in model.model.layers:
         forward = layer.forward
-        layer.forward = lambda states, *a, forward=forward, **k: forward(states + states.mean(1, keepdim=True), *a, **k)
-    assert not takes_padding(model.eval(), 64)
+        layer.forward = lambda states, *a, forward=forward, **k: forward(
+            states + share * states.mean(1, keepdim=True), *a, **k
+        )
+    model.lm_head.eval()
+    model.model.train()
+    assert takes_padding(model, 64) is (share == 0)
+    assert (model.training, model.lm_head.training, model.model.training) == (True, False, True)
 
 
 def test_logits_of_other_tokens_than_asked_for_are_refused():
+    """Two rows of four tokens, four of them trained: a row of logits has as many as are asked for."""
     model = small_model("mistral")
-    head, model.lm_head = model.lm_head, torch.nn.Identity()
-    model.get_output_embeddings = lambda: head  # which the forward does not call
-    with pytest.raises(UserError, match="MistralForCausalLM gives logits of 6 tokens where 2 are asked for"):
-        pack_loss(
-            model, make_packs([Example([5, 6, 7, 8, 9, 10], [0, 0, 0, 0, 1, 1])], Layout(False, 64, "padded"))[0], CPU
-        )
+    unused = torch.nn.Linear(32, 64)
+    model.get_output_embeddings = lambda: unused  # which the forward does not call
+    rows = [Example([5, 6, 7, 8], [0, 0, 1, 1]), Example([5, 6, 9, 10], [0, 0, 1, 1])]
+    (pack,) = make_packs(rows, Layout(False, 64, "padded"))
+    with pytest.raises(UserError, match="MistralForCausalLM gives logits of 2 x 4 tokens where 4 are asked for"):
+        pack_loss(model, pack, CPU)
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "mistral"])

@@ -249,7 +249,9 @@ def test_second_start_takes_the_windows_of_the_first(questions, tmp_path, monkey
     assert_equal(load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS), fresh)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40])])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40]), lambda path: path.write_bytes(b"")]
+)
 def test_damaged_windows_are_made_anew(damage, questions, tmp_path, capsys):
     fresh = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
     wanted = {field.name: np.array(getattr(fresh, field.name)) for field in dataclasses.fields(fresh)}
