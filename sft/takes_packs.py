@@ -71,8 +71,8 @@ def takes_padding(model: PreTrainedModel, longest: int) -> bool:
     """Whether padding behind an example of at most `longest` tokens, and what stands in the other rows, change nothing
     in it. `model` may have its adapter.
 
-    Batches of one shape round alike, so what differs between them is read from padding or the other row; a batch and the
-    example alone differ by the rounding of half precision too."""
+    Batches of one shape round alike, so what differs between them is read from padding or the other row; a batch and
+    the example alone differ by the rounding of half precision too."""
     limit = _rope_limit(model.config.get_text_config().to_dict())
     if limit and longest > limit:
         return False
