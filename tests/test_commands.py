@@ -203,6 +203,7 @@ def test_chat_goes_on_after_a_line_that_is_too_long(trained):
     assert done.stdout.count("you") == 3
 
 
+@pytest.mark.slow
 def test_quickstart_keeps_its_results_where_serving_fails(tmp_path, tiny, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
@@ -216,6 +217,7 @@ def test_quickstart_keeps_its_results_where_serving_fails(tmp_path, tiny, monkey
     assert f"log: {tmp_path / 'run' / 'serve.log'}" in after
 
 
+@pytest.mark.slow
 def test_full_fine_tuning_exports_too(tmp_path, tiny):
     recipe = write_recipe(tmp_path / "r.yaml", tiny, tune="{method: full}", export="{dtype: float32}")
     run("train", recipe)
@@ -224,6 +226,7 @@ def test_full_fine_tuning_exports_too(tmp_path, tiny):
     assert (tmp_path / "run" / "export" / "parity.json").is_file()
 
 
+@pytest.mark.slow
 def test_prompt_tuning_trains_scores_and_says_that_it_cannot_be_merged(tmp_path, tiny):
     recipe = write_recipe(
         tmp_path / "r.yaml",

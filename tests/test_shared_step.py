@@ -210,6 +210,7 @@ def test_flex_attention_trains_on_a_gpu_as_the_dense_mask_does(questions, tokeni
     assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
 
 
+@pytest.mark.slow
 @needs_real("squad_v2/train.json.gz")
 def test_one_shared_step_on_real_squad_and_the_real_model_equals_the_flat_one(tokenizer):
     rows = read_squad(REAL_DATA / "squad_v2" / "train.json.gz")

@@ -124,9 +124,8 @@ PROMPT_TUNING = {
 }
 
 
-@pytest.mark.parametrize(
-    "changes", [pytest.param({}, id="lora"), pytest.param(PROMPT_TUNING, id="prompt_tuning", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, PROMPT_TUNING], ids=["lora", "prompt_tuning"])
 def test_two_processes_give_the_same_losses_as_one(changes, tmp_path, tiny):
     curves = []
     for processes in (1, 2):
