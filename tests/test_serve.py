@@ -329,7 +329,7 @@ def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_
         serve_command_line([str(tiny)], port=free_port(), retries=2)
     told = capfd.readouterr()
     assert ended.value.code == 2
-    assert told.out.count("it answers: 'Paris'") == 3
+    assert "it answers: 'Paris'" in told.out  # not each time: it may die before the answer has arrived
     kept = sorted(tiny.glob("serve-*.[12].log"))
     assert len(kept) == 2  # of each that died
     for log in kept:
