@@ -50,9 +50,10 @@ class Server:
     log: Path
     process: "subprocess.Popen[bytes]"
 
-    def wait(self) -> None:
-        """Return never: raise ServerDied once vLLM stops by itself."""
-        raise ServerDied(why_it_stopped(self.log, self.process.wait()))
+    def wait(self, seconds: float | None = None) -> None:
+        """Raise ServerDied once vLLM stops by itself; return where it still runs after so many seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            raise ServerDied(why_it_stopped(self.log, self.process.wait(seconds)))
 
 
 @contextlib.contextmanager

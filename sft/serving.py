@@ -67,11 +67,16 @@ def serve(
 
 def _serve_once(targets: list[str], host: str, port: int, log: Path, options: list[str], loras: dict[str, str]) -> None:
     """Until Ctrl-C."""
+    from eval.client import ServerError
     from sft.serve import check_completion, curl_line, server
 
     with server(targets, host, port, log, options, loras) as running:
         url, name = running.url, running.names[0]
-        answer = check_completion(url, name)
+        try:
+            answer = check_completion(url, name)
+        except ServerError:
+            running.wait(seconds=10)  # where it died of the question, that is the reason
+            raise
         print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
         print(f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True)
         try:

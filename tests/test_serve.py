@@ -324,12 +324,11 @@ def test_server_that_dies_once_it_was_ready_ends_with_its_reason(fake_vllm, tmp_
 
 
 def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_path, tiny, capfd):
-    """It dies with its first answer each time."""
+    """It dies with its first answer each time, before or after that has arrived."""
     with pytest.raises(SystemExit) as ended:
         serve_command_line([str(tiny)], port=free_port(), retries=2)
     told = capfd.readouterr()
     assert ended.value.code == 2
-    assert "it answers: 'Paris'" in told.out  # not each time: it may die before the answer has arrived
     kept = sorted(tiny.glob("serve-*.[12].log"))
     assert len(kept) == 2  # of each that died
     for log in kept:
