@@ -105,10 +105,10 @@ def _without_leaks(
     if recipe.objective == "mlm" or not (recipe.eval.data or recipe.eval.share):
         return rows, {"checked": False}, []
     held_out = TextIndex(near=False)
-    for conversation in baseline_questions(recipe):
-        if text := normalize(conversation.context):
-            held_out.add(text, conversation.where)
-    found = {c.context: held_out.find(c.context) for c in rows if normalize(c.context)}
+    texts = {c.context: c.where for c in reversed(baseline_questions(recipe)) if c.context.strip()}  # first places
+    for text, where in texts.items():
+        held_out.add(text, where)
+    found = {text: held_out.find(text) for text in {c.context for c in rows} if normalize(text)}
     leaked = [(c, match) for c in rows if (match := found.get(c.context))]
     removed = recipe.data.leaks == "remove"
     leaks = {
