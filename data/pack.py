@@ -7,7 +7,7 @@ exactly when k <= q < end[k]: documents and siblings are isolated, ancestors sha
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain, islice
 from typing import Literal
 
@@ -19,6 +19,7 @@ LOOK_AHEAD = 64  # contexts that compete for the room left in a step
 # Time of a micro-batch in units of a token's: SmolLM2-135M on 2 CPU cores, see tests/benchmarks/throughput.py --growth
 FIXED_TOKENS = 32  # reading all weights once
 DENSE_TOKENS = 1000  # so many tokens spend as much on attention over T^2 as on all else
+SHARES = (1.05, 1.2, 1.5)  # packs of several processes: room above equal shares, as trees don't fill them evenly
 
 
 @dataclass(frozen=True)
@@ -117,11 +118,33 @@ def pad_rows(examples: Sequence[Example]) -> Pack:
     return pack
 
 
-def make_packs(examples: Sequence[Example], layout: Layout = Layout()) -> list[Pack]:
-    """Micro-batches that hold the examples once each."""
+def make_packs(examples: Sequence[Example], layout: Layout = Layout(), processes: int = 1) -> list[Pack]:
+    """Micro-batches that hold the examples once each. Where several processes divide them, the largest first in turn,
+    they are so small that the busiest process is done as early as can be."""
+    layout = _for_processes(examples, layout, processes) if processes > 1 else layout
     if layout.attention in ("padded", "alone"):
         return [pad_rows(rows) for rows in plan_rows(examples, layout)]
     return [build_pack(trees) for trees in plan_packs(examples, layout)]
+
+
+def pack_sizes(examples: Sequence[Example], layout: Layout) -> list[int]:
+    """Tokens of each micro-batch that make_packs would make."""
+    if layout.attention in ("padded", "alone"):
+        return [len(rows) * len(rows[0].ids) for rows in plan_rows(examples, layout)]
+    return [sum(map(count_tokens, trees)) for trees in plan_packs(examples, layout)]
+
+
+def _for_processes(examples: Sequence[Example], layout: Layout, processes: int) -> Layout:
+    """Smaller packs compute more prefixes twice, so that neither the largest nor equal shares are always best."""
+
+    def busiest(candidate: Layout) -> float:
+        return sum(map(layout.cost, sorted(pack_sizes(examples, candidate), reverse=True)[::processes]))
+
+    tokens = sum(pack_sizes(examples, layout))
+    rounds = math.ceil(tokens / (processes * layout.pack_tokens))
+    shares = (math.ceil(more * tokens / (processes * rounds)) for more in SHARES)
+    smaller = [replace(layout, pack_tokens=share) for share in shares if share < layout.pack_tokens]
+    return min([layout, *smaller], key=busiest)
 
 
 def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tensor:

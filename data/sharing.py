@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from data.pack import Layout, count_tokens, plan_packs, step_order
+from data.pack import Layout, pack_sizes, step_order
 from data.store import Examples
 
 CONTEXTS = 2_000  # it is measured on at most so many
@@ -36,7 +36,7 @@ def measure_sharing(
         rows = [examples[chosen[i]] for i in step]
         flat += sum(len(row.ids) for row in rows)
         for share, layout in ((True, shared), (False, alone)):
-            sizes = [sum(map(count_tokens, trees)) for trees in plan_packs(rows, layout)]
+            sizes = pack_sizes(rows, layout)
             costs[share] += sum(map(layout.cost, sizes))
             executed += sum(sizes) if share else 0
     return Sharing(flat / executed, costs[False] / costs[True]) if executed else Sharing(1.0, 1.0)

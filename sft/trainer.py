@@ -39,8 +39,8 @@ class StepPlan:
     steps_per_epoch: int
     layout: Layout
 
-    def packs(self, step: int) -> list[Pack]:
-        return make_packs([self.examples[i] for i in self.steps[step]], self.layout)
+    def packs(self, step: int, processes: int = 1) -> list[Pack]:
+        return make_packs([self.examples[i] for i in self.steps[step]], self.layout, processes)
 
 
 def plan_steps(examples: Examples, train: Train, layout: Layout, max_branches: int | None = None) -> StepPlan:
@@ -133,7 +133,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
     def _collate(self, batch: list[dict[str, int]], processes: int) -> dict[str, Any]:
         (item,) = batch
         row = item["row"]
-        packs = self.plan.packs(row // processes)
+        packs = self.plan.packs(row // processes, processes)
         return {
             "row": row,
             "pack_tokens": self.plan.layout.pack_tokens,

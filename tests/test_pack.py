@@ -9,6 +9,7 @@ import pytest
 from data.chat import Example, encode
 from data.pack import Layout, attention_mask, build_pack, make_packs, step_order
 from data.sharing import measure_sharing
+from sft.trainer import shard_packs
 from tests.conftest import stored
 
 
@@ -107,6 +108,25 @@ def test_trees_fill_every_pack_but_the_last_where_masked_attention_is_free():
     rows = rows_of(0, 100, 17)
     assert [len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "sparse"))] == [500, 500, 500, 200]
     assert max(len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "dense"))) < 300
+
+
+@pytest.mark.parametrize("processes", [2, 3, 4])
+@pytest.mark.parametrize("attention", ["dense", "sparse", "padded"])
+def test_a_step_that_fits_into_one_pack_is_divided_among_the_processes(attention, processes, questions, tokenizer):
+    examples = [encode(q, tokenizer, 1024) for q in questions]
+    layout = Layout(attention != "padded", 50_000, attention)
+    packs = make_packs(examples, layout, processes)
+    assert sorted(t for p in packs for t in p.target) == sorted(t for p in make_packs(examples) for t in p.target)
+    alone = sum(layout.cost(len(p.input_ids)) for p in make_packs(examples, layout))
+    shares = [shard_packs(packs, rank, processes) for rank in range(processes)]
+    busiest = max(sum(layout.cost(len(pack.input_ids)) for pack, _ in share) for share in shares)
+    assert busiest < 1.4 * alone / processes
+
+
+def test_a_passage_is_not_computed_by_two_processes_where_that_takes_longer():
+    layout = Layout(True, 512, "sparse")
+    assert len(make_packs(rows_of(400, 2, 30), layout, 2)) == 1
+    assert len(make_packs(rows_of(200, 25, 10), layout, 2)) == 2
 
 
 def test_small_trees_fill_a_pack_together():
