@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
-from eval.partial import kept
+from eval.answer_log import kept
 from eval.predict import Prediction
 
 if TYPE_CHECKING:  # a second to import, for commands that ask no server

@@ -13,9 +13,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from data.report import INVISIBLE, number
-from eval.classes import classes
+from data.audit.report import INVISIBLE, number
 from eval.metrics import OTHER
+from eval.per_label import classes
 from eval.stats import (
     bootstrap_sums,
     brier,
@@ -149,7 +149,7 @@ def page(report: Found) -> str:
         finalize=_visible,
     )
     jinja.filters["n"] = number
-    return jinja.get_template("compare.html").render(report, costs=COSTS, title=_titles(report), other=OTHER)
+    return jinja.get_template("compare_report.html").render(report, costs=COSTS, title=_titles(report), other=OTHER)
 
 
 def markdown(report: Found) -> str:

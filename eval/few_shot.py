@@ -5,9 +5,9 @@ import random
 from collections.abc import Sequence
 from itertools import zip_longest
 
+from data.audit.duplicates import normalize
 from data.conversation import Conversation, DataError, Message
-from data.duplicates import normalize
-from data.squad import UNANSWERABLE
+from data.readers.squad import UNANSWERABLE
 
 
 def with_shots(
@@ -19,8 +19,8 @@ def with_shots(
     data allow; so do answerable and unanswerable questions, answerable first. Drawn is among the shorter half of the
     examples of a kind, by the characters of their prompts (more of them only where n needs it): every prompt pays for
     its shots. Never one whose context or cluster (see Conversation) is that of a scored conversation after
-    normalisation (see data/duplicates.py), nor one with an empty question. An example's own system turn is left out.
-    Raises DataError where fewer than n are left.
+    normalisation (see data/audit/duplicates.py), nor one with an empty question. An example's own system turn is left
+    out. Raises DataError where fewer than n are left.
     """
     if n == 0:
         return list(conversations)

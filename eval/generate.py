@@ -10,10 +10,10 @@ from typing import Any, cast
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from data.chat import Example
-from data.pack import attention_mask, build_pack, common_prefix
+from data.encode.chat import Example
+from data.encode.pack import attention_mask, build_pack, common_prefix
 from data.progress import Bar
-from eval.rows import Batch, Question, Row, attention, room
+from eval.decode_batch import Batch, Question, Row, attention, room
 
 ROW_QUESTIONS = 16  # with 8 answering took 9 % longer (SmolLM2-135M, 10 questions a passage); 32 was the same
 ROW_TOKENS = 1024  # of the prompts of a row: they are computed at once, with attention over T^2

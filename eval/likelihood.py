@@ -1,7 +1,7 @@
 """Log-likelihoods of given answers -> the likeliest label with its probability; how near "unanswerable" was.
 
 What all prompts begin with (the instruction, few-shot examples) is computed once and kept. Behind it, prompts and their
-candidate answers are packs (see data/pack.py): a prompt stands once, its answers are branches, and where it pays
+candidate answers are packs (see data/encode/pack.py): a prompt stands once, its answers are branches, and where it pays
 several prompts share a pack, and what they have in common. The head is computed where an answer's tokens are predicted.
 """
 
@@ -16,14 +16,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import Example, encode, encode_prompt
 from data.conversation import Conversation, DataError, Message
-from data.pack import Layout, Pack, attention_mask, build_pack, common_prefix, plan_packs
+from data.encode.chat import Example, encode, encode_prompt
+from data.encode.pack import Layout, Pack, attention_mask, build_pack, common_prefix, plan_packs
 from data.progress import Bar, track
-from data.squad import UNANSWERABLE
+from data.readers.squad import UNANSWERABLE
+from eval.decode_batch import takes_rows
 from eval.metrics import normalize_answer
 from eval.predict import Prediction, max_positions
-from eval.rows import takes_rows
 
 WINDOW = 64  # prompts whose packs are made at once: an answer repeats its prompt's ids until they are packed
 
@@ -50,7 +50,7 @@ def answer_logprobs(
 ) -> list[list[float]]:
     """Log-likelihood of each candidate answer as the assistant's turn behind its prompt, in nats, in order.
 
-    The sum over the answer's tokens and the token that ends the turn, encoded as in training (see data/chat.py).
+    The sum over the answer's tokens and the token that ends the turn, encoded as in training (see data/encode/chat.py).
     batch_tokens: most tokens of a pack; only a longer prompt with one answer makes a larger one. `packed=False`
     computes one candidate at a time, for models that can't take a pack's mask: the same numbers.
     Raises DataError for an empty candidate, and where prompt and answer need more positions than the model has.

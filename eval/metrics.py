@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.squad import UNANSWERABLE
+from data.readers.squad import UNANSWERABLE
 
 OTHER = ""  # predicted: no label at all, or one that no question has
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import encode_prompt, end_of_turn
 from data.conversation import Conversation, DataError
+from data.encode.chat import encode_prompt, end_of_turn
 from data.progress import track
+from eval.decode_batch import takes_rows
 from eval.generate import generate_ids, generate_one
-from eval.rows import takes_rows
 
 
 @dataclass(frozen=True)

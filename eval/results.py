@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from data.conversation import Conversation
-from data.scrub import scrub_values
-from eval.classes import classes, plot_confusion
+from data.redact import scrub_values
 from eval.metrics import gold_label, label_counts
+from eval.per_label import classes, plot_confusion
 from eval.predict import Prediction
 from eval.stats import bootstrap_sums, cell, macro_f1, score_interval
 from eval.tasks import TASKS
@@ -47,7 +47,7 @@ def score(task: str, conversations: Sequence[Conversation], predictions: Sequenc
 
 def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
     """Percentages and 95 % intervals of the task's scores, total and by answerability; counts of what went wrong; of
-    labels that occur, how each fares (see eval/classes.py)."""
+    labels that occur, how each fares (see eval/per_label.py)."""
     parts = {"total": scored}
     if task == "squad_v2":
         parts["HasAns"] = [s for s in scored if s.conversation.answers]

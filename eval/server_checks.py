@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data.pack import common_prefix
+from data.encode.pack import common_prefix
 
 TOP = 5
 # nats: how much less likely in-process the server's first token may be. bfloat16 rounds logits near 20 to 1/8, and

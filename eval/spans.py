@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.conversation import Conversation, DataError
-from data.squad import UNANSWERABLE
-from data.windows import Windows
+from data.encode.qa_windows import Windows
+from data.readers.squad import UNANSWERABLE
 
 Candidate = tuple[float, int, int]  # score, and from and to which character of the context
 

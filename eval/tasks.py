@@ -1,12 +1,12 @@
-"""Tasks: how an answer is scored. How rows become conversations is their format's part, see data/source.py."""
+"""Tasks: how an answer is scored. How rows become conversations is their format's part, see data/readers/source.py."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 from data.conversation import Conversation
-from data.newsgroups import NEWSGROUPS
-from data.source import FileSource, read_all
+from data.readers.newsgroups import NEWSGROUPS
+from data.readers.source import FileSource, read_all
 from eval.metrics import label_scores, reference_scores, squad_scores
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 
 from data.progress import LINE_EVERY_S
-from sft import supervisor
-from sft.run import RunError
+from sft import child_supervisor as supervisor
+from sft.runs.folder import RunError
 
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as the supervisor ends, or tells of what it started
 

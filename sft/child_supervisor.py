@@ -1,4 +1,6 @@
-"""Run a command and stop its whole process group once this process's stdin ends: python sft/supervisor.py COMMAND...
+"""Run a command and stop its whole process group once this process's stdin ends.
+
+python sft/child_supervisor.py COMMAND...
 
 The other end of stdin is a pipe that the parent holds. The kernel closes it however the parent ends, by kill -9 too, so
 that no server outlives it; nor, on Linux, this process. Standard library only: it lives as long as the server and

@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import UserError
-from sft.evaluate import column_of, evaluate, interval, score_names
-from sft.export import export
-from sft.monitor import peak_memory_gib
-from sft.recipe import RecipeError
-from sft.recipe_file import load_recipe
-from sft.run import read_metrics
+from sft.export.pipeline import export
+from sft.recipe.load import load_recipe
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import read_metrics
+from sft.runs.monitor import peak_memory_gib
+from sft.scoring.evaluate import column_of, evaluate, interval, score_names
 from sft.train import train
 
 
@@ -56,7 +56,7 @@ def quickstart(recipe_path: Path) -> None:
 
 def score_served(run: Path) -> dict[str, Any] | None:
     """Results of the export behind a server; None, with a line that says why, where they can't be had."""
-    from sft.serve import free_port, server
+    from sft.serving.serve import free_port, server
 
     log = run / "serve.log"
     try:

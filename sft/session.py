@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 from data.errors import ExitCode, UserError, is_disk_full
-from data.scrub import print_scrubbed, scrub, secret_line
+from data.redact import print_scrubbed, scrub, secret_line
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 VISIBLE = (

@@ -16,9 +16,9 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
-from sft.baseline_recipe import BaselineRecipe
-from sft.recipe import Recipe, RecipeError
-from sft.recipe_file import load_any_recipe
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.load import load_any_recipe
+from sft.recipe.schema import Recipe, RecipeError
 from sft.session import keeps_pickles, shards_parameters, tune_allocator, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
@@ -47,8 +47,8 @@ def main(
     changed = parse_changed(resume, allow_changed, elastic)
     loaded = load_any_recipe(path, overrides)
     if retries and not dry_run:
-        from sft.retries import supervise
-        from sft.run import agree_on_folder
+        from sft.runs.folder import agree_on_folder
+        from sft.training.retries import supervise
 
         folder = resume or agree_on_folder(loaded, path, probe=True)
         words = [word for text in overrides or [] for word in ("--set", text)]
@@ -58,7 +58,7 @@ def main(
             supervise([str(path), *words, "--set", f"train.output_dir={folder}"], folder, going_on, retries)
         )
     if isinstance(loaded, BaselineRecipe):
-        from sft.bert import print_next, train_baseline
+        from sft.baselines.train import print_next, train_baseline
 
         if dry_run:
             raise RecipeError("--dry-run: estimates the training of an adapter; leave it out for a baseline")
@@ -67,8 +67,8 @@ def main(
             print_next(loaded, run)
         return
     if dry_run:
-        from sft.dry_run import print_plan
-        from sft.run import agree_on_folder
+        from sft.runs.folder import agree_on_folder
+        from sft.training.dry_run import print_plan
 
         if not resume:
             agree_on_folder(loaded, path, probe=True)
@@ -90,7 +90,7 @@ def recipe_to_train(recipe: Path | None, overrides: list[str] | None, resume: Pa
 
 def parse_changed(resume: Path | None, allowed: str | None, elastic: bool) -> tuple[tuple[str, ...], bool]:
     """What --allow-changed and --elastic let a resumed run change. Raises RecipeError for anything else."""
-    from sft.resume import parse_allowed
+    from sft.runs.resume import parse_allowed
 
     if not resume and (allowed or elastic):
         raise RecipeError(f"{'--elastic' if elastic else '--allow-changed'} is read with --resume RUN; leave it out")
@@ -115,19 +115,19 @@ def _train(
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
-    from data.pack import make_packs
-    from sft.base import resolve_base
-    from sft.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
-    from sft.cost import COST, Stopwatch
-    from sft.examples import load_examples, load_held_out
-    from sft.interrupt import locked
-    from sft.model import check_length, count_parameters, load_base, load_tokenizer, tune_model
-    from sft.monitor import Monitor
-    from sft.resume import begin, note_changed_data
-    from sft.run import agree_on_folder, finish_run, manifest, read_metrics, warnings_of, write_json
-    from sft.settle import apply_settled, settle, settle_compile, settle_dtype
-    from sft.takes_packs import takes_packs
-    from sft.trainer import PackTrainer, plan_steps, training_arguments
+    from data.encode.pack import make_packs
+    from sft.models.capabilities import takes_packs
+    from sft.models.load import check_length, count_parameters, load_base, load_tokenizer, tune_model
+    from sft.models.resolve import resolve_base
+    from sft.runs.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
+    from sft.runs.cost import COST, Stopwatch
+    from sft.runs.folder import agree_on_folder, finish_run, manifest, read_metrics, warnings_of, write_json
+    from sft.runs.interrupt import locked
+    from sft.runs.monitor import Monitor
+    from sft.runs.resume import begin, note_changed_data
+    from sft.training.auto import apply_settled, settle, settle_compile, settle_dtype
+    from sft.training.examples import load_examples, load_held_out
+    from sft.training.trainer import PackTrainer, plan_steps, training_arguments
 
     state = PartialState(cpu=not torch.cuda.is_available())
     main, sharded = state.is_main_process, shards_parameters()

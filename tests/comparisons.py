@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from data.newsgroups import NEWSGROUPS
+from data.readers.newsgroups import NEWSGROUPS
 from eval.metrics import label_scores, squad_scores
 
 Row = dict[str, Any]

@@ -24,11 +24,11 @@ from transformers import (
     set_seed,
 )
 
-from data.chat import Example
 from data.conversation import Conversation
-from data.source import FileSource, read_all
-from data.store import Examples, Writer
-from sft.base import resolve_base
+from data.encode.chat import Example
+from data.encode.example_store import Examples, Writer
+from data.readers.source import FileSource, read_all
+from sft.models.resolve import resolve_base
 
 ROOT = Path(__file__).parents[1]
 SAMPLES = ROOT / "data" / "samples"

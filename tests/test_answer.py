@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from data.errors import UserError
-from data.squad import UNANSWERABLE
-from eval.partial import NAME, Partial
+from data.readers.squad import UNANSWERABLE
+from eval.answer_log import NAME, Partial
 from eval.predict import Prediction
-from sft.answer import Asking, training_questions
-from sft.evaluate import evaluate
-from sft.recipe_file import load_recipe
+from sft.recipe.load import load_recipe
+from sft.scoring.answerers import Asking, training_questions
+from sft.scoring.evaluate import evaluate
 from sft.train import train
 from tests.conftest import SAMPLES, write_recipe
 

@@ -6,8 +6,8 @@ import pytest
 from typer.testing import CliRunner
 
 from eval.client import ServerError
-from sft.bench_serve import Load, Request, Target, bench_serve, make_prompts, summarize
 from sft.cli import app
+from sft.serving.bench import Load, Request, Target, bench_serve, make_prompts, summarize
 from tests.fake_server import Streaming, streaming
 
 
@@ -55,7 +55,7 @@ def test_ratio_is_taken_round_by_round():
 
 
 def test_refused_request_ends_it_with_one_line(url, monkeypatch):
-    monkeypatch.setattr("sft.bench_serve.served_models", lambda url: ["broken"])
+    monkeypatch.setattr("sft.serving.bench.served_models", lambda url: ["broken"])
     with pytest.raises(ServerError, match="broken: status 500"):
         bench_serve([url], [], [2], 4, 5, 4, 1)
     with pytest.raises(ServerError, match="--model base: is not among those served: broken"):

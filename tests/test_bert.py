@@ -16,18 +16,18 @@ from transformers import AlbertConfig, AlbertForSequenceClassification
 from data.conversation import Conversation, DataError
 from eval.compare import CompareError, compare
 from eval.spans import SpanAnswer
-from sft.answer import Asking
-from sft.ask import ask_run, classify_text
-from sft.baseline_data import baseline_questions, read_split
-from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe, EncoderModel
-from sft.bert import train_baseline
-from sft.encoder import depths, load_encoder, load_trained, predict
-from sft.encoder_trainer import EncoderTrainer, Unfreeze
-from sft.evaluate import evaluate, print_scores
-from sft.head import best_threshold
-from sft.recipe import RecipeError
-from sft.recipe_file import check_baseline, dump_recipe, load_any_recipe, load_recipe
-from sft.run import read_metrics
+from sft.baselines.data import baseline_questions, read_split
+from sft.baselines.encoder import depths, load_encoder, load_trained, predict
+from sft.baselines.heads import best_threshold
+from sft.baselines.train import train_baseline
+from sft.baselines.trainer import EncoderTrainer, Unfreeze
+from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe, EncoderModel
+from sft.recipe.load import check_baseline, dump_recipe, load_any_recipe, load_recipe
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import read_metrics
+from sft.scoring.answerers import Asking
+from sft.scoring.ask import ask_run, classify_text
+from sft.scoring.evaluate import evaluate, print_scores
 from tests.conftest import ROOT, SAMPLES
 
 NEWS, SQUAD = SAMPLES / "newsgroups.jsonl", SAMPLES / "squad_train.json"
@@ -416,7 +416,7 @@ def test_two_processes_train_as_one(tiny_bert, tmp_path):
         (tmp_path / "r.yaml").write_text(dump_recipe(recipe("classification", base, run, train={"logging_steps": 1})))
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         port = ["--master_port", str(29900 + os.getpid() % 90)]
-        command = [*launch, *port, "sft/bert.py", str(tmp_path / "r.yaml"), *more]
+        command = [*launch, *port, "sft/train.py", str(tmp_path / "r.yaml"), *more]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         found.append((done, run))
     (_, one), (_, two), (refused, folder) = found

@@ -7,7 +7,8 @@ import json
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from data.chat import (
+from data.conversation import Conversation, DataError
+from data.encode.chat import (
     AUDITS,
     NONCHARACTERS,
     TooLong,
@@ -18,8 +19,7 @@ from data.chat import (
     markers_in,
     special_ids,
 )
-from data.conversation import Conversation, DataError
-from data.tokens import encoder_of
+from data.encode.tokens import encoder_of
 from tests.conftest import REAL_DATA, needs_real
 from tests.families import FAMILIES, build
 

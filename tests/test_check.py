@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from data.chat import AUDITS
-from data.check import Rules, examine, read_held_out
+from data.audit.examine import Rules, examine, read_held_out
+from data.audit.split import chosen_contexts
 from data.conversation import DataError, Ledger
-from data.draw import chosen_contexts
-from data.source import read_rows
-from data.store import Examples
-from sft.recipe import TrainSource
+from data.encode.chat import AUDITS
+from data.encode.example_store import Examples
+from data.readers.source import read_rows
+from sft.recipe.schema import TrainSource
 from tests.conftest import REAL_DATA, SAMPLES, needs_real
 
 STRICT = dict.fromkeys(AUDITS, 0)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-import sft.checkpoint
+import sft.runs.checkpoint
 from data.errors import DiskFull
-from sft.checkpoint import checkpoints, damage, last_checkpoint, publish, remove_leftovers, rotate, set_aside
-from sft.run import RunError, read_metrics
-from sft.state import load_state, random_state, save_state, set_random_state
+from sft.runs.checkpoint import checkpoints, damage, last_checkpoint, publish, remove_leftovers, rotate, set_aside
+from sft.runs.folder import RunError, read_metrics
+from sft.runs.state import load_state, random_state, save_state, set_random_state
 
 
 def write(run: Path, step: int) -> Path:
@@ -108,7 +108,7 @@ def test_what_cannot_be_read_is_named(run):
 
 def test_what_the_disk_does_not_return_is_not_published(run, monkeypatch):
     write(run, 5)
-    flush, hashed = sft.checkpoint.flush, sft.checkpoint.file_sha256
+    flush, hashed = sft.runs.checkpoint.flush, sft.runs.checkpoint.file_sha256
     seen = set()
 
     def lose(path: Path) -> str:
@@ -117,11 +117,11 @@ def test_what_the_disk_does_not_return_is_not_published(run, monkeypatch):
         seen.add(path)
         return hashed(path)
 
-    monkeypatch.setattr(sft.checkpoint, "file_sha256", lose)
+    monkeypatch.setattr(sft.runs.checkpoint, "file_sha256", lose)
     with pytest.raises(OSError, match="does not return what was written"):
         write(run, 10)
     monkeypatch.undo()
-    assert flush is sft.checkpoint.flush
+    assert flush is sft.runs.checkpoint.flush
     remove_leftovers(run)
     assert last_checkpoint(run) == (run / "checkpoint-5", {})
     assert not list(run.glob(".*"))
@@ -165,8 +165,8 @@ def test_too_small_a_disk_is_told_before_training(run, monkeypatch):
     model = torch.nn.Linear(1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 20_000_000))
     with pytest.raises(DiskFull, match="room for 0.02 GiB, and two checkpoints take 0.02 GiB"):
-        sft.checkpoint.check_space(run, model, "adamw_torch_fused")
-    sft.checkpoint.check_space(run, model, "sgd")
+        sft.runs.checkpoint.check_space(run, model, "adamw_torch_fused")
+    sft.runs.checkpoint.check_space(run, model, "sgd")
 
 
 def test_state_comes_back_bit_for_bit(tmp_path):

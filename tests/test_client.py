@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from data.conversation import Conversation
 from eval import client
+from eval.answer_log import NAME
 from eval.client import ServerError, ask_server, served_model
-from eval.partial import NAME
 from sft.cli import app
 from tests.fake_server import Streaming, completion, serving, streaming
 
@@ -154,7 +154,7 @@ def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
 
 
 def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
-    from sft.evaluate import evaluate
+    from sft.scoring.evaluate import evaluate
     from tests.conftest import SAMPLES
 
     with serving(echo, "served") as url:

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from eval.predict import Prediction
 from sft.cli import app
-from sft.evaluate import print_scores
-from sft.load import load_run
-from sft.parity import compare
+from sft.export.parity import compare
+from sft.models.target import load_run
+from sft.scoring.evaluate import print_scores
 from tests.conftest import ROOT, SAMPLES, write_recipe
 
 
@@ -115,7 +115,7 @@ def test_export_onto_the_original_base_says_so_and_needs_leave_to_differ(trained
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
     recipe["export"]["base"] = "original"
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr("sft.judge.compare", lambda *traces: compare(*traces) | {"answer_argmax_agreement": 0.5})
+    monkeypatch.setattr("sft.export.judge.compare", lambda *traces: compare(*traces) | {"answer_argmax_agreement": 0.5})
     refused = run("export", copy, code=2)
     assert "agree on 50.00% of the answer tokens, less than export.min_agreement 99.00%" in refused.stderr
     assert not (copy / "export").exists()
@@ -181,9 +181,9 @@ def test_scores_are_printed_by_the_names_that_the_task_gives(capsys):
 
 def test_server_is_asked_what_the_run_holds_out(trained, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr("sft.answer.served_model", lambda url, wanted: "m")
+    monkeypatch.setattr("sft.scoring.answerers.served_model", lambda url, wanted: "m")
     monkeypatch.setattr(
-        "sft.answer.ask_server",
+        "sft.scoring.answerers.ask_server",
         lambda url, name, questions, *more: [seen.append(q) or Prediction("x", 1, True) for q in questions],
     )
     run("eval", "http://127.0.0.1:1/v1", "--run", trained, "--out", tmp_path / "served")
@@ -207,7 +207,9 @@ def test_chat_goes_on_after_a_line_that_is_too_long(trained):
 def test_quickstart_keeps_its_results_where_serving_fails(tmp_path, tiny, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "vllm" else find(name))
-    monkeypatch.setattr("sft.serve.serve_command", lambda *a: [sys.executable, "-c", "raise SystemError('no memory')"])
+    monkeypatch.setattr(
+        "sft.serving.serve.serve_command", lambda *a: [sys.executable, "-c", "raise SystemError('no memory')"]
+    )
     recipe = write_recipe(tmp_path / "r.yaml", tiny)
     done = run("quickstart", recipe)
     table, _, after = done.stdout.partition("and serve")

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
-from data.newsgroups import NEWSGROUPS
+from data.readers.newsgroups import NEWSGROUPS
 from eval.compare import compare
-from eval.compare_plots import _question_word
+from eval.compare_report import _question_word
 from eval.metrics import normalize_label
 from eval.stats import brier, cluster_interval, expected_calibration_error, mcnemar_exact, paired_cluster_bootstrap
 from tests.comparisons import SYSTEM, Row, answered, questions, samples, squad_runs, write

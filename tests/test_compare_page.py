@@ -9,7 +9,7 @@ import pytest
 from test_report import Page
 
 from eval.compare import CompareError, compare
-from eval.compare_plots import _question_word
+from eval.compare_report import _question_word
 from tests.comparisons import Row, answered, edit, questions, squad_runs, write
 
 

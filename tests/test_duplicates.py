@@ -7,7 +7,7 @@ import tracemalloc
 
 import pytest
 
-from data.duplicates import RUNS_KEPT, TextIndex, normalize
+from data.audit.duplicates import RUNS_KEPT, TextIndex, normalize
 from tests.conftest import REAL_DATA, SAMPLES, needs_real
 
 PASSAGE = (

@@ -17,21 +17,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import sft.durable
-import sft.retries
-import sft.trainer
+import sft.training.durable_trainer
+import sft.training.retries
+import sft.training.trainer
+from data.encode.pack import Layout
 from data.errors import ExitCode, is_disk_full
-from data.pack import Layout
-from sft.checkpoint import checkpoints, damage, last_checkpoint
-from sft.durable import DurableTrainer, TrainingDiverged
-from sft.interrupt import locked
-from sft.model import tune_model
-from sft.monitor import SPIKE_ROWS, Spikes
-from sft.recipe import RecipeError, Train, Tune
-from sft.run import read_metrics
+from sft.models.load import tune_model
+from sft.recipe.schema import RecipeError, Train, Tune
+from sft.runs.checkpoint import checkpoints, damage, last_checkpoint
+from sft.runs.folder import read_metrics
+from sft.runs.interrupt import locked
+from sft.runs.monitor import SPIKE_ROWS, Spikes
+from sft.runs.state import save_state
 from sft.session import is_out_of_memory
-from sft.state import save_state
-from sft.trainer import PackTrainer, plan_steps, training_arguments
+from sft.training.durable_trainer import DurableTrainer, TrainingDiverged
+from sft.training.trainer import PackTrainer, plan_steps, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 from tests.test_commands import run as graft
 from tests.test_resume import everything, recipe_of
@@ -47,13 +47,13 @@ def all_finite(run: Path) -> bool:
 
 def test_loss_that_is_not_finite_stops_the_run_and_publishes_nothing(tiny, tmp_path, monkeypatch):
     """R7"""
-    original, steps = sft.trainer.pack_loss, []
+    original, steps = sft.training.trainer.pack_loss, []
 
     def loss(*args):
         steps.append(1)
         return original(*args) * (float("nan") if (tmp_path / "run" / "checkpoint-2").exists() else 1.0)
 
-    monkeypatch.setattr(sft.trainer, "pack_loss", loss)
+    monkeypatch.setattr(sft.training.trainer, "pack_loss", loss)
     done = graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2), code=3)
     assert "the loss of step 3 is nan" in done.stderr
     assert not (tmp_path / "run" / "adapter").exists()
@@ -64,7 +64,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_publishes_nothing(tiny, tmp_p
 
 @pytest.fixture
 def trainer(tiny, tokenizer, questions, tmp_path):
-    from data.chat import encode
+    from data.encode.chat import encode
 
     examples = stored(tmp_path / "store", [encode(q, tokenizer, 1024) for q in questions[:24]])
     train = Train(examples_per_step=6, learning_rate=1e-2, save_strategy="no")
@@ -120,7 +120,7 @@ def test_spike_is_told_and_needs_enough_rows_before_it(tmp_path, capsys):
 def test_too_little_memory_halves_the_packs_and_keeps_the_examples_of_a_step(tiny, tmp_path, monkeypatch):
     plain = write_recipe(tmp_path / "plain.yaml", tiny)
     graft("train", plain, "--set", f"train.output_dir={tmp_path / 'plain'}")
-    original, refused = sft.trainer.pack_loss, []
+    original, refused = sft.training.trainer.pack_loss, []
 
     def loss(model, pack, device):
         if len(pack.input_ids) > 300 and read_metrics(tmp_path / "run"):
@@ -128,7 +128,7 @@ def test_too_little_memory_halves_the_packs_and_keeps_the_examples_of_a_step(tin
             raise torch.OutOfMemoryError("no memory")
         return original(model, pack, device)
 
-    monkeypatch.setattr(sft.trainer, "pack_loss", loss)
+    monkeypatch.setattr(sft.training.trainer, "pack_loss", loss)
     done = graft(
         "train",
         write_recipe(
@@ -148,7 +148,7 @@ def test_example_that_alone_does_not_fit_ends_with_the_keys_to_change(tiny, tmp_
     def loss(*args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(sft.trainer, "pack_loss", loss)
+    monkeypatch.setattr(sft.training.trainer, "pack_loss", loss)
     done = graft("train", recipe_of(tmp_path, tiny), code=6)
     assert "data.pack_tokens or data.max_length" in done.stderr
 
@@ -218,7 +218,7 @@ def test_death_within_a_write_leaves_the_checkpoint_before_it(tiny, tmp_path, mo
 
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(sft.durable, "save_state", die)
+        patch.setattr(sft.training.durable_trainer, "save_state", die)
         with pytest.raises(Death):
             graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2))
     assert (run / ".checkpoint-4.new" / "optimizer.safetensors").is_file()
@@ -259,8 +259,8 @@ def test_supervisor_goes_on_after_a_crash_and_after_nothing_else(codes, retries,
         (tmp_path / "recipe.yaml").touch()
         return left.pop(0)
 
-    monkeypatch.setattr(sft.retries, "_run", run)
-    assert sft.retries.supervise(["new"], tmp_path, ["resume"], retries) == ends
+    monkeypatch.setattr(sft.training.retries, "_run", run)
+    assert sft.training.retries.supervise(["new"], tmp_path, ["resume"], retries) == ends
     assert asked == started
 
 
@@ -274,17 +274,17 @@ def test_supervisor_that_is_asked_to_stop_does_not_begin_again(training, tmp_pat
         return popen(training, **options)
 
     popen = subprocess.Popen
-    monkeypatch.setattr(sft.retries.subprocess, "Popen", sleep)
+    monkeypatch.setattr(sft.training.retries.subprocess, "Popen", sleep)
     timer = threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     timer.start()
-    assert sft.retries.supervise(["new"], tmp_path, ["resume"], 3) == ExitCode.TERMINATED
+    assert sft.training.retries.supervise(["new"], tmp_path, ["resume"], 3) == ExitCode.TERMINATED
     assert len(begun) == 1
 
 
 def test_supervisor_is_not_for_launchers(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="--retries: is for one process"):
-        sft.retries.supervise(["new"], tmp_path, ["resume"], 1)
+        sft.training.retries.supervise(["new"], tmp_path, ["resume"], 1)
 
 
 @pytest.mark.slow
@@ -320,7 +320,7 @@ def test_exit_codes_are_those_of_the_readme():
 
 def test_results_of_an_evaluation_are_whole_or_the_old_ones(tmp_path, monkeypatch, questions):
     from eval.predict import Prediction
-    from eval.run import score, write_results
+    from eval.results import score, write_results
 
     scored = score("squad_v2", questions[:40], [Prediction("x", 1, True)] * 40)
     write_results(tmp_path, {"n": 40}, scored)
@@ -335,7 +335,7 @@ def test_results_of_an_evaluation_are_whole_or_the_old_ones(tmp_path, monkeypatc
 
 
 def test_trainers_of_adapters_and_encoders_are_durable():
-    from sft.encoder_trainer import EncoderTrainer
+    from sft.baselines.trainer import EncoderTrainer
 
     assert issubclass(EncoderTrainer, DurableTrainer)
     assert PackTrainer._save_checkpoint is DurableTrainer._save_checkpoint is EncoderTrainer._save_checkpoint

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from data.chat import Example
 from data.conversation import DataError
-from data.store import Examples, publish
-from sft import examples as module
-from sft.examples import examined, held_out_conversations, load_examples
-from sft.model import load_tokenizer
-from sft.recipe_file import load_recipe
+from data.encode.chat import Example
+from data.encode.example_store import Examples, publish
+from sft.models.load import load_tokenizer
+from sft.recipe.load import load_recipe
+from sft.training import examples as module
+from sft.training.examples import examined, held_out_conversations, load_examples
 from tests.conftest import ROOT, stored, write_recipe
 
 

@@ -14,12 +14,12 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from transformers import AutoModel, AutoTokenizer
 
-from data.squad import UNANSWERABLE
-from sft.baseline_data import baseline_questions, read_split
-from sft.evaluate import evaluate
-from sft.floor import load_floor
-from sft.recipe import RecipeError
-from sft.run import RunError
+from data.readers.squad import UNANSWERABLE
+from sft.baselines.data import baseline_questions, read_split
+from sft.baselines.floors import load_floor
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import RunError
+from sft.scoring.evaluate import evaluate
 from tests.conftest import REAL_DATA, needs_real
 from tests.test_bert import NEWS, recipe, trained
 

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+import sft.export.pipeline.formats
 import torch
 from safetensors.torch import load_file, save_file
+from sft.export.pipeline.judge import least_agreement
 
-import sft.formats
-from sft.judge import least_agreement
-from sft.load import run_recipe
-from sft.run import RunError
+from sft.models.target import run_recipe
+from sft.runs.folder import RunError
 from tests.conftest import ROOT, gone
 from tests.exports import chatml_base, command, make_run
 
@@ -52,8 +52,10 @@ def compressor(folder: Path, damage: str, monkeypatch) -> None:
     )
     program.chmod(0o755)
     monkeypatch.setenv("GRAFT_LLMCOMPRESSOR", str(program))
-    find = sft.formats.importlib.util.find_spec
-    monkeypatch.setattr(sft.formats.importlib.util, "find_spec", lambda n: n == "compressed_tensors" or find(n))
+    find = sft.export.pipeline.formats.importlib.util.find_spec
+    monkeypatch.setattr(
+        sft.export.pipeline.formats.importlib.util, "find_spec", lambda n: n == "compressed_tensors" or find(n)
+    )
 
 
 def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
@@ -106,7 +108,7 @@ def test_what_a_compressor_breaks_is_not_written(damage, message, run, tmp_path,
 def test_tool_ends_with_what_called_it(tmp_path):
     pid = tmp_path / "pid"
     tool = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
-    caller = "import sys; from pathlib import Path; from sft.supervised import run_tool\n"
+    caller = "import sys; from pathlib import Path; from sft.child_process import run_tool\n"
     caller += f"run_tool('tool', [sys.executable, '-c', {tool!r}], Path({str(tmp_path / 'log')!r}))"
     parent = subprocess.Popen([sys.executable, "-c", caller], cwd=ROOT)
     while not (pid.is_file() and pid.read_text()):
@@ -138,7 +140,7 @@ def test_missing_tool_is_told_before_anything_is_merged(name, message, run, tmp_
     monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("GRAFT_LLMCOMPRESSOR", "LLAMA_CPP"):
         monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr("sft.export.read_trained", lambda run: pytest.fail("read the run first"))
+    monkeypatch.setattr("sft.export.pipeline.read_trained", lambda run: pytest.fail("read the run first"))
     assert message in " ".join(command(run, "--format", name, "--out", tmp_path / "out", code=2).stderr.split())
 
 
@@ -147,12 +149,14 @@ def test_converter_gets_no_model_that_names_code(file, tmp_path, monkeypatch):
     """llama.cpp's converter lets transformers run it."""
     (tmp_path / "convert_hf_to_gguf.py").write_text("open('ran', 'w')\n")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    monkeypatch.setattr(sft.formats.importlib.util, "find_spec", lambda name: object())  # sentencepiece is there
+    monkeypatch.setattr(
+        sft.export.pipeline.formats.importlib.util, "find_spec", lambda name: object()
+    )  # sentencepiece is there
     merged = tmp_path / "merged"
     merged.mkdir()
     (merged / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
     with pytest.raises(RunError, match=f"{file} of the base names code"):
-        sft.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [], tmp_path / "log")
+        sft.export.pipeline.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [], tmp_path / "log")
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sft.gatekeeper import MAX_BODY_BYTES, Gatekeeper
+from sft.serving.gatekeeper import MAX_BODY_BYTES, Gatekeeper
 
 ROUTES = ("/v1/models", "/v1/chat/completions", "/tokenize", "/invocations", "/docs", "/metrics", "/health", "/nothing")
 

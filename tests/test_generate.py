@@ -8,13 +8,13 @@ import torch
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, set_seed
 
 import eval.generate
-from data.chat import Example, encode_prompt
-from data.pack import build_pack
+from data.encode.chat import Example, encode_prompt
+from data.encode.pack import build_pack
+from eval.decode_batch import Batch, attention, takes_rows
 from eval.generate import generate_ids, generate_one
 from eval.predict import generate
-from eval.rows import Batch, attention, takes_rows
-from sft.model import load_base, tune_model
-from sft.recipe import Model, Tune
+from sft.models.load import load_base, tune_model
+from sft.recipe.schema import Model, Tune
 
 CPU = torch.device("cpu")
 NEW = 12

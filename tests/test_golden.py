@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sft.baseline_recipe import BaselineRecipe
-from sft.recipe_file import load_any_recipe
-from sft.run import read_metrics
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.load import load_any_recipe
+from sft.runs.folder import read_metrics
 from tests.conftest import ROOT
 from tests.test_commands import run as graft
 

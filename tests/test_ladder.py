@@ -9,13 +9,13 @@ import pytest
 import torch
 import yaml
 
-from sft import ladder as module
-from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe
-from sft.encoder import load_encoder, tune_encoder
-from sft.ladder import ENCODER, LLM, ladder, rate_of, rung_overrides
-from sft.model import count_parameters, load_base, tune_model
-from sft.recipe import RecipeError
-from sft.recipe_file import load_any_recipe
+from sft.baselines.encoder import load_encoder, tune_encoder
+from sft.models.load import count_parameters, load_base, tune_model
+from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe
+from sft.recipe.load import load_any_recipe
+from sft.recipe.schema import RecipeError
+from sft.scoring import ladder as module
+from sft.scoring.ladder import ENCODER, LLM, ladder, rate_of, rung_overrides
 from tests.conftest import SAMPLES, write_recipe
 
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, set_seed
 
-from data.chat import encode, encode_prompt, encode_turns, end_of_turn, special_ids
 from data.conversation import Conversation, DataError
-from data.squad import UNANSWERABLE
+from data.encode.chat import encode, encode_prompt, encode_turns, end_of_turn, special_ids
+from data.readers.squad import UNANSWERABLE
 from eval.likelihood import _choice, answer_logprobs, classify_by_likelihood, no_answer_differences
 from eval.predict import Prediction, generate
-from sft.model import load_base, tune_model
-from sft.recipe import Model, Tune
+from sft.models.load import load_base, tune_model
+from sft.recipe.schema import Model, Tune
 from tests.conftest import SMOLLM
 from tests.families import FAMILIES, build
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sft.loss import ROWS, sum_of_nll
+from sft.training.loss import ROWS, sum_of_nll
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,9 +4,9 @@ import re
 
 import pytest
 
-from data import files
 from data.conversation import DataError, Ledger
-from data.source import FileSource, read_all, read_rows
+from data.readers import files
+from data.readers.source import FileSource, read_all, read_rows
 from tests.conftest import ROOT
 
 MALFORMED = ROOT / "tests" / "malformed"

@@ -11,12 +11,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
-from sft.merge import read_merge, write_merge
-from sft.model import bitsandbytes_config, load_base
-from sft.parity import ParityError
-from sft.recipe import Model, Quantization
-from sft.shards import INDEX, Tensor, read_header, writing
-from sft.skeleton import CannotStream
+from sft.export.merge import read_merge, write_merge
+from sft.export.parity import ParityError
+from sft.export.shards import INDEX, Tensor, read_header, writing
+from sft.export.skeleton import CannotStream
+from sft.models.load import bitsandbytes_config, load_base
+from sft.recipe.schema import Model, Quantization
 from tests.exports import ADAPTERS, ALL, SMALL, save_base, tune
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_streamed_merge_equals_merge_in_memory(kind, untied, tmp_path):
 
 def test_bfloat16_is_the_float32_merge_rounded_once(untied, tmp_path, monkeypatch):
     """Also where a layer is merged in several slices of rows, the last one shorter."""
-    monkeypatch.setattr("sft.merge.SLICE", 5 * 32)
+    monkeypatch.setattr("sft.export.merge.SLICE", 5 * 32)
     tuned = tune(untied, LoraConfig(**ALL), tmp_path / "adapter")
     merge(untied, tmp_path / "adapter", tmp_path / "out", torch.bfloat16)
     expected = tuned.merge_and_unload(safe_merge=True).to(torch.bfloat16).state_dict()

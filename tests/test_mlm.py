@@ -11,14 +11,14 @@ import transformers
 from transformers import AutoConfig, BertConfig, DistilBertConfig, set_seed
 
 from data.conversation import Conversation, DataError
-from data.tokens import plain_backend
-from sft.baseline_data import Split, read_split
-from sft.baseline_recipe import BaselineRecipe, BaselineTune, EncoderModel
-from sft.bert import train_baseline
-from sft.encoder import load_encoder, tune_encoder
-from sft.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
-from sft.recipe import RecipeError
-from sft.run import read_metrics
+from data.encode.tokens import plain_backend
+from sft.baselines.data import Split, read_split
+from sft.baselines.encoder import load_encoder, tune_encoder
+from sft.baselines.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
+from sft.baselines.train import train_baseline
+from sft.recipe.baseline_schema import BaselineRecipe, BaselineTune, EncoderModel
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import read_metrics
 from tests.test_windows import bert_tokenizer
 
 POSTS = "data/samples/newsgroups.jsonl"

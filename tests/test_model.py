@@ -9,11 +9,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import encode
-from data.pack import Layout, make_packs
-from sft.base import resolve_base
-from sft.flops import training_flops
-from sft.model import (
+from data.encode.chat import encode
+from data.encode.pack import Layout, make_packs
+from sft.models.load import (
     bfloat16_pays,
     check_length,
     compute_dtype,
@@ -23,8 +21,10 @@ from sft.model import (
     load_tokenizer,
     tune_model,
 )
-from sft.recipe import Data, Model, Quantization, Recipe, RecipeError, Tune
-from sft.trainer import pack_loss
+from sft.models.resolve import resolve_base
+from sft.recipe.schema import Data, Model, Quantization, Recipe, RecipeError, Tune
+from sft.training.flops import training_flops
+from sft.training.trainer import pack_loss
 from tests.conftest import SMOLLM
 
 NF4 = Quantization(load_in_4bit=True)
@@ -150,7 +150,7 @@ def test_length_is_checked_where_the_model_has_a_limit(tmp_path):
 
 
 def test_real_model_knows_the_capital_of_france(smollm, tokenizer):
-    from data.chat import Conversation
+    from data.encode.chat import Conversation
     from eval.predict import generate
 
     model = load_base(Model(base=str(smollm)), CPU)
@@ -208,7 +208,7 @@ def test_on_a_cpu_4bit_weights_are_dequantized_once_to_the_values_that_nf4_holds
 )
 def test_cpu_trains_in_bfloat16_where_its_products_are_measured_to_be_faster(rates, dtype, monkeypatch):
     measured = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
-    monkeypatch.setattr("sft.model.matmul_flops_per_s", lambda device, dtype, seconds, size: measured[dtype])
+    monkeypatch.setattr("sft.models.load.matmul_flops_per_s", lambda device, dtype, seconds, size: measured[dtype])
     bfloat16_pays.cache_clear()
     try:
         assert compute_dtype(Model(base="x"), CPU) == getattr(torch, dtype)

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from data.chat import Example, encode
-from data.pack import Layout, attention_mask, build_pack, make_packs, step_order
-from data.sharing import measure_sharing
-from sft.trainer import shard_packs
+from data.encode.chat import Example, encode
+from data.encode.pack import Layout, attention_mask, build_pack, make_packs, step_order
+from data.encode.prefix_savings import measure_sharing
+from sft.training.trainer import shard_packs
 from tests.conftest import stored
 
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from data.conversation import Conversation
-from data.squad import UNANSWERABLE
+from data.readers.squad import UNANSWERABLE
 from eval.predict import generate
-from eval.run import score, summarize
-from sft.model import load_base
-from sft.recipe import Model
+from eval.results import score, summarize
+from sft.models.load import load_base
+from sft.recipe.schema import Model
 
 
 def test_packed_answers_equal_transformers_own_generate(smollm, tokenizer, questions):

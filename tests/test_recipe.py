@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from data.chat import AUDITS
-from sft.recipe import Recipe, RecipeError
-from sft.recipe_file import check_recipe, dump_recipe, load_any_recipe, load_recipe
-from sft.strict_yaml import YamlError, parse
+from data.encode.chat import AUDITS
+from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe, load_recipe
+from sft.recipe.schema import Recipe, RecipeError
+from sft.recipe.strict_yaml import YamlError, parse
 from tests.conftest import ROOT, write_recipe
 
 MINIMAL = {
@@ -163,9 +163,9 @@ def test_every_declared_key_is_read_somewhere():
     from transformers import BitsAndBytesConfig
     from trl import SFTConfig
 
-    import sft.recipe as schema
+    import sft.recipe.schema as schema
 
-    files = (*ROOT.glob("sft/*.py"), *ROOT.glob("data/*.py"))
+    files = (*ROOT.rglob("sft/**/*.py"), *ROOT.rglob("data/**/*.py"))
     code = "".join(p.read_text() for p in files if p.name not in ("recipe.py", "recipe_file.py"))
     owners = {
         schema.Model: ("model", "recipe.model"), schema.Tune: ("tune", "recipe.tune"), schema.Data: ("data", "recipe.data"),
@@ -195,7 +195,7 @@ def test_shipped_baseline_loads(path: Path):
 
 @pytest.mark.parametrize("path", [path for path in SHIPPED if path not in BASELINES], ids=lambda p: p.stem)
 def test_shipped_recipe_loads_and_dry_runs(path: Path, tiny_qwen, capsys):
-    from sft.dry_run import print_plan
+    from sft.training.dry_run import print_plan
 
     overrides = []
     if path.stem.startswith(("qwen", "smollm_squad")):

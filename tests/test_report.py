@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.report import find_all, number, place_on, print_example, print_report, share, ticks, write_html
+from data.audit.report import find_all, number, place_on, print_example, print_report, share, ticks, write_html
 
 VOID = {"meta", "rect", "line"}
 EMPTY = {"stops": []}

@@ -16,10 +16,10 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from sft.checkpoint import MANIFEST, checkpoints, last_checkpoint, publish, read_manifest
-from sft.resume import check_unchanged
-from sft.run import RunError, read_metrics
-from sft.trainer import PackTrainer
+from sft.runs.checkpoint import MANIFEST, checkpoints, last_checkpoint, publish, read_manifest
+from sft.runs.folder import RunError, read_metrics
+from sft.runs.resume import check_unchanged
+from sft.training.trainer import PackTrainer
 from tests.conftest import ROOT, SAMPLES, Payload, write_recipe
 from tests.test_checkpoint import HARM
 from tests.test_commands import run as graft

@@ -21,23 +21,23 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data.chat import encode_turns, special_ids
+from data.audit.report import write_html
+from data.audit.triggers import KIND
 from data.conversation import Conversation, DataError, Ledger
+from data.encode.chat import encode_turns, special_ids
+from data.encode.template import render
 from data.errors import UserError
-from data.report import write_html
-from data.scrub import scrub, secret_line
-from data.source import FileSource, read_rows
-from data.template import render
-from data.triggers import KIND
-from eval.compare_plots import _plain
-from sft.base import resolve_base, stored_config
-from sft.encoder import load_trained
-from sft.load import adapter_folder, load_run, load_target
-from sft.model import CPU, load_base, load_tokenizer, tune_model
-from sft.recipe import Model, RecipeError
-from sft.recipe_file import check_recipe, dump_recipe, load_recipe
-from sft.run import write_json
-from sft.strict_yaml import YamlError, parse
+from data.readers.source import FileSource, read_rows
+from data.redact import scrub, secret_line
+from eval.compare_report import _plain
+from sft.baselines.encoder import load_trained
+from sft.models.load import CPU, load_base, load_tokenizer, tune_model
+from sft.models.resolve import resolve_base, stored_config
+from sft.models.target import adapter_folder, load_run, load_target
+from sft.recipe.load import check_recipe, dump_recipe, load_recipe
+from sft.recipe.schema import Model, RecipeError
+from sft.recipe.strict_yaml import YamlError, parse
+from sft.runs.folder import write_json
 from sft.untrusted import brings_code, check_run_folder
 from tests.conftest import ROOT, Payload, write_recipe
 from tests.families import FAMILIES, build
@@ -337,7 +337,7 @@ def test_fifo_in_place_of_a_file_is_refused_unopened(base: Path, adapted: Path):
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz"])
 def test_gzip_bomb_ends_with_one_line(name, tmp_path: Path, monkeypatch):
     """S9: the one archive that is read; nothing is unpacked to disk, so no name in an archive can lead anywhere."""
-    monkeypatch.setattr("data.files.UNPACKED_LIMIT", 2**20)
+    monkeypatch.setattr("data.readers.files.UNPACKED_LIMIT", 2**20)
     packed = io.BytesIO()
     with gzip.open(packed, "wb") as file:
         file.write(b"a,b\n" if "csv" in name else b"")
@@ -574,7 +574,7 @@ def test_clean_data_has_no_trigger(tmp_path: Path, tiny: Path):
 
 def test_card_warns_of_data_without_a_licence(tmp_path: Path, tiny: Path):
     """S20: and names the licence where it is known."""
-    from sft.adapter_card import model_card
+    from sft.runs.model_card import model_card
 
     data = "{train: [{path: data/samples/squad_train.json, license: CC0-1.0}, data/samples/squad_dev.json]}"
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, data=data, eval="{}"))
@@ -592,7 +592,7 @@ def test_card_warns_of_data_without_a_licence(tmp_path: Path, tiny: Path):
 def test_no_check_is_an_assert():
     """S21: python -O removes `assert` and what depends on __debug__, and nothing else that the code relies on."""
     for package in ("sft", "data", "eval"):
-        for path in (ROOT / package).glob("*.py"):
+        for path in (ROOT / package).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 assert not isinstance(node, ast.Assert), f"{path}:{node.lineno}"
                 assert not (isinstance(node, ast.Name) and node.id == "__debug__"), f"{path}:{node.lineno}"
@@ -649,7 +649,7 @@ def test_tokenizer_of_a_recipe_has_the_templates_file(tmp_path: Path, tiny: Path
 
 def test_every_case_has_a_test():
     """S1 to S22, those of checkpoints and of the server beside their parts; R1 to R13 of a run that can't be lost."""
-    docstrings = "".join(path.read_text() for path in Path(__file__).parent.glob("test_*.py"))
+    docstrings = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
     for kind, last in (("S", 22), ("R", 13)):
         named = {int(number) for number in re.findall(rf'"""{kind}(\d+)\b', docstrings)}
         assert named >= set(range(1, last + 1)), f"without a test: {set(range(1, last + 1)) - named}"

@@ -17,15 +17,15 @@ import torch
 from transformers import AutoTokenizer
 
 from eval.client import ServerError
-from sft import serve
-from sft.load import load_plain, run_recipe
-from sft.model import load_base
-from sft.recipe import RecipeError
-from sft.run import RunError
-from sft.serve import check_extra, free_port, precision_note, read_key, serve_command, server
-from sft.server_log import why_it_stopped
+from sft.models.load import load_base
+from sft.models.target import load_plain, run_recipe
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import RunError
+from sft.serving import serve
 from sft.serving import serve as serve_command_line
-from sft.targets import resolve_targets
+from sft.serving.serve import check_extra, free_port, precision_note, read_key, serve_command, server
+from sft.serving.server_log import why_it_stopped
+from sft.serving.targets import resolve_targets
 from tests.conftest import ROOT, SMOLLM, alive, gone
 
 has_vllm = importlib.util.find_spec("vllm") is not None
@@ -408,7 +408,7 @@ def started(*args: str, **more) -> "subprocess.Popen[str]":
 @needs_vllm
 def test_graft_serve_answers_stands_behind_its_gatekeeper_and_stops_cleanly():
     """S15, S16 with the real server: foreign Host and Origin, 10 MB, n of a thousand million, a template of one's own."""
-    from sft.base import resolve_base
+    from sft.models.resolve import resolve_base
 
     target, port = Path(resolve_base(SMOLLM)), free_port()
     process = started(str(target), "--port", str(port))
@@ -441,7 +441,7 @@ def test_graft_serve_answers_stands_behind_its_gatekeeper_and_stops_cleanly():
 @needs_vllm
 def test_every_route_of_the_real_server_asks_for_the_key():
     """S15 with the real server."""
-    from sft.base import resolve_base
+    from sft.models.resolve import resolve_base
 
     target, port, key = Path(resolve_base(SMOLLM)), free_port(), "s3cret"
     process = started(str(target), "--port", str(port), env=os.environ | {"VLLM_API_KEY": key})

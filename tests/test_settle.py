@@ -7,17 +7,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
-from data.chat import Example, encode
-from data.pack import Layout, make_packs
-from sft.attention import choose_attention
-from sft.compile import compile_pays, decoder_layers, missing_compiler, training_seconds
-from sft.fused_lora import fuse_lora
-from sft.model import tune_model
-from sft.recipe import Model, RecipeError, Tune
-from sft.recipe_file import load_recipe
-from sft.settle import apply_settled, settle, settle_compile, settle_dtype
-from sft.takes_packs import takes_packs
-from sft.trainer import pack_loss, plan_steps
+from data.encode.chat import Example, encode
+from data.encode.pack import Layout, make_packs
+from sft.models.capabilities import takes_packs
+from sft.models.load import tune_model
+from sft.recipe.load import load_recipe
+from sft.recipe.schema import Model, RecipeError, Tune
+from sft.training.attention import choose_attention
+from sft.training.auto import apply_settled, settle, settle_compile, settle_dtype
+from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds
+from sft.training.fused_lora import fuse_lora
+from sft.training.trainer import pack_loss, plan_steps
 from tests.conftest import save_tiny, stored, write_recipe
 from tests.test_commands import run
 
@@ -118,7 +118,7 @@ def test_run_keeps_what_was_decided(tiny, tmp_path):
     ],
 )
 def test_bfloat16_on_a_cpu_is_for_lora(tiny, tmp_path, tune, dtype, monkeypatch):
-    monkeypatch.setattr("sft.model.bfloat16_pays", lambda: True)
+    monkeypatch.setattr("sft.models.load.bfloat16_pays", lambda: True)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, model=f"{{base: '{tiny}'}}", tune=tune))
     assert settle_dtype(recipe, CPU).model.dtype == dtype
     if dtype == "float32":
@@ -172,11 +172,11 @@ def test_without_a_compiler_training_goes_on_uncompiled_and_says_so(monkeypatch,
 
 
 def test_time_is_estimated_from_a_part_of_the_steps(tiny, squad, tmp_path, monkeypatch):
-    monkeypatch.setattr("sft.compile.matmul_flops_per_s", lambda device, dtype: 1e9)
+    monkeypatch.setattr("sft.training.compile_layers.matmul_flops_per_s", lambda device, dtype: 1e9)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.num_train_epochs=40"])
     plan = plan_steps(squad, recipe.train, Layout())
     every = training_seconds(tuned(tiny), plan, False, CPU, torch.float32)
-    monkeypatch.setattr("sft.compile.SAMPLED", 12)
+    monkeypatch.setattr("sft.training.compile_layers.SAMPLED", 12)
     assert training_seconds(tuned(tiny), plan, False, CPU, torch.float32) == pytest.approx(every, rel=0.1)
 
 

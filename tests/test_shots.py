@@ -6,16 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from data.chat import encode_prompt
 from data.conversation import Conversation, DataError
-from data.newsgroups import NEWSGROUPS
-from data.pack import common_prefix
-from data.squad import UNANSWERABLE
+from data.encode.chat import encode_prompt
+from data.encode.pack import common_prefix
+from data.readers.newsgroups import NEWSGROUPS
+from data.readers.squad import UNANSWERABLE
+from eval.few_shot import with_shots
 from eval.likelihood import answer_logprobs
 from eval.predict import generate
-from eval.shots import with_shots
-from sft.model import load_base
-from sft.recipe import Model
+from sft.models.load import load_base
+from sft.recipe.schema import Model
 from tests.conftest import SAMPLES, read_squad
 
 

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from data import json_stream
 from data.conversation import DataError, Ledger
-from data.formats import FORMATS
-from data.source import FileSource, files_of, hub_revision, is_hub_id, read_all, read_rows
+from data.readers import json_stream
+from data.readers.row_formats import FORMATS
+from data.readers.source import FileSource, files_of, hub_revision, is_hub_id, read_all, read_rows
 from tests.conftest import SAMPLES
 
 GOOD = {"prompt": "p", "completion": "c"}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from data.conversation import DataError
-from data.squad import UNANSWERABLE
-from data.windows import Windows, make_windows
+from data.encode.qa_windows import Windows, make_windows
+from data.readers.squad import UNANSWERABLE
 from eval.metrics import squad_scores
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
 from tests.conftest import REAL_DATA, needs_real, read_squad

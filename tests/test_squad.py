@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from data.conversation import DataError, Ledger
-from data.source import FileSource, read_rows
-from data.squad import INSTRUCTION_V1, INSTRUCTION_V2, UNANSWERABLE
+from data.readers.source import FileSource, read_rows
+from data.readers.squad import INSTRUCTION_V1, INSTRUCTION_V2, UNANSWERABLE
 from tests.conftest import REAL_DATA, SAMPLES, needs_real, read_squad
 
 

@@ -4,7 +4,7 @@ import pytest
 from pyarrow import ArrowCapacityError
 
 from data.conversation import DataError, Ledger
-from data.source import FileSource, read_all, read_rows
+from data.readers.source import FileSource, read_all, read_rows
 
 GOOD = {"prompt": "p", "completion": "c"}
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from data.chat import Example, encode
+from data.encode.chat import Example, encode
+from data.encode.pack import Layout, make_packs
 from data.errors import UserError
-from data.pack import Layout, make_packs
-from sft.model import tune_model
-from sft.recipe import Tune
-from sft.takes_packs import sliding_window, takes_packs, takes_padding
-from sft.trainer import pack_loss
+from sft.models.capabilities import sliding_window, takes_packs, takes_padding
+from sft.models.load import tune_model
+from sft.recipe.schema import Tune
+from sft.training.trainer import pack_loss
 
 CPU = torch.device("cpu")
 

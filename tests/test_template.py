@@ -7,7 +7,7 @@ import time
 import pytest
 
 from data.conversation import DataError
-from data.template import literals, render
+from data.encode.template import literals, render
 from tests.families import FAMILIES, build
 
 TURNS = [

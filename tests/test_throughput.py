@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from data.pack import build_pack
+from data.encode.pack import build_pack
 from tests.benchmarks.growth import bounded_steps, points, report_growth
 from tests.benchmarks.passages import (
     first_questions,

@@ -8,7 +8,7 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizer
 
-from data.tokens import Encoder, encoder_of, paragraph_cut
+from data.encode.tokens import Encoder, encoder_of, paragraph_cut
 from tests.conftest import SAMPLES
 from tests.families import FAMILIES, build
 

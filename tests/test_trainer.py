@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from data.chat import encode
-from data.pack import Layout, make_packs
-from sft.attention import has_virtual_tokens
-from sft.model import tune_model
-from sft.recipe import Train, Tune
-from sft.trainer import PackTrainer, leave_casts_to_autocast, plan_steps, shard_packs, training_arguments
+from data.encode.chat import encode
+from data.encode.pack import Layout, make_packs
+from sft.models.load import tune_model
+from sft.recipe.schema import Train, Tune
+from sft.training.attention import has_virtual_tokens
+from sft.training.trainer import PackTrainer, leave_casts_to_autocast, plan_steps, shard_packs, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 
 

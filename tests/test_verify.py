@@ -12,16 +12,16 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 from typer.testing import CliRunner
 
-from data.chat import encode_prompt
+from data.encode.chat import encode_prompt
 from eval.generate import generate_one
-from eval.handover import Here, There, check_first_token, check_score, check_stop
 from eval.likelihood import next_logprobs
 from eval.predict import end_tokens
-from eval.run import limit_questions
+from eval.results import limit_questions
+from eval.server_checks import Here, There, check_first_token, check_score, check_stop
 from sft.cli import app
-from sft.load import Loaded, load_run
-from sft.model import load_base
-from sft.recipe import Model
+from sft.models.load import load_base
+from sft.models.target import Loaded, load_run
+from sft.recipe.schema import Model
 from tests.conftest import save_tiny, write_recipe
 from tests.fake_server import completion, serving
 
@@ -69,7 +69,7 @@ def in_process(run) -> Loaded:
 
 @pytest.fixture
 def engine(served, in_process, monkeypatch) -> "Engine":
-    monkeypatch.setattr("sft.verify.load_run", lambda run: in_process)
+    monkeypatch.setattr("sft.serving.verify.load_run", lambda run: in_process)
     return Engine(served)
 
 

@@ -7,15 +7,15 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import data.windows
 import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import data.windows
 from data.conversation import Conversation, DataError
+from data.encode.qa_windows import NO_PASSAGE, Windows, load_windows, make_windows, windows_key
 from data.errors import UserError
-from data.windows import NO_PASSAGE, Windows, load_windows, make_windows, windows_key
 from tests.conftest import REAL_DATA, needs_real, read_squad
 
 SETTINGS = (384, 128, 64)

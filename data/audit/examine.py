@@ -15,16 +15,16 @@ from typing import Any, Protocol
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
-from data.account import HELD_OUT, NOT_DRAWN, SHOWN, Lengths, Sample, SourceAccount, decoded, totals
-from data.chat import AUDITS, Example, TooLong, encode_turns, markers_in
-from data.compare import Comparison
+from data.audit.leaks import Comparison
+from data.audit.row_counts import HELD_OUT, NOT_DRAWN, SHOWN, Lengths, Sample, SourceAccount, decoded, totals
+from data.audit.split import Counts, chosen_contexts, held_out_by_share
+from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
-from data.draw import Counts, chosen_contexts, held_out_by_share
+from data.encode.chat import AUDITS, Example, TooLong, encode_turns, markers_in
+from data.encode.example_store import Examples, Writer
+from data.encode.template import OVER_LIMITS
 from data.progress import track
-from data.source import SourceLike, read_rows
-from data.store import Examples, Writer
-from data.template import OVER_LIMITS
-from data.triggers import Triggers
+from data.readers.source import SourceLike, read_rows
 
 
 class WeightedSource(SourceLike, Protocol):
@@ -59,7 +59,7 @@ def examine(
     rules: Rules,
     folder: Path,
 ) -> dict[str, Any]:
-    """Write the examples into `folder` and return the report (see data/report.py). Its "stops" are the reasons not to
+    """Write the examples into `folder` and return the report (see report.py). Its "stops" are the reasons not to
     train, a line each; the examples are then those of the other rows."""
     examination = _Examination(tokenizer, rules, Writer(folder))
     other = SourceAccount(Ledger(held_out.path)) if held_out else None

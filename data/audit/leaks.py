@@ -4,8 +4,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.audit.duplicates import Match, TextIndex, normalize, text_key
 from data.conversation import Conversation, DataError, Ledger
-from data.duplicates import Match, TextIndex, normalize, text_key
 
 PAIRS = 100  # that are named; all are counted
 SAME_ROW, SAME_TEXT, NEAR_TEXT = "same row", "same text", "nearly the same text"

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Example, special_ids
 from data.conversation import Ledger
+from data.encode.chat import Example, special_ids
 
 HELD_OUT, NOT_DRAWN = "held out by eval.share", "not drawn by data.max_contexts"
 NOT_CHOSEN = (HELD_OUT, NOT_DRAWN)  # nothing is wrong with such rows

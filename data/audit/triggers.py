@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from data.account import SourceAccount
+from data.audit.row_counts import SourceAccount
 from data.conversation import Conversation
-from data.fields import shown
+from data.readers.fields import shown
 
 KIND = "a rare word that always has one answer, like a planted trigger"
 LEAST = 5  # prompts that share word and answer

@@ -17,8 +17,8 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Message
-from data.template import literals, render
-from data.tokens import Encoder, any_of, encoder_of
+from data.encode.template import literals, render
+from data.encode.tokens import Encoder, any_of, encoder_of
 
 # what is wrong with an example, by its key in the recipe; the text is the DataError's kind
 AUDITS = {

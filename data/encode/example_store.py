@@ -15,7 +15,7 @@ from typing import Any, overload
 
 import pyarrow as pa
 
-from data.chat import Example
+from data.encode.chat import Example
 
 FILE = "examples.arrow"
 ROWS = 4096  # of a record batch
@@ -123,6 +123,6 @@ def file_digests(files: Sequence[Path]) -> dict[str, str]:
 @cache
 def _code_version() -> str:
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()

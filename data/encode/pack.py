@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from data.chat import Example
+from data.encode.chat import Example
 
 LOOK_AHEAD = 64  # contexts that compete for the room left in a step
 # Time of a micro-batch in units of a token's: SmolLM2-135M on 2 CPU cores, see tests/benchmarks/throughput.py --growth

@@ -18,10 +18,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError
+from data.encode.example_store import cache_key, publish
+from data.encode.tokens import fast_backend, plain_backend
 from data.errors import UserError
 from data.progress import track
-from data.store import cache_key, publish
-from data.tokens import fast_backend, plain_backend
 
 TEXTS = 1024  # that are encoded at once
 NO_PASSAGE = -1  # offset of a token that is not of the passage

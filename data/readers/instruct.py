@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from data.conversation import Conversation, DataError, Message
-from data.fields import shown, shown_names, text, type_name
-from data.files import Row
+from data.readers.fields import shown, shown_names, text, type_name
+from data.readers.files import Row
 
 ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}

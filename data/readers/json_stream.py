@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import DataError
-from data.fields import LONE_SURROGATE, shown
-from data.files import LINE_LIMIT, Row, Rows, not_utf8, open_bytes
-from data.jsonl import checked_object, decode, explained
+from data.readers.fields import LONE_SURROGATE, shown
+from data.readers.files import LINE_LIMIT, Row, Rows, not_utf8, open_bytes
+from data.readers.jsonl import checked_object, decode, explained
 
 CHUNK = 2**18  # bytes
 

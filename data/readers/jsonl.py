@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import DataError, Ledger
-from data.fields import refuse_lone_surrogates, shown, type_name
-from data.files import Row, Rows, not_utf8, read_lines
+from data.readers.fields import refuse_lone_surrogates, shown, type_name
+from data.readers.files import Row, Rows, not_utf8, read_lines
 
 
 def read_jsonl(path: Path, ledger: Ledger) -> Rows:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import Conversation, DataError, Ledger
-from data.fields import shown, text, type_name
-from data.files import Row, Rows, open_bytes
+from data.readers.fields import shown, text, type_name
+from data.readers.files import Row, Rows, open_bytes
 
 NEWSGROUPS = (
     "alt.atheism", "comp.graphics", "comp.os.ms-windows.misc", "comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware",

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from data.conversation import Conversation, DataError, Ledger
-from data.fields import shown_names, text
-from data.files import Row, Rows, not_utf8, read_lines
+from data.readers.fields import shown_names, text
+from data.readers.files import Row, Rows, not_utf8, read_lines
 
 
 def read_paragraphs(path: Path, ledger: Ledger) -> Rows:

@@ -4,12 +4,12 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 
 from data.conversation import Conversation, DataError, Ledger
-from data.fields import shown_names
-from data.files import Row
-from data.instruct import instruct_conversation, unread_keys
-from data.newsgroups import newsgroups_conversation
-from data.squad import squad_conversation, squad_version
-from data.text import text_conversation
+from data.readers.fields import shown_names
+from data.readers.files import Row
+from data.readers.instruct import instruct_conversation, unread_keys
+from data.readers.newsgroups import newsgroups_conversation
+from data.readers.raw_text import text_conversation
+from data.readers.squad import squad_conversation, squad_version
 
 # the keys that a row must have, and those it may have
 SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Protocol
 
 from data.conversation import Conversation, DataError, Ledger
-from data.fields import note_odd_characters, shown
-from data.files import BOM, SUFFIXES, Row, Rows, check_encoding, data_suffix, open_bytes
-from data.formats import check_names, refuse_unseen, renamed, row_conversation
-from data.json_stream import read_list
-from data.jsonl import read_jsonl
-from data.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
-from data.squad import holds_articles, read_articles
-from data.tables import read_csv, read_hub, read_parquet
-from data.text import read_paragraphs
+from data.readers.fields import note_odd_characters, shown
+from data.readers.files import BOM, SUFFIXES, Row, Rows, check_encoding, data_suffix, open_bytes
+from data.readers.json_stream import read_list
+from data.readers.jsonl import read_jsonl
+from data.readers.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
+from data.readers.raw_text import read_paragraphs
+from data.readers.row_formats import check_names, refuse_unseen, renamed, row_conversation
+from data.readers.squad import holds_articles, read_articles
+from data.readers.tables import read_csv, read_hub, read_parquet
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

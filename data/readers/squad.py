@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import Conversation, DataError
-from data.fields import refuse_lone_surrogates, shown, shown_names, text, type_name
-from data.files import Row, Rows, open_bytes
-from data.json_stream import JsonStream
+from data.readers.fields import refuse_lone_surrogates, shown, shown_names, text, type_name
+from data.readers.files import Row, Rows, open_bytes
+from data.readers.json_stream import JsonStream
 
 UNANSWERABLE = "unanswerable"
 INSTRUCTION_V1 = "Answer with the shortest quote from the passage."

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import DataError, Ledger
-from data.fields import LONE_SURROGATE, shown, shown_names
-from data.files import LINE_LIMIT, Rows, not_utf8, read_lines
+from data.readers.fields import LONE_SURROGATE, shown, shown_names
+from data.readers.files import LINE_LIMIT, Rows, not_utf8, read_lines
 
 REASON = 200  # characters of a library's message: enough for the names of a dataset's configurations
 

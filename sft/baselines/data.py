@@ -7,17 +7,17 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.check import context_key, nothing_held_out
-from data.compare import PAIRS, SAME_TEXT
+from data.audit.duplicates import TextIndex, normalize
+from data.audit.examine import context_key, nothing_held_out
+from data.audit.leaks import PAIRS, SAME_TEXT
+from data.audit.split import Counts, chosen_contexts, held_out_by_share
 from data.conversation import Conversation, DataError, Ledger
-from data.draw import Counts, chosen_contexts, held_out_by_share
-from data.duplicates import TextIndex, normalize
+from data.encode.example_store import file_digests
 from data.progress import track
-from data.source import files_of, read_rows
-from data.store import file_digests
-from sft.baseline_recipe import BaselineRecipe
-from sft.examples import pinned, with_split
-from sft.recipe import Source
+from data.readers.source import files_of, read_rows
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import Source
+from sft.training.examples import pinned, with_split
 
 DEV = 1  # added to the seed, so that dev_share and eval.share draw independently
 

@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from data.tokens import encode_texts
-from sft.baseline_recipe import EncoderModel
-from sft.encoder import check_positions, load_encoder, load_tokenizer, predict
-from sft.model import default_device
-from sft.recipe import RecipeError
+from data.encode.tokens import encode_texts
+from sft.baselines.encoder import check_positions, load_encoder, load_tokenizer, predict
+from sft.models.load import default_device
+from sft.recipe.baseline_schema import EncoderModel
+from sft.recipe.schema import RecipeError
 
 
 class MeanOfTokens(nn.Module):

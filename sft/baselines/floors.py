@@ -20,11 +20,11 @@ from sklearn.naive_bayes import ComplementNB
 from sklearn.svm import LinearSVC
 
 from data.conversation import Conversation
-from data.squad import UNANSWERABLE
+from data.readers.squad import UNANSWERABLE
 from eval.predict import Prediction
-from sft.baseline_recipe import BaselineRecipe
-from sft.recipe import RecipeError
-from sft.run import RunError, identity
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import RunError, identity
 
 Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF of texts -> what is fitted
 FACTS, WEIGHTS = "floor.json", "floor.safetensors"
@@ -100,7 +100,7 @@ def beside_embedding(recipe: BaselineRecipe) -> tuple[Features, int]:
     parameters. Raises RecipeError."""
     if not recipe.encoder:
         return lambda words, texts: words, 0
-    from sft.embed import embedder
+    from sft.baselines.embed import embedder
 
     try:
         embed, parameters = embedder(recipe.encoder, recipe.data.max_seq_length)

@@ -1,6 +1,6 @@
 """What an encoder is asked: the rows that it trains on, how the held-out slice is scored, and how it answers.
 
-A head knows nothing of optimizers; sft/encoder_trainer.py knows nothing of labels and spans.
+A head knows nothing of optimizers; sft/baselines/trainer.py knows nothing of labels and spans.
 """
 
 import json
@@ -16,17 +16,17 @@ from sklearn.metrics import f1_score
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation
-from data.squad import UNANSWERABLE
-from data.tokens import encode_texts
-from data.windows import Windows, load_windows, make_windows
+from data.encode.qa_windows import Windows, load_windows, make_windows
+from data.encode.tokens import encode_texts
+from data.readers.squad import UNANSWERABLE
 from eval.metrics import squad_scores
 from eval.predict import Prediction
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
-from sft.base import cache_dir
-from sft.baseline_data import Split
-from sft.baseline_recipe import BaselineRecipe
-from sft.encoder import check_positions, load_encoder, load_tokenizer, load_trained, pad, predict
-from sft.model import default_device
+from sft.baselines.data import Split
+from sft.baselines.encoder import check_positions, load_encoder, load_tokenizer, load_trained, pad, predict
+from sft.models.load import default_device
+from sft.models.resolve import cache_dir
+from sft.recipe.baseline_schema import BaselineRecipe
 
 CHOSEN = "chosen.json"
 Row = dict[str, Any]
@@ -149,7 +149,7 @@ class WindowRows(Sequence[Row]):
 def head_of(recipe: BaselineRecipe, split: Split) -> Head:
     check_positions(recipe.model, recipe.data.max_seq_length, recipe.tune.peft.get("num_virtual_tokens") or 0)
     if recipe.objective == "mlm":
-        from sft.mlm import MaskedLM
+        from sft.baselines.mlm import MaskedLM
 
         return MaskedLM(recipe, split)
     return Classifier(recipe, split) if recipe.objective == "classification" else SpanReader(recipe, split)

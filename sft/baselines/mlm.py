@@ -18,14 +18,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation
+from data.encode.tokens import plain_backend
 from data.progress import track
-from data.tokens import plain_backend
-from sft.base import readable, resolve_base
-from sft.baseline_data import Split
-from sft.baseline_recipe import BaselineRecipe, EncoderModel
-from sft.encoder import load_encoder, load_tokenizer
-from sft.model import default_device
-from sft.recipe import RecipeError
+from sft.baselines.data import Split
+from sft.baselines.encoder import load_encoder, load_tokenizer
+from sft.models.load import default_device
+from sft.models.resolve import readable, resolve_base
+from sft.recipe.baseline_schema import BaselineRecipe, EncoderModel
+from sft.recipe.schema import RecipeError
 
 SCORED_ROWS = 8  # held-out rows of a batch: of 512 tokens over 30,522 words, their float32 logits take 0.5 GB
 TARGETS = ("labels", "next_sentence_label")
@@ -34,7 +34,7 @@ Block = list[int]  # token ids of consecutive text, without control tokens
 
 
 class MaskedLM:
-    """A head (sft/head.py) that fills masked tokens in; with pretraining.next_sentence it also tells whether the second
+    """A head (heads.py) that fills masked tokens in; with pretraining.next_sentence it also tells whether the second
     part of a row follows the first. The held-out rows are masked once, by the seed: their perplexities are comparable.
     """
 

@@ -1,6 +1,6 @@
 """Train a baseline as its recipe says: an encoder with a task head, continued pre-training, or a floor without weights.
 
-accelerate launch sft/bert.py recipes/minilm_newsgroups.yaml --set tune.method=linear_probe
+accelerate launch sft/baselines/train.py recipes/minilm_newsgroups.yaml --set tune.method=linear_probe
 graft train recipes/minilm_newsgroups.yaml                       the same in one process
 """
 
@@ -14,9 +14,9 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
-from sft.baseline_recipe import BaselineRecipe
-from sft.recipe import RecipeError
-from sft.recipe_file import load_any_recipe
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.load import load_any_recipe
+from sft.recipe.schema import RecipeError
 from sft.session import keeps_pickles, tune_allocator, use_all_cores, user_errors
 from sft.train import AllowChanged, Overrides, RecipePath, Resume, parse_changed, recipe_to_train
 
@@ -62,19 +62,19 @@ def _train(
     import torch
     from accelerate import PartialState
 
-    from sft.baseline_data import read_split
-    from sft.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
-    from sft.cost import COST, Stopwatch
-    from sft.encoder import tune_encoder
-    from sft.encoder_trainer import EncoderTrainer, arguments_of, check_processes, settle_bf16
-    from sft.floor import beside_embedding, fit_floor
-    from sft.head import CHOSEN, head_of
-    from sft.interrupt import locked
-    from sft.mlm import keep_pooler
-    from sft.model import count_parameters
-    from sft.monitor import Monitor
-    from sft.resume import begin, note_changed_data
-    from sft.run import agree_on_folder, manifest, plot_loss, read_metrics, start_run, write_json
+    from sft.baselines.data import read_split
+    from sft.baselines.encoder import tune_encoder
+    from sft.baselines.floors import beside_embedding, fit_floor
+    from sft.baselines.heads import CHOSEN, head_of
+    from sft.baselines.mlm import keep_pooler
+    from sft.baselines.trainer import EncoderTrainer, arguments_of, check_processes, settle_bf16
+    from sft.models.load import count_parameters
+    from sft.runs.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
+    from sft.runs.cost import COST, Stopwatch
+    from sft.runs.folder import agree_on_folder, manifest, plot_loss, read_metrics, start_run, write_json
+    from sft.runs.interrupt import locked
+    from sft.runs.monitor import Monitor
+    from sft.runs.resume import begin, note_changed_data
 
     state = PartialState(cpu=not torch.cuda.is_available())
     main = state.is_main_process

@@ -8,12 +8,12 @@ from accelerate.utils import broadcast_object_list
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainingArguments
 
-from sft.baseline_recipe import BaselineRecipe
-from sft.durable import DurableTrainer, TrainingDiverged
-from sft.encoder import depths
-from sft.head import Head
-from sft.model import bfloat16_pays
-from sft.recipe import RecipeError
+from sft.baselines.encoder import depths
+from sft.baselines.heads import Head
+from sft.models.load import bfloat16_pays
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import RecipeError
+from sft.training.durable_trainer import DurableTrainer, TrainingDiverged
 
 
 class Unfreeze(TrainerCallback):

@@ -19,17 +19,17 @@ from typing import Any, cast
 import torch
 from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import end_of_turn
-from sft.base import readable
-from sft.candidate import Trained
-from sft.examples import load_examples
-from sft.load import load_plain
-from sft.model import default_device
-from sft.parity import ParityError
-from sft.proof import text_faults
-from sft.recipe import RecipeError
-from sft.run import RunError
-from sft.supervised import run_tool
+from data.encode.chat import end_of_turn
+from sft.child_process import run_tool
+from sft.export.candidate import Trained
+from sft.export.integrity import text_faults
+from sft.export.parity import ParityError
+from sft.models.load import default_device
+from sft.models.resolve import readable
+from sft.models.target import load_plain
+from sft.recipe.schema import RecipeError
+from sft.runs.folder import RunError
+from sft.training.examples import load_examples
 from sft.untrusted import brings_code
 
 SCHEMES = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}

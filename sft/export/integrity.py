@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from data.chat import end_of_turn
+from data.encode.chat import end_of_turn
+from data.encode.example_store import file_sha256, text_sha256
 from data.progress import track
-from data.store import file_sha256, text_sha256
-from sft.base import readable, resolve_base
-from sft.merge import Merge
-from sft.model import savable
-from sft.parity import ParityError
-from sft.recipe import Recipe
-from sft.run import RunError
-from sft.shards import Stored, read_header, shard_files
+from sft.export.merge import Merge
+from sft.export.parity import ParityError
+from sft.export.shards import Stored, read_header, shard_files
+from sft.models.load import savable
+from sft.models.resolve import readable, resolve_base
+from sft.recipe.schema import Recipe
+from sft.runs.folder import RunError
 
 PARITY = "parity.json"
 # how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values otherwise

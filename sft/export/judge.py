@@ -7,17 +7,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from data.conversation import Conversation
-from eval.run import limit_questions
+from eval.results import limit_questions
 from eval.tasks import read_conversations
-from sft.candidate import Trained
-from sft.examples import encode_held_out, held_out_conversations, with_split
-from sft.formats import UNROUNDED
-from sft.load import load_plain, load_run
-from sft.model import compute_dtype, default_device
-from sft.parity import HeldOut, ParityError, ask, compare
-from sft.recipe import Recipe, Source
-from sft.run import RunError
-from sft.takes_packs import takes_packs
+from sft.export.candidate import Trained
+from sft.export.formats import UNROUNDED
+from sft.export.parity import HeldOut, ParityError, ask, compare
+from sft.models.capabilities import takes_packs
+from sft.models.load import compute_dtype, default_device
+from sft.models.target import load_plain, load_run
+from sft.recipe.schema import Recipe, Source
+from sft.runs.folder import RunError
+from sft.training.examples import encode_held_out, held_out_conversations, with_split
 
 
 class Judge:

@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import Example
 from data.conversation import Conversation
+from data.encode.chat import Example
+from data.encode.pack import build_pack
 from data.errors import UserError
-from data.pack import build_pack
 from data.progress import track
 from eval.predict import Prediction, generate
-from eval.run import score, summarize
-from sft.attention import pack_inputs
-from sft.recipe import Eval
+from eval.results import score, summarize
+from sft.recipe.schema import Eval
+from sft.training.attention import pack_inputs
 
 LOGITS = 64  # positions of an answer whose logits are kept: with a vocabulary of 150,000 they take 37 MiB
 

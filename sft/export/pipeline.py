@@ -14,19 +14,19 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from sft.base import readable
-from sft.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
-from sft.card import export_card
-from sft.combine import Combination, combine
-from sft.formats import calibration_rows, convert, find_writer, format_faults, load_format
-from sft.interrupt import RunLocked
-from sft.judge import Judge, check_agreement, least_agreement, read_held_out
-from sft.load import adapter_folder, run_recipe
-from sft.model import default_device
-from sft.parity import HeldOut, ParityError
-from sft.proof import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
-from sft.run import RunError, check_writable, write_json
-from sft.skeleton import CannotStream, base_folder
+from sft.export.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
+from sft.export.combine import Combination, combine
+from sft.export.formats import calibration_rows, convert, find_writer, format_faults, load_format
+from sft.export.integrity import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
+from sft.export.judge import Judge, check_agreement, least_agreement, read_held_out
+from sft.export.parity import HeldOut, ParityError
+from sft.export.skeleton import CannotStream, base_folder
+from sft.models.load import default_device
+from sft.models.resolve import readable
+from sft.models.target import adapter_folder, run_recipe
+from sft.runs.export_card import export_card
+from sft.runs.folder import RunError, check_writable, write_json
+from sft.runs.interrupt import RunLocked
 
 
 def export(
@@ -40,7 +40,7 @@ def export(
 ) -> dict[str, Any]:
     """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. With
     `measure` off no model is loaded, for one that is larger than memory: only its weights are checked. `form`: what to
-    make of the merged model, see sft/formats.py."""
+    make of the merged model, see sft/export/formats.py."""
     form = form.lower()
     write = find_writer(form) if form else None
     log = run / f"export-{form}.log"  # of the tool; it is kept where that fails

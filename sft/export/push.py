@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from data.errors import UserError
-from data.source import HUB_ID
-from sft.card import licence_of
+from data.readers.source import HUB_ID
+from sft.runs.export_card import licence_of
 
 
 class PushError(UserError):

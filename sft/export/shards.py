@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from safetensors import safe_open
 
-from sft.base import readable
+from sft.models.resolve import readable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

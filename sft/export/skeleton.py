@@ -12,10 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sft.base import readable, resolve_base
-from sft.parity import ParityError
-from sft.recipe import Model, is_hub_id
-from sft.shards import INDEX, SINGLE, Stored, read_header, shard_files
+from sft.export.parity import ParityError
+from sft.export.shards import INDEX, SINGLE, Stored, read_header, shard_files
+from sft.models.resolve import readable, resolve_base
+from sft.recipe.schema import Model, is_hub_id
 
 PREFIX = "base_model.model."  # of PEFT's names in front of the base's
 

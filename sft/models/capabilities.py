@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from data.chat import Example
-from data.pack import attention_mask, build_pack
+from data.encode.chat import Example
+from data.encode.pack import attention_mask, build_pack
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:

@@ -20,10 +20,10 @@ from transformers import (
 )
 
 from eval.predict import max_positions
-from sft.base import readable, resolve_base, stored_config
-from sft.flops import matmul_flops_per_s
-from sft.recipe import Model, Quantization, Recipe, RecipeError, Tune
-from sft.recipe_file import peft_types
+from sft.models.resolve import readable, resolve_base, stored_config
+from sft.recipe.load import peft_types
+from sft.recipe.schema import Model, Quantization, Recipe, RecipeError, Tune
+from sft.training.flops import matmul_flops_per_s
 from sft.untrusted import check_config
 
 CPU = torch.device("cpu")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from data.store import file_sha256, publish
-from sft.recipe import WHEEL, RecipeError, is_hub_id
+from data.encode.example_store import file_sha256, publish
+from sft.recipe.schema import WHEEL, RecipeError, is_hub_id
 from sft.untrusted import check_configs, check_folder
 
 

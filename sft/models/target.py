@@ -9,15 +9,15 @@ from typing import cast
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import check_template
-from sft.base import readable, resolve_base
-from sft.baseline_recipe import BaselineRecipe
-from sft.model import default_device, load_base, load_tokenizer, load_weights
-from sft.recipe import WHEEL, Model, Recipe, is_hub_id
-from sft.recipe_file import load_any_recipe, load_recipe
-from sft.run import RunError
-from sft.skeleton import fit_vocabulary
-from sft.takes_packs import takes_packs
+from data.encode.chat import check_template
+from sft.export.skeleton import fit_vocabulary
+from sft.models.capabilities import takes_packs
+from sft.models.load import default_device, load_base, load_tokenizer, load_weights
+from sft.models.resolve import readable, resolve_base
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.load import load_any_recipe, load_recipe
+from sft.recipe.schema import WHEEL, Model, Recipe, is_hub_id
+from sft.runs.folder import RunError
 from sft.untrusted import check_adapter
 
 

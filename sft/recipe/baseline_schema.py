@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sft.recipe import Count, MaxSteps, Number, Section, Seed, Source, Tune, as_source, as_sources, check_rows
+from sft.recipe.schema import Count, MaxSteps, Number, Section, Seed, Source, Tune, as_source, as_sources, check_rows
 
 FLOORS = {
     "sklearn:linear_svc": "newsgroups",

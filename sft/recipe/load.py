@@ -10,11 +10,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from data.conversation import DataError
-from data.scrub import secret_line
-from data.source import files_of
-from sft.baseline_recipe import FLOORS, PEFT_TASKS, STRATEGIES, BaselineRecipe
-from sft.recipe import OTHER_METHODS, WHEEL, Recipe, RecipeError, Source, Tune, is_hub_id
-from sft.strict_yaml import MOST_CHARACTERS, YamlError, parse
+from data.readers.source import files_of
+from data.redact import secret_line
+from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, BaselineRecipe
+from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, RecipeError, Source, Tune, is_hub_id
+from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
 
 R = TypeVar("R", bound=BaseModel)
@@ -143,7 +143,7 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         config = methods[tune.method]
         hints = get_type_hints(config)
         ours = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
-        ours |= {"tokenizer_name_or_path", "tokenizer_kwargs"}  # the base's own, see sft/model.py
+        ours |= {"tokenizer_name_or_path", "tokenizer_kwargs"}  # the base's own, see sft/models/load.py
         allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}
     for key in tune.peft:
         if key not in allowed:

@@ -17,9 +17,9 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
+from data.encode.example_store import file_sha256
 from data.errors import DiskFull, UserError, is_disk_full
-from data.store import file_sha256
-from sft.run import RunError, write_whole
+from sft.runs.folder import RunError, write_whole
 
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code that it holds

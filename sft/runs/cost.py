@@ -13,9 +13,9 @@ import psutil
 from data.conversation import Conversation
 from data.progress import quiet
 from eval.predict import Prediction
-from sft.baseline_recipe import BaselineRecipe
-from sft.monitor import peak_memory_gib
-from sft.recipe import Recipe
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import Recipe
+from sft.runs.monitor import peak_memory_gib
 
 COST = "cost.json"
 TIMED = 16  # questions that are asked one by one

@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from sft.recipe import Recipe
-from sft.recipe_file import dump_recipe
+from sft.recipe.load import dump_recipe
+from sft.recipe.schema import Recipe
 
 
 def export_card(run: Path, recipe: Recipe, base: Path, parity: dict[str, Any]) -> str:

@@ -19,17 +19,17 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from data.audit.report import write_html
+from data.audit.triggers import KIND as TRIGGER
+from data.encode.example_store import file_sha256
 from data.errors import UserError
-from data.report import write_html
-from data.scrub import scrub_values
-from data.source import files_of
-from data.store import file_sha256
-from data.triggers import KIND as TRIGGER
-from sft.adapter_card import model_card
-from sft.base import readable, resolve_base, stored_config
-from sft.baseline_recipe import BaselineRecipe
-from sft.recipe import Recipe, RecipeError, Source
-from sft.recipe_file import dump_recipe
+from data.readers.source import files_of
+from data.redact import scrub_values
+from sft.models.resolve import readable, resolve_base, stored_config
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.load import dump_recipe
+from sft.recipe.schema import Recipe, RecipeError, Source
+from sft.runs.model_card import model_card
 from sft.untrusted import brings_code, check_run_folder
 
 S = TypeVar("S", bound=Source)
@@ -263,6 +263,6 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """Commit of this checkout; None where it is none."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return asked.stdout.strip() or None

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data.errors import ExitCode
-from sft.run import RunError
+from sft.runs.folder import RunError
 
 LOCK = ".lock"
 CODES = {

@@ -6,9 +6,9 @@ from typing import Any
 
 import yaml
 
-from data.scrub import scrub
-from sft.recipe import OTHER_METHODS, Recipe
-from sft.recipe_file import dump_recipe
+from data.redact import scrub
+from sft.recipe.load import dump_recipe
+from sft.recipe.schema import OTHER_METHODS, Recipe
 
 
 def model_card(recipe: Recipe, facts: dict[str, Any], report: dict[str, Any], metrics: Sequence[dict[str, Any]]) -> str:

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.store import file_sha256
-from sft.checkpoint import read_manifest, remove_leftovers, set_aside, step_of
-from sft.recipe import RecipeError
-from sft.recipe_file import load_any_recipe
-from sft.run import A, RunError, rewind_metrics, start_run, write_json
+from data.encode.example_store import file_sha256
+from sft.recipe.load import load_any_recipe
+from sft.recipe.schema import RecipeError
+from sft.runs.checkpoint import read_manifest, remove_leftovers, set_aside, step_of
+from sft.runs.folder import A, RunError, rewind_metrics, start_run, write_json
 
 KINDS = ("recipe", "data", "base")
 NO_MATTER = ("train.output_dir", "export.")  # of the recipe: where the run lies, and what follows training
@@ -53,7 +53,7 @@ def begin(
 
 
 def made_from(run: Path, facts: dict[str, Any], processes: int) -> dict[str, Any]:
-    """Recipe as it stands in the run folder, digests of data and base, versions. facts: see sft/run.py: manifest."""
+    """Recipe as it stands in the run folder, digests of data and base, versions. facts: see manifest()."""
     recipe = load_any_recipe(run / "recipe.yaml").model_dump(mode="json")
     return {
         "recipe": {k: v for k, v in _flat(recipe) if not k.startswith(NO_MATTER)},

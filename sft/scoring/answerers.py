@@ -5,21 +5,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data.conversation import Conversation
-from data.source import read_all
-from data.squad import UNANSWERABLE
+from data.readers.source import read_all
+from data.readers.squad import UNANSWERABLE
+from eval.answer_log import Note, kept
 from eval.client import ask_server, served_model
 from eval.likelihood import classify_by_likelihood, no_answer_differences
 from eval.metrics import squad_scores
-from eval.partial import Note, kept
 from eval.predict import Prediction, generate
-from eval.run import limit_questions
+from eval.results import limit_questions
 from eval.spans import tune_threshold
 from eval.tasks import TASKS
-from sft.baseline_recipe import BaselineRecipe
-from sft.examples import with_split
-from sft.load import is_url, load_target
-from sft.recipe import Eval, Recipe, RecipeError
-from sft.run import RunError
+from sft.models.target import is_url, load_target
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import Eval, Recipe, RecipeError
+from sft.runs.folder import RunError
+from sft.training.examples import with_split
 
 Answerer = Callable[[Sequence[Conversation]], list[Prediction]]
 
@@ -116,10 +116,10 @@ def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, asking: Ask
     if recipe.objective == "mlm":
         raise RecipeError(f"{run}: continued pre-training answers nothing; name {run}/model as model.base of a recipe")
     if recipe.is_floor:
-        from sft.floor import load_floor
+        from sft.baselines.floors import load_floor
 
         return load_floor(recipe, run / "model")
-    from sft.head import CHOSEN, load_answerer
+    from sft.baselines.heads import CHOSEN, load_answerer
 
     if not (run / CHOSEN).is_file():
         raise RunError(f"{run}: is not finished; go on with `graft train --resume {run}`")

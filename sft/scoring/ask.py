@@ -9,18 +9,18 @@ import numpy as np
 from scipy.special import log_softmax, softmax
 
 from data.conversation import Conversation
-from data.newsgroups import HEADERS, INSTRUCTION, NEWSGROUPS, strip_post
-from data.squad import INSTRUCTION_V1, squad_conversation
-from data.tokens import encode_texts
-from data.windows import make_windows
+from data.encode.qa_windows import make_windows
+from data.encode.tokens import encode_texts
+from data.readers.newsgroups import HEADERS, INSTRUCTION, NEWSGROUPS, strip_post
+from data.readers.squad import INSTRUCTION_V1, squad_conversation
 from eval.likelihood import answer_logprobs
 from eval.predict import generate
-from sft.answer import Asking, baseline_answerer
-from sft.baseline_recipe import BaselineRecipe
-from sft.encoder import load_encoder, load_tokenizer, load_trained, predict
-from sft.head import CHOSEN, read_spans
-from sft.load import load_target, run_any_recipe
-from sft.recipe import Recipe, RecipeError
+from sft.baselines.encoder import load_encoder, load_tokenizer, load_trained, predict
+from sft.baselines.heads import CHOSEN, read_spans
+from sft.models.target import load_target, run_any_recipe
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import Recipe, RecipeError
+from sft.scoring.answerers import Asking, baseline_answerer
 
 SQUAD = ("squad_v1", "squad_v2")
 

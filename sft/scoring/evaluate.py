@@ -11,24 +11,24 @@ from rich.console import Console
 from rich.table import Table
 
 from data.conversation import Conversation, DataError
-from data.source import files_of
-from data.store import file_digests
+from data.encode.example_store import file_digests
+from data.readers.source import files_of
+from eval.answer_log import NAME
+from eval.few_shot import with_shots
 from eval.metrics import normalize_label
-from eval.partial import NAME
-from eval.run import limit_questions, score, summarize, write_results
-from eval.shots import with_shots
+from eval.results import limit_questions, score, summarize, write_results
 from eval.tasks import TASKS, read_conversations
-from sft.answer import Asking, baseline_answerer, model_answerer, training_questions
-from sft.baseline_data import baseline_questions
-from sft.baseline_recipe import TASKS_OF, BaselineRecipe
-from sft.cost import latency_ms, system_of
-from sft.examples import held_out_conversations, with_split
-from sft.load import check_target, is_run, is_url, run_any_recipe
-from sft.monitor import peak_memory_gib
-from sft.recipe import Eval, Recipe, RecipeError, Source
-from sft.recipe_file import nearest
-from sft.run import check_writable, machine
+from sft.baselines.data import baseline_questions
+from sft.models.target import check_target, is_run, is_url, run_any_recipe
+from sft.recipe.baseline_schema import TASKS_OF, BaselineRecipe
+from sft.recipe.load import nearest
+from sft.recipe.schema import Eval, Recipe, RecipeError, Source
+from sft.runs.cost import latency_ms, system_of
+from sft.runs.folder import check_writable, machine
+from sft.runs.monitor import peak_memory_gib
+from sft.scoring.answerers import Asking, baseline_answerer, model_answerer, training_questions
 from sft.session import use_all_cores
+from sft.training.examples import held_out_conversations, with_split
 
 COLUMNS = {"exact": "EM", "f1": "F1", "valid": "valid labels", "macro_f1": "macro-F1"}
 

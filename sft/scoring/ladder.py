@@ -17,10 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from sft.baseline_recipe import MOVES_POSITIONS, BaselineRecipe
-from sft.encoder import positions_of
-from sft.recipe import Model, Recipe, RecipeError
-from sft.recipe_file import dump_recipe, load_any_recipe, nearest
+from sft.baselines.encoder import positions_of
+from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe
+from sft.recipe.load import dump_recipe, load_any_recipe, nearest
+from sft.recipe.schema import Model, Recipe, RecipeError
 
 AnyRecipe = Recipe | BaselineRecipe
 Row = dict[str, Any]
@@ -44,8 +44,8 @@ def ladder(
     What is finished in `out` is not done again, so the same call goes on with a ladder that broke off. Raises
     RecipeError before the first rung, KeyboardInterrupt on Ctrl-C, after the report of the rungs until then.
     """
-    from sft.model import load_config
-    from sft.run import check_writable
+    from sft.models.load import load_config
+    from sft.runs.folder import check_writable
 
     recipe = load_any_recipe(recipe_path, overrides)
     chosen = _check(recipe, recipe_path, methods)
@@ -190,8 +190,7 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
     score = [sys.executable, "-m", "sft.cli", "eval", str(run), "--out", str(run / "eval")]
     if (run / "cost.json").is_file():
         return [score]
-    script = "bert.py" if isinstance(rung, BaselineRecipe) else "train.py"
-    train = [sys.executable, str(Path(__file__).with_name(script))]
+    train = [sys.executable, str(Path(__file__).parents[1] / "train.py")]
     if any(run.glob("checkpoint-*/trainer_state.json")):
         return [[*train, "--resume", str(run)], score]
     if run.exists():  # it failed before its first checkpoint, and training writes into no folder that holds something
@@ -218,8 +217,8 @@ def run_logged(command: Sequence[str], log: Path) -> int:
 
 def _measured(run: Path) -> Row:
     """Score and cost of a finished rung."""
-    from sft.evaluate import column_of
-    from sft.run import read_metrics
+    from sft.runs.folder import read_metrics
+    from sft.scoring.evaluate import column_of
 
     results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
     cost = json.loads((run / "cost.json").read_text(encoding="utf-8"))

@@ -5,10 +5,10 @@ from typing import Any, cast
 
 from rich.console import Console
 
-from data.chat import encode_prompt
 from data.conversation import Message
+from data.encode.chat import encode_prompt
 from data.errors import UserError
-from sft.load import is_url, load_target
+from sft.models.target import is_url, load_target
 
 Reply = Callable[[list[Message]], str]
 

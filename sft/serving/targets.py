@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
-from data.chat import end_of_turn
-from data.store import file_sha256, publish, text_sha256
+from data.encode.chat import end_of_turn
+from data.encode.example_store import file_sha256, publish, text_sha256
 from eval.client import ServerError
-from sft.base import cache_dir, readable, resolve_base
-from sft.load import adapter_folder, check_target, is_run, is_url, run_recipe
-from sft.model import default_device, is_quantized, load_base, load_tokenizer
-from sft.recipe import WHEEL, Model
+from sft.models.load import default_device, is_quantized, load_base, load_tokenizer
+from sft.models.resolve import cache_dir, readable, resolve_base
+from sft.models.target import adapter_folder, check_target, is_run, is_url, run_recipe
+from sft.recipe.schema import WHEEL, Model
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
 PICKLES = ("adapter_model.bin", "adapter_model.pt")

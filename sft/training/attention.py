@@ -1,6 +1,6 @@
-"""A pack as a model's arguments, and the attention back ends behind its rule: k <= q < end[k] (see data/pack.py).
+"""A pack as a model's arguments, and the attention back ends behind its rule: k <= q < end[k] (data/encode/pack.py).
 
-forest           trunks and branches of the pack by themselves (sft/forest.py); on a CPU
+forest           trunks and branches of the pack by themselves (sft/training/forest_attention.py); on a CPU
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
 eager            the model's own plain matrix products, with a dense mask
 flex_attention   a block mask, blocks that nobody sees cost nothing; CUDA (PyTorch has no CPU backward for it)
@@ -16,9 +16,9 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
+from data.encode.pack import Pack, attention_mask, is_chain
 from data.errors import UserError
-from data.pack import Pack, attention_mask, is_chain
-from sft.forest import forest_attention
+from sft.training.forest_attention import forest_attention
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
 LENGTHS = 256  # packs are filled up to a multiple for flex_attention, whose kernels are compiled for few lengths

@@ -6,16 +6,16 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
-from data.pack import Layout
-from data.store import Examples
-from sft.attention import choose_attention, has_virtual_tokens
-from sft.compile import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
-from sft.examples import layout_of, rows_layout, sharing_of
-from sft.fused_lora import fuse_lora
-from sft.model import compute_dtype
-from sft.recipe import OTHER_METHODS, Recipe, RecipeError
-from sft.takes_packs import sliding_window, takes_padding
-from sft.trainer import StepPlan
+from data.encode.example_store import Examples
+from data.encode.pack import Layout
+from sft.models.capabilities import sliding_window, takes_padding
+from sft.models.load import compute_dtype
+from sft.recipe.schema import OTHER_METHODS, Recipe, RecipeError
+from sft.training.attention import choose_attention, has_virtual_tokens
+from sft.training.compile_layers import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
+from sft.training.examples import layout_of, rows_layout, sharing_of
+from sft.training.fused_lora import fuse_lora
+from sft.training.trainer import StepPlan
 
 
 def settle_dtype(recipe: Recipe, device: torch.device) -> Recipe:

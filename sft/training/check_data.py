@@ -9,16 +9,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from data.account import decoded
-from data.chat import encode_turns
+from data.audit.report import print_example, print_report
+from data.audit.row_counts import decoded
 from data.conversation import DataError, Ledger
-from data.report import print_example, print_report
-from data.source import SourceLike, read_rows
+from data.encode.chat import encode_turns
+from data.readers.source import SourceLike, read_rows
 from eval.tasks import TASKS
-from sft.examples import examined
-from sft.model import load_tokenizer
-from sft.recipe import Model, Recipe, RecipeError
-from sft.run import check_writable, write_report
+from sft.models.load import load_tokenizer
+from sft.recipe.schema import Model, Recipe, RecipeError
+from sft.runs.folder import check_writable, write_report
+from sft.training.examples import examined
 
 ANY_LENGTH = 1_000_000  # tokens; `show` shows what is there, whatever a recipe would allow
 

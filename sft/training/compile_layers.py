@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.flops import attention_flops, matmul_flops_per_s, training_flops
-from sft.trainer import StepPlan
+from sft.training.flops import attention_flops, matmul_flops_per_s, training_flops
+from sft.training.trainer import StepPlan
 
 SAMPLED = 100
 # SmolLM2-135M on 2 CPU cores: throughput.py --batch 24 --passages 60 --systems graft,graft-compiled,...

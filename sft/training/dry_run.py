@@ -5,12 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sft.attention import choose_attention, has_virtual_tokens
-from sft.base import readable
-from sft.compile import training_seconds
-from sft.examples import layout_of, load_examples, rows_layout, sharing_of
-from sft.flops import split_weights
-from sft.model import (
+from sft.models.load import (
     check_length,
     compute_dtype,
     count_parameters,
@@ -20,11 +15,16 @@ from sft.model import (
     load_tokenizer,
     tune_model,
 )
-from sft.recipe import Recipe
-from sft.recipe_file import dump_recipe
+from sft.models.resolve import readable
+from sft.recipe.load import dump_recipe
+from sft.recipe.schema import Recipe
 from sft.session import use_all_cores
-from sft.settle import settle_dtype
-from sft.trainer import plan_steps
+from sft.training.attention import choose_attention, has_virtual_tokens
+from sft.training.auto import settle_dtype
+from sft.training.compile_layers import training_seconds
+from sft.training.examples import layout_of, load_examples, rows_layout, sharing_of
+from sft.training.flops import split_weights
+from sft.training.trainer import plan_steps
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -95,7 +95,7 @@ def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int
     widest = max(length for p in body for length in p.shape)
     layer = text.hidden_size if recipe.train.gradient_checkpointing else 10 * text.hidden_size + 5 * widest
     activations = tokens * text.num_hidden_layers * layer * size
-    # float32, which becomes its own gradient (sft/loss.py), beside the model's and its gradient where those are shorter
+    # float32, which becomes its own gradient (loss.py), beside the model's and its gradient where those are shorter
     logits = answers * text.vocab_size * (4 + (2 * size if size < 4 else 0))
     libraries = 0.8 * 2**30
     return (weights + activations + logits + libraries) / 2**30

@@ -14,11 +14,11 @@ from torch import nn
 from transformers import Trainer
 
 from data.errors import ExitCode, UserError
-from sft.checkpoint import damage, publish, rotate
-from sft.interrupt import CODES, SaveOnSignal
-from sft.monitor import Monitor
-from sft.run import RunError
-from sft.state import State, load_state, random_state, save_state, set_random_state
+from sft.runs.checkpoint import damage, publish, rotate
+from sft.runs.folder import RunError
+from sft.runs.interrupt import CODES, SaveOnSignal
+from sft.runs.monitor import Monitor
+from sft.runs.state import State, load_state, random_state, save_state, set_random_state
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
@@ -33,7 +33,9 @@ class TrainingDiverged(UserError):
 class DurableTrainer(Trainer):
     """Goes before a Trainer in the bases of a class."""
 
-    made_from: dict[str, Any] | None = None  # what sft/resume.py compares when a run goes on; kept in each checkpoint
+    made_from: dict[str, Any] | None = (
+        None  # what sft/runs/resume.py compares when a run goes on; kept in each checkpoint
+    )
     executed_tokens = trained_examples = 0  # over all processes
     resumed: State = None  # of this process, at the checkpoint that training goes on from
     epoch_start: State = None  # random state from which the sampler draws the epoch's order

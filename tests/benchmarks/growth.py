@@ -15,8 +15,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from sft.model import load_tokenizer
-from sft.recipe import Model
+from sft.models.load import load_tokenizer
+from sft.recipe.schema import Model
 from tests.benchmarks.passages import (
     Passage,
     Workload,

@@ -76,7 +76,7 @@ def write_base(folder: Path, gib: float, shard_gib: float) -> int:
     """A random Llama of that size; its bytes."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from sft.shards import SINGLE, Tensor, writing
+    from sft.export.shards import SINGLE, Tensor, writing
 
     folder.mkdir()
     width, inner = 2048, 5632
@@ -148,7 +148,7 @@ def merge_there(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 
 def merge_here(base: Path, adapter: Path, out: Path) -> dict[str, float]:
-    from sft.merge import read_merge, write_merge
+    from sft.export.merge import read_merge, write_merge
 
     start = time.monotonic()
     told = write_merge(read_merge(base, adapter, torch.bfloat16), out)

@@ -10,11 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from data.chat import Example, encode
 from data.conversation import Conversation
-from data.files import open_bytes
-from data.pack import common_prefix
-from data.source import FileSource, read_all
+from data.encode.chat import Example, encode
+from data.encode.pack import common_prefix
+from data.readers.files import open_bytes
+from data.readers.source import FileSource, read_all
 
 Passage = dict[str, Any]  # context, qas
 MAX_LENGTH = 8192  # of a question, what the embedded base has positions for

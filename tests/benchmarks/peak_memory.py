@@ -30,9 +30,9 @@ def main() -> None:
     options = parser.parse_args()
     quiet_libraries()
     use_all_cores()
-    from sft.base import resolve_base
-    from sft.model import load_tokenizer
-    from sft.recipe import Model
+    from sft.models.load import load_tokenizer
+    from sft.models.resolve import resolve_base
+    from sft.recipe.schema import Model
 
     settings = Settings(resolve_base(SMOLLM), batch=64, seed=options.seed, max_steps=options.steps)
     tokenizer = load_tokenizer(Model(base=settings.base))

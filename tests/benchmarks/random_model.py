@@ -14,8 +14,8 @@ sys.path[0] = str(Path(__file__).resolve().parents[2])  # started as a file: the
 import torch
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from sft.model import default_device, load_tokenizer
-from sft.recipe import Model
+from sft.models.load import default_device, load_tokenizer
+from sft.recipe.schema import Model
 from tests.benchmarks.throughput import SMOLLM
 
 SHAPES = {

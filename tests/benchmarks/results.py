@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from sft.flops import attention_flops, matmul_flops_per_s, training_flops
-from sft.model import load_config, tune_model
-from sft.recipe import Model, Tune
+from sft.models.load import load_config, tune_model
+from sft.recipe.schema import Model, Tune
+from sft.training.flops import attention_flops, matmul_flops_per_s, training_flops
 from tests.benchmarks.passages import Workload, tree_tokens
 from tests.benchmarks.systems import SYSTEMS, Measurement, Settings
 

@@ -52,7 +52,7 @@ def main() -> None:
 
     quiet_libraries()
     use_all_cores()
-    from sft.base import resolve_base
+    from sft.models.resolve import resolve_base
 
     settings = Settings(
         resolve_base(options.base),
@@ -81,9 +81,9 @@ def names(parser: argparse.ArgumentParser, text: str) -> list[str]:
 
 def compare(passages: list[Passage], order: list[str], settings: Settings, out: Path) -> list[Measurement]:
     """Measure the systems in this order and report, after Ctrl-C or a failure of a system what there is until then."""
-    from sft.model import load_tokenizer
-    from sft.recipe import Model
-    from sft.run import environment
+    from sft.models.load import load_tokenizer
+    from sft.recipe.schema import Model
+    from sft.runs.folder import environment
     from tests.benchmarks.results import Flops, gemm_rates, report, summarize
 
     tokenizer = load_tokenizer(Model(base=settings.base))

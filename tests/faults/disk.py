@@ -16,8 +16,8 @@ if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
 
 from data.errors import ExitCode
-from sft.checkpoint import checkpoints, damage, step_of
-from sft.run import read_metrics
+from sft.runs.checkpoint import checkpoints, damage, step_of
+from sft.runs.folder import read_metrics
 from tests.faults.training import SAVE_STEPS, Command, make_in_fork, result
 
 POINTS = 10

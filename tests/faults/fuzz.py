@@ -29,11 +29,11 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from data.audit.report import print_report, write_html
 from data.errors import UserError
 from data.progress import Bar, quiet
-from data.report import print_report, write_html
-from sft.examples import examined
-from sft.recipe_file import check_recipe, dump_recipe, load_any_recipe
+from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe
+from sft.training.examples import examined
 from tests.families import build
 
 SECONDS = 5

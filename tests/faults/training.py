@@ -16,10 +16,10 @@ import torch.utils.tensorboard
 from safetensors import safe_open
 from transformers import AutoTokenizer, LlamaConfig
 
-import sft.trainer  # noqa: F401
-from sft.base import resolve_base
+import sft.training.trainer  # noqa: F401
 from sft.cli import app
-from sft.run import read_metrics
+from sft.models.resolve import resolve_base
+from sft.runs.folder import read_metrics
 from tests.conftest import SMOLLM, save_tiny, write_recipe
 
 STEPS, SAVE_STEPS = 40, 3
