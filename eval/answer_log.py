@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from data.atomic import write_text
 from data.conversation import Conversation
-from eval.predict import Prediction
+from eval.prediction import Prediction
 
 NAME = "answers.partial.jsonl"
 KEPT = ("text", "new_tokens", "finished", "asked")  # of a prediction
@@ -42,9 +43,7 @@ class Partial:
         if not self.found:
             lines = [json.dumps({"key": key})]
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f"{path.name}.new")  # without a cut line, and never less than what is there
-        aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        aside.replace(path)
+        write_text(path, "".join(f"{line}\n" for line in lines))  # without a cut line, never less than what was there
         self.file, self.kept = path.open("a", encoding="utf-8"), len(lines) - 1
 
     def add(self, number: int, prediction: Prediction) -> None:

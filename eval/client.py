@@ -12,7 +12,7 @@ from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
 from eval.answer_log import kept
-from eval.predict import Prediction
+from eval.prediction import Prediction
 
 if TYPE_CHECKING:  # a second to import, for commands that ask no server
     from openai.types.chat import ChatCompletion

@@ -23,7 +23,8 @@ from data.progress import Bar, track
 from data.readers.squad import UNANSWERABLE
 from eval.decode_batch import takes_rows
 from eval.metrics import normalize_answer
-from eval.predict import Prediction, max_positions
+from eval.predict import max_positions
+from eval.prediction import Prediction
 
 WINDOW = 64  # prompts whose packs are made at once: an answer repeats its prompt's ids until they are packed
 

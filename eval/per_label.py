@@ -45,5 +45,5 @@ def plot_confusion(found: Found, path: Path) -> None:
         if n:
             dark = n > counts[row].sum() / 2
             axes.text(column, row, str(n), ha="center", va="center", fontsize=7, color="white" if dark else "black")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")
     pyplot.close(figure)

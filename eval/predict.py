@@ -1,7 +1,6 @@
 """Prompts -> greedy answers, in-process; over HTTP see client.py."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -10,16 +9,7 @@ from data.encode.chat import encode_prompt, end_of_turn
 from data.progress import track
 from eval.decode_batch import takes_rows
 from eval.generate import generate_ids, generate_one
-
-
-@dataclass(frozen=True)
-class Prediction:
-    text: str
-    new_tokens: int
-    finished: bool  # the model ended its turn; False: cut at max_new_tokens
-    asked: bool = True  # False: prompt and answer may need more positions than the model has, so it counts as wrong
-    probability: float | None = None  # of the answer, where the system gives one
-    ids: tuple[int, ...] = ()  # of the answer with the token that ends it, where it was generated in-process
+from eval.prediction import Prediction
 
 
 def generate(

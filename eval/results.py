@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from data.atomic import atomic_path
 from data.conversation import Conversation
 from data.redact import scrub_values
 from eval.metrics import gold_label, label_counts
 from eval.per_label import classes, plot_confusion
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from eval.stats import bootstrap_sums, cell, macro_f1, score_interval
 from eval.tasks import TASKS
 
@@ -87,33 +88,36 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
     own and whole.
     """
     out.mkdir(parents=True, exist_ok=True)
-    samples, summary = out / ".samples.jsonl.new", out / ".results.json.new"
-    with samples.open("w", encoding="utf-8") as file:
-        for s in scored:
-            row = {
-                "id": s.conversation.id,
-                "cluster": text_key(s.conversation.cluster),
-                "prompt": s.conversation.prompt[-1]["content"],
-                "question": s.conversation.question,
-                "label": s.conversation.label,
-                "gold": list(s.conversation.answers),
-                "predicted": s.prediction.text,
-                "finished": s.prediction.finished,
-                "asked": s.prediction.asked,
-                "probability": s.prediction.probability,
-                **s.scores,
-            }
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    summary.write_text(json.dumps(scrub_values(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    plot = out / ".confusion.new.png"
-    if results.get("classes"):
-        plot_confusion(results["classes"], plot)
-    for name in ("results.json", "confusion.png"):
-        (out / name).unlink(missing_ok=True)
-    samples.replace(out / "samples.jsonl")
-    if plot.exists():
-        plot.replace(out / "confusion.png")
-    summary.replace(out / "results.json")
+    summary, plot = out / "results.json", out / "confusion.png"
+    with atomic_path(summary) as new_summary, atomic_path(out / "samples.jsonl") as new_samples:
+        with new_samples.open("w", encoding="utf-8") as file:
+            for one in scored:
+                file.write(json.dumps(sample_row(one), ensure_ascii=False) + "\n")
+        new_summary.write_text(json.dumps(scrub_values(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        if results.get("classes"):
+            with atomic_path(plot) as new_plot:
+                plot_confusion(results["classes"], new_plot)
+        else:
+            plot.unlink(missing_ok=True)
+        summary.unlink(missing_ok=True)  # so that a results.json always has its own samples.jsonl beside it
+
+
+def sample_row(scored: Scored) -> dict[str, Any]:
+    """The question's line in samples.jsonl."""
+    conversation, prediction = scored.conversation, scored.prediction
+    return {
+        "id": conversation.id,
+        "cluster": text_key(conversation.cluster),
+        "prompt": conversation.prompt[-1]["content"],
+        "question": conversation.question,
+        "label": conversation.label,
+        "gold": list(conversation.answers),
+        "predicted": prediction.text,
+        "finished": prediction.finished,
+        "asked": prediction.asked,
+        "probability": prediction.probability,
+        **scored.scores,
+    }
 
 
 def _summary(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import psutil
 
 from data.progress import LINE_EVERY_S
 from sft import child_supervisor as supervisor
-from sft.runs.folder import RunError
+from sft.errors import RunError
 
 KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as the supervisor ends, or tells of what it started
 

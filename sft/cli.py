@@ -11,7 +11,7 @@ import typer
 
 from data.readers.source import FileSource
 from sft import train
-from sft.recipe.schema import RecipeError
+from sft.errors import RecipeError
 from sft.session import tune_allocator, user_errors
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -319,7 +319,7 @@ def bench_serve_command(
     """Load servers: requests and tokens a second, time to first token, inter-token latency."""
     from rich.console import Console
 
-    from sft.runs.folder import write_json
+    from data.atomic import write_json
     from sft.serving.bench import bench_serve, print_loads
 
     numbers = clients.split(",")
@@ -359,7 +359,7 @@ def schema() -> None:
 @user_errors
 def env() -> None:
     """Print versions and hardware, for a bug report."""
-    from sft.runs.folder import environment
+    from sft.runs.manifest import environment
 
     print(json.dumps(environment(), indent=2))
 

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from data.errors import UserError
+from sft.errors import RecipeError
 from sft.export.pipeline import export
 from sft.recipe.load import load_recipe
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import read_metrics
-from sft.runs.monitor import peak_memory_gib
+from sft.runs.cost import peak_memory_gib
+from sft.runs.metrics import read_metrics
 from sft.scoring.evaluate import column_of, evaluate, interval, score_names
 from sft.train import train
 

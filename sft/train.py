@@ -16,9 +16,11 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
+from sft.errors import RecipeError
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.load import load_any_recipe
-from sft.recipe.schema import Recipe, RecipeError
+from sft.recipe.schema import Recipe
+from sft.runs.checkpoint import commit_folder
 from sft.session import keeps_pickles, shards_parameters, tune_allocator, use_all_cores, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
@@ -115,14 +117,18 @@ def _train(
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
+    from data.atomic import write_json
     from data.encode.pack import make_packs
     from sft.models.capabilities import takes_packs
-    from sft.models.load import check_length, count_parameters, load_base, load_tokenizer, tune_model
+    from sft.models.load import check_length, load_base, load_tokenizer
     from sft.models.resolve import resolve_base
-    from sft.runs.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
+    from sft.models.tune import count_parameters, tune_model
+    from sft.runs.checkpoint import check_space, full_disk_told, last_checkpoint
     from sft.runs.cost import COST, Stopwatch
-    from sft.runs.folder import agree_on_folder, finish_run, manifest, read_metrics, warnings_of, write_json
+    from sft.runs.folder import agree_on_folder, finish_run, warnings_of
     from sft.runs.interrupt import locked
+    from sft.runs.manifest import manifest
+    from sft.runs.metrics import read_metrics
     from sft.runs.monitor import Monitor
     from sft.runs.resume import begin, note_changed_data
     from sft.training.auto import apply_settled, settle, settle_compile, settle_dtype
@@ -187,7 +193,7 @@ def _train(
     trainer.run_to_end(run, monitor, checkpoint)
     trainer.check_finite()
     weights = run / ("adapter" if hasattr(model, "peft_config") else "model")
-    publish_folder(weights, trainer.save_model, main)
+    commit_folder(weights, trainer.save_model, main)
     if monitor:
         write_json(run / COST, watch.cost(weights, trainable, parameters, monitor.last.get("seconds")))
         note_changed_data(run, facts)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sft.recipe.schema import RecipeError
+from sft.errors import RecipeError
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 # each may name a repository of kernels, which transformers would fetch and run

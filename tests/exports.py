@@ -10,7 +10,7 @@ from peft import IA3Config, LoHaConfig, LoraConfig, PeftModel, VeraConfig, get_p
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, set_seed
 from typer.testing import CliRunner
 
-from data.encode.example_store import file_sha256, text_sha256
+from data.cache import file_sha256, text_sha256
 from sft.cli import app
 from tests.conftest import save_tiny, write_recipe
 from tests.families import build

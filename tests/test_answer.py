@@ -8,7 +8,7 @@ import pytest
 from data.errors import UserError
 from data.readers.squad import UNANSWERABLE
 from eval.answer_log import NAME, Partial
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from sft.recipe.load import load_recipe
 from sft.scoring.answerers import Asking, training_questions
 from sft.scoring.evaluate import evaluate

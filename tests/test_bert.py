@@ -21,10 +21,10 @@ from sft.baselines.encoder import depths, load_encoder, load_trained, predict
 from sft.baselines.heads import best_threshold
 from sft.baselines.train import train_baseline
 from sft.baselines.trainer import EncoderTrainer, Unfreeze
+from sft.errors import RecipeError
 from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe, EncoderModel
 from sft.recipe.load import check_baseline, dump_recipe, load_any_recipe, load_recipe
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from sft.scoring.answerers import Asking
 from sft.scoring.ask import ask_run, classify_text
 from sft.scoring.evaluate import evaluate, print_scores

@@ -12,8 +12,17 @@ import torch
 
 import sft.runs.checkpoint
 from data.errors import DiskFull
-from sft.runs.checkpoint import checkpoints, damage, last_checkpoint, publish, remove_leftovers, rotate, set_aside
-from sft.runs.folder import RunError, read_metrics
+from sft.errors import RunError
+from sft.runs.checkpoint import (
+    checkpoints,
+    commit_checkpoint,
+    damage,
+    last_checkpoint,
+    remove_leftovers,
+    rotate,
+    set_aside,
+)
+from sft.runs.metrics import read_metrics
 from sft.runs.state import load_state, random_state, save_state, set_random_state
 
 
@@ -23,7 +32,7 @@ def write(run: Path, step: int) -> Path:
     (aside / "weights.safetensors").write_bytes(os.urandom(2000))
     (aside / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (aside / "nested" / "part").write_text("x" * 50)
-    publish(aside, run / f"checkpoint-{step}", {"step": step})
+    commit_checkpoint(aside, run / f"checkpoint-{step}", {"step": step})
     return run / f"checkpoint-{step}"
 
 
@@ -90,7 +99,7 @@ def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
     assert damage(folder) == "optimizer.pt does not belong to it"
     aside = run / ".aside"
     folder.rename(aside)
-    publish(aside, run / "checkpoint-6", {"step": 6})
+    commit_checkpoint(aside, run / "checkpoint-6", {"step": 6})
     assert damage(run / "checkpoint-6") == "optimizer.pt is a pickle, which is never opened"
     assert damage(run / "checkpoint-6", pickles=True) is None
 

@@ -14,7 +14,7 @@ from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from sft.cli import app
 from sft.export.parity import compare
 from sft.models.target import load_run

@@ -22,15 +22,16 @@ import sft.training.retries
 import sft.training.trainer
 from data.encode.pack import Layout
 from data.errors import ExitCode, is_disk_full
-from sft.models.load import tune_model
-from sft.recipe.schema import RecipeError, Train, Tune
+from sft.errors import RecipeError, TrainingDiverged
+from sft.models.tune import tune_model
+from sft.recipe.schema import Train, Tune
 from sft.runs.checkpoint import checkpoints, damage, last_checkpoint
-from sft.runs.folder import read_metrics
 from sft.runs.interrupt import locked
+from sft.runs.metrics import read_metrics
 from sft.runs.monitor import SPIKE_ROWS, Spikes
 from sft.runs.state import save_state
 from sft.session import is_out_of_memory
-from sft.training.durable_trainer import DurableTrainer, TrainingDiverged
+from sft.training.durable_trainer import DurableTrainer
 from sft.training.trainer import PackTrainer, plan_steps, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 from tests.test_commands import run as graft
@@ -319,7 +320,7 @@ def test_exit_codes_are_those_of_the_readme():
 
 
 def test_results_of_an_evaluation_are_whole_or_the_old_ones(tmp_path, monkeypatch, questions):
-    from eval.predict import Prediction
+    from eval.prediction import Prediction
     from eval.results import score, write_results
 
     scored = score("squad_v2", questions[:40], [Prediction("x", 1, True)] * 40)

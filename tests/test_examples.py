@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data.cache import build_once
 from data.conversation import DataError
 from data.encode.chat import Example
-from data.encode.example_store import Examples, publish
+from data.encode.example_store import Examples
 from sft.models.load import load_tokenizer
 from sft.recipe.load import load_recipe
 from sft.training import examples as module
@@ -109,9 +110,9 @@ def test_two_processes_may_build_one_store_at_once(tmp_path):
 
     def build_while_another_publishes(folder: Path) -> None:
         stored(folder, [Example([1], [1])])
-        publish(tmp_path / "key", lambda other: stored(other, [Example([1], [1])]) and None)
+        build_once(tmp_path / "key", lambda other: stored(other, [Example([1], [1])]) and None)
 
-    assert list(Examples(publish(tmp_path / "key", build_while_another_publishes))) == [Example([1], [1])]
+    assert list(Examples(build_once(tmp_path / "key", build_while_another_publishes))) == [Example([1], [1])]
     assert [p.name for p in tmp_path.iterdir()] == ["key"]
 
 
@@ -121,7 +122,7 @@ def test_broken_build_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        publish(tmp_path / "key", build)
+        build_once(tmp_path / "key", build)
     assert not list(tmp_path.iterdir())
 
 

@@ -18,7 +18,7 @@ from transformers import MixtralConfig
 
 import sft.export.pipeline
 from data.conversation import Conversation
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from sft.export.pipeline import shards
 from sft.models.load import load_base
 from sft.models.target import run_recipe

@@ -17,8 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from data.readers.squad import UNANSWERABLE
 from sft.baselines.data import baseline_questions, read_split
 from sft.baselines.floors import load_floor
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import RunError
+from sft.errors import RecipeError, RunError
 from sft.scoring.evaluate import evaluate
 from tests.conftest import REAL_DATA, needs_real
 from tests.test_bert import NEWS, recipe, trained

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from sft.export.pipeline.judge import least_agreement
 
+from sft.errors import RunError
 from sft.models.target import run_recipe
-from sft.runs.folder import RunError
 from tests.conftest import ROOT, gone
 from tests.exports import chatml_base, command, make_run
 

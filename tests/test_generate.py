@@ -13,7 +13,8 @@ from data.encode.pack import build_pack
 from eval.decode_batch import Batch, attention, takes_rows
 from eval.generate import generate_ids, generate_one
 from eval.predict import generate
-from sft.models.load import load_base, tune_model
+from sft.models.load import load_base
+from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ import pytest
 
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.load import load_any_recipe
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from tests.conftest import ROOT
 from tests.test_commands import run as graft
 

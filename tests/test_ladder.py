@@ -10,10 +10,11 @@ import torch
 import yaml
 
 from sft.baselines.encoder import load_encoder, tune_encoder
-from sft.models.load import count_parameters, load_base, tune_model
+from sft.errors import RecipeError
+from sft.models.load import load_base
+from sft.models.tune import count_parameters, tune_model
 from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe
 from sft.recipe.load import load_any_recipe
-from sft.recipe.schema import RecipeError
 from sft.scoring import ladder as module
 from sft.scoring.ladder import ENCODER, LLM, ladder, rate_of, rung_overrides
 from tests.conftest import SAMPLES, write_recipe

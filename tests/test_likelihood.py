@@ -10,8 +10,10 @@ from data.conversation import Conversation, DataError
 from data.encode.chat import encode, encode_prompt, encode_turns, end_of_turn, special_ids
 from data.readers.squad import UNANSWERABLE
 from eval.likelihood import _choice, answer_logprobs, classify_by_likelihood, no_answer_differences
-from eval.predict import Prediction, generate
-from sft.models.load import load_base, tune_model
+from eval.predict import generate
+from eval.prediction import Prediction
+from sft.models.load import load_base
+from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
 from tests.conftest import SMOLLM
 from tests.families import FAMILIES, build

@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
+from sft.errors import ParityError
 from sft.export.merge import read_merge, write_merge
-from sft.export.parity import ParityError
 from sft.export.shards import INDEX, Tensor, read_header, writing
 from sft.export.skeleton import CannotStream
 from sft.models.load import bitsandbytes_config, load_base

@@ -12,7 +12,7 @@ from transformers.data.metrics import squad_metrics
 
 from data.conversation import Conversation
 from eval.metrics import label_scores, normalize_answer, reference_scores, squad_scores, token_f1
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from eval.results import limit_questions, score, summarize, write_results
 from eval.stats import cluster_interval
 from eval.tasks import TASKS

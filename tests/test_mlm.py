@@ -16,9 +16,9 @@ from sft.baselines.data import Split, read_split
 from sft.baselines.encoder import load_encoder, tune_encoder
 from sft.baselines.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
 from sft.baselines.train import train_baseline
+from sft.errors import RecipeError
 from sft.recipe.baseline_schema import BaselineRecipe, BaselineTune, EncoderModel
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from tests.test_windows import bert_tokenizer
 
 POSTS = "data/samples/newsgroups.jsonl"

@@ -11,18 +11,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from data.encode.chat import encode
 from data.encode.pack import Layout, make_packs
-from sft.models.load import (
-    bfloat16_pays,
-    check_length,
-    compute_dtype,
-    count_parameters,
-    load_base,
-    load_config,
-    load_tokenizer,
-    tune_model,
-)
+from sft.errors import RecipeError
+from sft.models.load import check_length, compute_dtype, load_base, load_config, load_tokenizer
 from sft.models.resolve import resolve_base
-from sft.recipe.schema import Data, Model, Quantization, Recipe, RecipeError, Tune
+from sft.models.speed import bfloat16_pays
+from sft.models.tune import count_parameters, tune_model
+from sft.recipe.schema import Data, Model, Quantization, Recipe, Tune
 from sft.training.flops import training_flops
 from sft.training.trainer import pack_loss
 from tests.conftest import SMOLLM

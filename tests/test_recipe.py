@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from data.encode.chat import AUDITS
+from sft.errors import RecipeError
 from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe, load_recipe
-from sft.recipe.schema import Recipe, RecipeError
+from sft.recipe.schema import Recipe
 from sft.recipe.strict_yaml import YamlError, parse
 from tests.conftest import ROOT, write_recipe
 

@@ -16,8 +16,9 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from sft.runs.checkpoint import MANIFEST, checkpoints, last_checkpoint, publish, read_manifest
-from sft.runs.folder import RunError, read_metrics
+from sft.errors import RunError
+from sft.runs.checkpoint import MANIFEST, checkpoints, commit_checkpoint, last_checkpoint, read_manifest
+from sft.runs.metrics import read_metrics
 from sft.runs.resume import check_unchanged
 from sft.training.trainer import PackTrainer
 from tests.conftest import ROOT, SAMPLES, Payload, write_recipe
@@ -151,7 +152,7 @@ def test_pickles_of_a_checkpoint_are_not_opened_by_resuming(saved, tmp_path):
     for name in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "training_args.bin"):
         (planted / name).write_bytes(pickle.dumps(Payload(marker)))
     (planted / MANIFEST).unlink()
-    publish(planted, copy / "checkpoint-4", facts)
+    commit_checkpoint(planted, copy / "checkpoint-4", facts)
     done = graft("train", "--resume", copy)
     assert re.search("checkpoint-4: .* is a pickle, which is never opened", done.stdout)
     assert "goes on from checkpoint-2" in done.stdout

@@ -21,6 +21,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.atomic import write_json
 from data.audit.report import write_html
 from data.audit.triggers import KIND
 from data.conversation import Conversation, DataError, Ledger
@@ -31,13 +32,15 @@ from data.readers.source import FileSource, read_rows
 from data.redact import scrub, secret_line
 from eval.compare_report import _plain
 from sft.baselines.encoder import load_trained
-from sft.models.load import CPU, load_base, load_tokenizer, tune_model
+from sft.errors import RecipeError
+from sft.models.load import load_base, load_tokenizer
 from sft.models.resolve import resolve_base, stored_config
+from sft.models.speed import CPU
 from sft.models.target import adapter_folder, load_run, load_target
+from sft.models.tune import tune_model
 from sft.recipe.load import check_recipe, dump_recipe, load_recipe
-from sft.recipe.schema import Model, RecipeError
+from sft.recipe.schema import Model
 from sft.recipe.strict_yaml import YamlError, parse
-from sft.runs.folder import write_json
 from sft.untrusted import brings_code, check_run_folder
 from tests.conftest import ROOT, Payload, write_recipe
 from tests.families import FAMILIES, build

@@ -17,10 +17,9 @@ import torch
 from transformers import AutoTokenizer
 
 from eval.client import ServerError
+from sft.errors import RecipeError, RunError
 from sft.models.load import load_base
 from sft.models.target import load_plain, run_recipe
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import RunError
 from sft.serving import serve
 from sft.serving import serve as serve_command_line
 from sft.serving.serve import check_extra, free_port, precision_note, read_key, serve_command, server

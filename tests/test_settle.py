@@ -9,10 +9,11 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 from data.encode.chat import Example, encode
 from data.encode.pack import Layout, make_packs
+from sft.errors import RecipeError
 from sft.models.capabilities import takes_packs
-from sft.models.load import tune_model
+from sft.models.tune import tune_model
 from sft.recipe.load import load_recipe
-from sft.recipe.schema import Model, RecipeError, Tune
+from sft.recipe.schema import Model, Tune
 from sft.training.attention import choose_attention
 from sft.training.auto import apply_settled, settle, settle_compile, settle_dtype
 from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds

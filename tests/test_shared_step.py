@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 from data.conversation import Conversation
 from data.encode.chat import Example, encode, encode_turns
 from data.encode.pack import Layout, attention_mask, is_chain, make_packs
-from sft.models.load import load_base, tune_model
+from sft.models.load import load_base
+from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
 from sft.training.attention import pack_inputs
 from sft.training.forest_attention import forest_attention, pieces_of

@@ -11,7 +11,7 @@ from data.encode.chat import Example, encode
 from data.encode.pack import Layout, make_packs
 from data.errors import UserError
 from sft.models.capabilities import sliding_window, takes_packs, takes_padding
-from sft.models.load import tune_model
+from sft.models.tune import tune_model
 from sft.recipe.schema import Tune
 from sft.training.trainer import pack_loss
 

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from data.encode.chat import encode
 from data.encode.pack import Layout, make_packs
-from sft.models.load import tune_model
+from sft.models.capabilities import has_virtual_tokens
+from sft.models.tune import tune_model
 from sft.recipe.schema import Train, Tune
-from sft.training.attention import has_virtual_tokens
 from sft.training.trainer import PackTrainer, leave_casts_to_autocast, plan_steps, shard_packs, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 

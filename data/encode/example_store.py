@@ -4,12 +4,7 @@ A store is a folder under a key that names everything its content depends on. It
 that exists is whole, two processes may build one at once, and a changed file, recipe, template or code has another key.
 """
 
-import hashlib
-import json
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -80,49 +75,3 @@ class Writer:
         if self.rows:
             self.file.write_batch(pa.RecordBatch.from_pylist(self.rows, SCHEMA))
         self.rows = []
-
-
-def publish(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, built by `build(aside)` unless it exists. Of two processes that build it the first one's stays."""
-    if folder.is_dir():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        build(aside)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return folder
-
-
-def cache_key(**parts: Any) -> str:
-    """sha256 of the JSON-able parts and of the code that reads and encodes."""
-    text = json.dumps({**parts, "code": _code_version()}, sort_keys=True, ensure_ascii=False, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def text_sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 by path. Hashed each time: a size and date can stay while the content changes."""
-    return {str(path): file_sha256(path) for path in files}
-
-
-@cache
-def _code_version() -> str:
-    digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from data.cache import build_once, cache_key
 from data.conversation import Conversation, DataError
-from data.encode.example_store import cache_key, publish
 from data.encode.tokens import fast_backend, plain_backend
 from data.errors import UserError
 from data.progress import track
@@ -188,13 +188,13 @@ def load_windows(
     asked = (conversations, tokenizer, max_seq_length, doc_stride, max_query_length)
     folder = cache / windows_key(*asked)
     try:
-        return Windows.load(publish(folder, lambda aside: make_windows(*asked).save(aside)))
+        return Windows.load(build_once(folder, lambda aside: make_windows(*asked).save(aside)))
     except (FileNotFoundError, EOFError, ValueError) as error:
         if not folder.is_dir():
             raise
         print(f"{folder} is damaged ({error}): its windows are made anew", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
-        return Windows.load(publish(folder, lambda aside: make_windows(*asked).save(aside)))
+        return Windows.load(build_once(folder, lambda aside: make_windows(*asked).save(aside)))
 
 
 def windows_key(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *settings: int) -> str:

@@ -11,8 +11,8 @@ from data.audit.duplicates import TextIndex, normalize
 from data.audit.examine import context_key, nothing_held_out
 from data.audit.leaks import PAIRS, SAME_TEXT
 from data.audit.split import Counts, chosen_contexts, held_out_by_share
+from data.cache import file_digests
 from data.conversation import Conversation, DataError, Ledger
-from data.encode.example_store import file_digests
 from data.progress import track
 from data.readers.source import files_of, read_rows
 from sft.recipe.baseline_schema import BaselineRecipe

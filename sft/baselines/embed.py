@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from data.encode.tokens import encode_texts
 from sft.baselines.encoder import check_positions, load_encoder, load_tokenizer, predict
+from sft.errors import RecipeError
 from sft.models.load import default_device
 from sft.recipe.baseline_schema import EncoderModel
-from sft.recipe.schema import RecipeError
 
 
 class MeanOfTokens(nn.Module):

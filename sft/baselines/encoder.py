@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from data.progress import Bar
-from sft.models.load import peft_settings, train_matching
+from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config
+from sft.models.tune import peft_settings, train_matching
 from sft.recipe.baseline_schema import PEFT_TASKS, BaselineTune, EncoderModel
 from sft.recipe.load import peft_types
-from sft.recipe.schema import RecipeError
 from sft.untrusted import check_adapter, check_config
 
 HEADS = {

@@ -21,10 +21,10 @@ from sklearn.svm import LinearSVC
 
 from data.conversation import Conversation
 from data.readers.squad import UNANSWERABLE
-from eval.predict import Prediction
+from eval.prediction import Prediction
+from sft.errors import RecipeError, RunError
 from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import RunError, identity
+from sft.runs.manifest import identity
 
 Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF of texts -> what is fitted
 FACTS, WEIGHTS = "floor.json", "floor.safetensors"

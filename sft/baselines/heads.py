@@ -20,7 +20,7 @@ from data.encode.qa_windows import Windows, load_windows, make_windows
 from data.encode.tokens import encode_texts
 from data.readers.squad import UNANSWERABLE
 from eval.metrics import squad_scores
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
 from sft.baselines.data import Split
 from sft.baselines.encoder import check_positions, load_encoder, load_tokenizer, load_trained, pad, predict

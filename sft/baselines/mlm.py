@@ -22,10 +22,10 @@ from data.encode.tokens import plain_backend
 from data.progress import track
 from sft.baselines.data import Split
 from sft.baselines.encoder import load_encoder, load_tokenizer
+from sft.errors import RecipeError
 from sft.models.load import default_device
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import BaselineRecipe, EncoderModel
-from sft.recipe.schema import RecipeError
 
 SCORED_ROWS = 8  # held-out rows of a batch: of 512 tokens over 30,522 words, their float32 logits take 0.5 GB
 TARGETS = ("labels", "next_sentence_label")

@@ -14,9 +14,10 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
+from sft.errors import RecipeError
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.load import load_any_recipe
-from sft.recipe.schema import RecipeError
+from sft.runs.checkpoint import commit_folder
 from sft.session import keeps_pickles, tune_allocator, use_all_cores, user_errors
 from sft.train import AllowChanged, Overrides, RecipePath, Resume, parse_changed, recipe_to_train
 
@@ -62,17 +63,20 @@ def _train(
     import torch
     from accelerate import PartialState
 
+    from data.atomic import write_json
     from sft.baselines.data import read_split
     from sft.baselines.encoder import tune_encoder
     from sft.baselines.floors import beside_embedding, fit_floor
     from sft.baselines.heads import CHOSEN, head_of
     from sft.baselines.mlm import keep_pooler
     from sft.baselines.trainer import EncoderTrainer, arguments_of, check_processes, settle_bf16
-    from sft.models.load import count_parameters
-    from sft.runs.checkpoint import check_space, full_disk_told, last_checkpoint, publish_folder
+    from sft.models.tune import count_parameters
+    from sft.runs.checkpoint import check_space, full_disk_told, last_checkpoint
     from sft.runs.cost import COST, Stopwatch
-    from sft.runs.folder import agree_on_folder, manifest, plot_loss, read_metrics, start_run, write_json
+    from sft.runs.folder import agree_on_folder, start_run
     from sft.runs.interrupt import locked
+    from sft.runs.manifest import manifest
+    from sft.runs.metrics import plot_loss, read_metrics
     from sft.runs.monitor import Monitor
     from sft.runs.resume import begin, note_changed_data
 
@@ -139,7 +143,7 @@ def _train(
         if recipe.objective == "mlm" and main:
             keep_pooler(recipe.model, Path(folder))
 
-    publish_folder(weights, save, main)
+    commit_folder(weights, save, main)
     if not monitor:
         return None
     head.tokenizer.save_pretrained(weights)

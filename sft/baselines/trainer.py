@@ -10,10 +10,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from sft.baselines.encoder import depths
 from sft.baselines.heads import Head
-from sft.models.load import bfloat16_pays
+from sft.errors import RecipeError, TrainingDiverged
+from sft.models.speed import bfloat16_pays
 from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import RecipeError
-from sft.training.durable_trainer import DurableTrainer, TrainingDiverged
+from sft.training.durable_trainer import DurableTrainer
 
 
 class Unfreeze(TrainerCallback):

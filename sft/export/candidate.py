@@ -7,15 +7,14 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from sft.errors import ParityError, RunError
 from sft.export.integrity import end_ids, generation_config, text_faults
 from sft.export.merge import Merge, read_merge, write_merge
-from sft.export.parity import ParityError
-from sft.export.skeleton import CannotStream, check_places, fit_vocabulary, original_name
-from sft.models.load import bitsandbytes_config, compute_dtype, default_device, is_quantized, load_base
+from sft.export.skeleton import CannotStream, check_places, original_name
+from sft.models.load import bitsandbytes_config, compute_dtype, default_device, fit_vocabulary, is_quantized, load_base
 from sft.models.resolve import readable
 from sft.models.target import load_plain
 from sft.recipe.schema import Recipe
-from sft.runs.folder import RunError
 
 # names of candidates, and what parity.json calls them
 CANDIDATES = {"dequantized": "dequantized, as trained", "original": "original", "whole": "trained as a whole: no merge"}

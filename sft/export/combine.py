@@ -11,9 +11,9 @@ from typing import Any, cast
 
 from transformers import set_seed
 
+from sft.errors import RunError
 from sft.export.skeleton import build, without_memory
 from sft.models.resolve import readable
-from sft.runs.folder import RunError
 
 METHODS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",

@@ -1,6 +1,6 @@
 """Compress a model with llm-compressor, whose own Python runs this file: it pins another transformers than Graft.
 
-PYTHON sft/export/compress.py MODEL OUT SCHEME ROWS.json (SCHEME as compressed-tensors calls it: W4A16, W8A8, FP8_DYNAMIC)
+PYTHON sft/export/compress.py MODEL OUT SCHEME ROWS.json (W4A16, W8A8 or FP8_DYNAMIC, as compressed-tensors calls them)
 """
 
 import json

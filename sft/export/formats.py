@@ -21,14 +21,12 @@ from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreT
 
 from data.encode.chat import end_of_turn
 from sft.child_process import run_tool
+from sft.errors import ParityError, RecipeError, RunError
 from sft.export.candidate import Trained
 from sft.export.integrity import text_faults
-from sft.export.parity import ParityError
 from sft.models.load import default_device
 from sft.models.resolve import readable
 from sft.models.target import load_plain
-from sft.recipe.schema import RecipeError
-from sft.runs.folder import RunError
 from sft.training.examples import load_examples
 from sft.untrusted import brings_code
 

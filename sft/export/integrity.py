@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from data.cache import file_sha256, text_sha256
 from data.encode.chat import end_of_turn
-from data.encode.example_store import file_sha256, text_sha256
 from data.progress import track
+from sft.errors import ParityError, RunError
 from sft.export.merge import Merge
-from sft.export.parity import ParityError
 from sft.export.shards import Stored, read_header, shard_files
 from sft.models.load import savable
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Recipe
-from sft.runs.folder import RunError
 
 PARITY = "parity.json"
 # how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values otherwise

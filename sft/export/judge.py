@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from data.conversation import Conversation
 from eval.results import limit_questions
 from eval.tasks import read_conversations
+from sft.errors import ParityError, RunError
 from sft.export.candidate import Trained
 from sft.export.formats import UNROUNDED
-from sft.export.parity import HeldOut, ParityError, ask, compare
+from sft.export.parity import HeldOut, ask, compare
 from sft.models.capabilities import takes_packs
 from sft.models.load import compute_dtype, default_device
 from sft.models.target import load_plain, load_run
 from sft.recipe.schema import Recipe, Source
-from sft.runs.folder import RunError
 from sft.training.examples import encode_held_out, held_out_conversations, with_split
 
 

@@ -16,9 +16,10 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from data.progress import Bar
-from sft.export.parity import ParityError
+from sft.errors import ParityError
 from sft.export.shards import Shard, Stored, Tensor, read_header, shard_files, writing
-from sft.export.skeleton import build, fit_vocabulary, names_by_weight, put_on, quantizers, stored_weights
+from sft.export.skeleton import build, names_by_weight, put_on, quantizers, stored_weights
+from sft.models.load import fit_vocabulary
 
 WORKERS = 2  # one merges while the other reads or writes
 SLICE = 2**20  # weights that are merged at once where rows can be: they stay in a core's cache

@@ -10,18 +10,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from data.conversation import Conversation
 from data.encode.chat import Example
 from data.encode.pack import build_pack
-from data.errors import UserError
 from data.progress import track
-from eval.predict import Prediction, generate
+from eval.predict import generate
+from eval.prediction import Prediction
 from eval.results import score, summarize
 from sft.recipe.schema import Eval
 from sft.training.attention import pack_inputs
 
 LOGITS = 64  # positions of an answer whose logits are kept: with a vocabulary of 150,000 they take 37 MiB
-
-
-class ParityError(UserError):
-    """The merged model does not answer like the adapter, or like the base as if nothing had been learnt."""
 
 
 @dataclass(frozen=True)

@@ -14,19 +14,20 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
+from data.atomic import flush, write_json
+from sft.errors import ParityError, RunError, RunLocked
 from sft.export.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
 from sft.export.combine import Combination, combine
 from sft.export.formats import calibration_rows, convert, find_writer, format_faults, load_format
 from sft.export.integrity import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
 from sft.export.judge import Judge, check_agreement, least_agreement, read_held_out
-from sft.export.parity import HeldOut, ParityError
+from sft.export.parity import HeldOut
 from sft.export.skeleton import CannotStream, base_folder
 from sft.models.load import default_device
 from sft.models.resolve import readable
 from sft.models.target import adapter_folder, run_recipe
 from sft.runs.export_card import export_card
-from sft.runs.folder import RunError, check_writable, write_json
-from sft.runs.interrupt import RunLocked
+from sft.runs.folder import check_writable
 
 
 def export(
@@ -217,20 +218,12 @@ def _publish(folder: Path, out: Path) -> None:
     """All files on the disk, then the name. In a folder that is there config.json comes last: without it nothing loads
     the model."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
-        _sync(file)
-    _sync(folder)
+        flush(file)
+    flush(folder)
     if out.is_dir():
         for file in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
             file.rename(out / file.name)
-        _sync(out)
+        flush(out)
     else:
         folder.rename(out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush(out.parent)

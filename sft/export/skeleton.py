@@ -12,12 +12,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sft.export.parity import ParityError
+from sft.errors import ParityError
 from sft.export.shards import INDEX, SINGLE, Stored, read_header, shard_files
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Model, is_hub_id
-
-PREFIX = "base_model.model."  # of PEFT's names in front of the base's
 
 
 class CannotStream(Exception):
@@ -85,16 +83,6 @@ def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
     for name, value in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(value), []).append(name)
     return groups
-
-
-def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
-    """As many rows of the embedding as the adapter was trained with, where it holds the whole embedding."""
-    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-    with readable(str(adapter)), safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        names = {f"{PREFIX}{embedding}.weight", f"{PREFIX}{embedding}.base_layer.weight"} & set(file.keys())
-        rows = max((file.get_slice(name).get_shape()[0] for name in names), default=None)
-    if rows and rows != cast(Any, model.get_input_embeddings()).weight.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
 
 
 def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:

@@ -4,6 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from torch import nn
 from transformers import PreTrainedModel
 
 from data.encode.chat import Example
@@ -91,3 +94,9 @@ def takes_padding(model: PreTrainedModel, longest: int) -> bool:
     half = alone.dtype != torch.float32 or next(model.parameters()).dtype != torch.float32
     spread, leaked, moved = (t.float().std() for t in (alone, one - other, one - alone))
     return bool(leaked < (0.01 if half else 1e-3) * spread and moved < (0.15 if half else 1e-3) * spread)
+
+
+def has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether prompt learning puts tokens, or their keys and values, before each example."""
+    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
+    return isinstance(tuned, PeftModel) and bool(tuned.active_peft_config.is_prompt_learning)

@@ -1,33 +1,27 @@
 """Base models and what of them is trained: load_base, then tune_model."""
 
-import re
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    set_seed,
 )
 
 from eval.predict import max_positions
+from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config
-from sft.recipe.load import peft_types
-from sft.recipe.schema import Model, Quantization, Recipe, RecipeError, Tune
-from sft.training.flops import matmul_flops_per_s
+from sft.models.speed import bfloat16_pays
+from sft.recipe.schema import Model, Quantization, Recipe
 from sft.untrusted import check_config
-
-CPU = torch.device("cpu")
-VIRTUAL_TOKENS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning")
 
 
 def default_device() -> torch.device:
@@ -120,44 +114,8 @@ def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
     return getattr(torch, model.dtype)
 
 
-@cache
-def bfloat16_pays() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones. CPUs that have the
-    instructions differ: one was measured at 0.5 times the speed, another at 4.4 times."""
-    rates = [matmul_flops_per_s(CPU, dtype, 0.05, 1024) for dtype in (torch.bfloat16, torch.float32)]
-    return rates[0] > 1.5 * rates[1]
-
-
 def is_quantized(quantization: Quantization | None) -> bool:
     return quantization is not None and (quantization.load_in_4bit or quantization.load_in_8bit)
-
-
-def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = False) -> PreTrainedModel:
-    """The model whose trainable parameters are the method's; all others frozen.
-
-    Seeded here, because PEFT draws the adapter's initial weights. They are fp32, or with one_dtype the base's.
-    """
-    set_seed(seed)
-    if tune.method in ("full", "freeze", "linear_probe"):
-        return _train_part(base, tune)
-    from peft import get_peft_model
-
-    config = peft_types()[tune.method](task_type="CAUSAL_LM", **peft_settings(tune, base))
-    try:
-        model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
-    except ValueError as error:  # PEFT names the module or value that does not fit this base
-        raise RecipeError(f"tune: {error}") from error
-    return cast(PreTrainedModel, model)  # it answers to the same calls
-
-
-def peft_settings(tune: Tune, base: PreTrainedModel) -> dict[str, Any]:
-    """Settings of PEFT; those of a prompt that begins as a text with the base's tokenizer, which reads it. Raises
-    RecipeError where virtual tokens have no number."""
-    settings = tune.peft
-    if tune.method in VIRTUAL_TOKENS and not settings.get("num_virtual_tokens"):
-        raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
-    text = settings.get("prompt_tuning_init") == "TEXT"
-    return {**settings, "tokenizer_name_or_path": base.config._name_or_path} if text else settings
 
 
 def check_length(recipe: Recipe) -> None:
@@ -170,44 +128,25 @@ def check_length(recipe: Recipe) -> None:
         )
 
 
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable, and all; a packed 4-bit weight counts its logical elements."""
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = 0
-    for p in model.parameters():
-        packed = hasattr(p, "quant_state") and p.quant_state is not None
-        total += int(torch.Size(p.quant_state.shape).numel()) if packed else p.numel()  # type: ignore[attr-defined]
-    return trainable, total
-
-
 def bitsandbytes_config(model: Model, device: torch.device) -> Any:
     """transformers' BitsAndBytesConfig; None where the recipe does not quantize."""
     quantization = model.quantization
     if quantization is None or not is_quantized(quantization):
         return None
-    from transformers import BitsAndBytesConfig
 
     named = quantization.bnb_4bit_compute_dtype
     compute = getattr(torch, named) if named else compute_dtype(model, device)
     return BitsAndBytesConfig(**{**quantization.model_dump(), "bnb_4bit_compute_dtype": compute})
 
 
-def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
-    base.requires_grad_(tune.method == "full")
-    if tune.method == "linear_probe":
-        head = base.get_output_embeddings()
-        if base.config.tie_word_embeddings:  # else the input embedding would be trained with it
-            head.weight = nn.Parameter(head.weight.detach().clone())
-            base.config.tie_word_embeddings = False
-        head.requires_grad_(True)
-    if tune.method == "freeze":
-        train_matching(base, tune.trainable)
-    return base
+PREFIX = "base_model.model."  # of PEFT's names in front of the base's
 
 
-def train_matching(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters whose name a pattern matches, no others. Raises RecipeError where there is none."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
-    if not any(p.requires_grad for p in model.parameters()):
-        raise RecipeError(f"tune.trainable: no parameter matches {', '.join(patterns)}")
+def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
+    """As many rows of the embedding as the adapter was trained with, where it holds the whole embedding."""
+    embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
+    with readable(str(adapter)), safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        names = {f"{PREFIX}{embedding}.weight", f"{PREFIX}{embedding}.base_layer.weight"} & set(file.keys())
+        rows = max((file.get_slice(name).get_shape()[0] for name in names), default=None)
+    if rows and rows != cast(Any, model.get_input_embeddings()).weight.shape[0]:
+        model.resize_token_embeddings(rows, mean_resizing=False)

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
-from data.encode.example_store import file_sha256, publish
-from sft.recipe.schema import WHEEL, RecipeError, is_hub_id
+from data.cache import build_once, file_sha256
+from sft.errors import RecipeError
+from sft.recipe.schema import WHEEL, is_hub_id
 from sft.untrusted import check_configs, check_folder
 
 
@@ -103,4 +104,4 @@ def _materialise(gguf: Path) -> Path:
         tokenizer.save_pretrained(folder)
         (folder / "source.sha256").write_text(f"{digest}  {gguf.name}\n")
 
-    return publish(cache_dir() / f"{gguf.stem}-{digest[:16]}", build)
+    return build_once(cache_dir() / f"{gguf.stem}-{digest[:16]}", build)

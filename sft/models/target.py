@@ -10,14 +10,13 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.encode.chat import check_template
-from sft.export.skeleton import fit_vocabulary
+from sft.errors import RunError
 from sft.models.capabilities import takes_packs
-from sft.models.load import default_device, load_base, load_tokenizer, load_weights
+from sft.models.load import default_device, fit_vocabulary, load_base, load_tokenizer, load_weights
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
 from sft.recipe.schema import WHEEL, Model, Recipe, is_hub_id
-from sft.runs.folder import RunError
 from sft.untrusted import check_adapter
 
 

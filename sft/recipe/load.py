@@ -12,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from data.conversation import DataError
 from data.readers.source import files_of
 from data.redact import secret_line
+from sft.errors import RecipeError
 from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, BaselineRecipe
-from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, RecipeError, Source, Tune, is_hub_id
+from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Tune, is_hub_id
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
 

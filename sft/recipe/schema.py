@@ -11,16 +11,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
-from data.errors import UserError
 from data.readers.source import HUB_ID
 from data.readers.source import is_hub_id as is_hub_dataset
 
 OTHER_METHODS = ("full", "freeze", "linear_probe")
 WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
-
-
-class RecipeError(UserError):
-    """A recipe that can't run; the text names key, value, what is allowed and the nearest valid key."""
 
 
 def is_hub_id(name: str) -> bool:

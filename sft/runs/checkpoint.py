@@ -6,7 +6,6 @@ of every other file. Whatever is not as the manifest says is named, and the chec
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -17,9 +16,10 @@ from typing import Any
 from accelerate import PartialState
 from torch import nn
 
-from data.encode.example_store import file_sha256
+from data.atomic import flush, replace_folder, write_text
+from data.cache import file_sha256
 from data.errors import DiskFull, UserError, is_disk_full
-from sft.runs.folder import RunError, write_whole
+from sft.errors import RunError
 
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code that it holds
@@ -35,7 +35,7 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("checkpoint-*") if re.fullmatch(NAME, p.name)), key=step_of)
 
 
-def publish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
+def commit_checkpoint(aside: Path, final: Path, facts: dict[str, Any]) -> None:
     """Give a written folder its name, once it is on the disk and was read again. `facts` go to its manifest.
 
     Raises OSError where what is read is not what was written.
@@ -46,8 +46,7 @@ def publish(aside: Path, final: Path, facts: dict[str, Any]) -> None:
     for name in names:
         flush(aside / name)
     body = {**facts, "files": entries}
-    write_whole(aside / MANIFEST, json.dumps({**body, "manifest_sha256": _digest(body)}, indent=2) + "\n")
-    flush(aside / MANIFEST)
+    write_text(aside / MANIFEST, json.dumps({**body, "manifest_sha256": _digest(body)}, indent=2) + "\n")
     for folder in {aside, *((aside / name).parent for name in names)}:
         flush(folder)
     if found := damage(aside, pickles=True):
@@ -177,7 +176,7 @@ def full_disk_told(run: Path) -> Iterator[None]:
         ) from error
 
 
-def publish_folder(final: Path, write: Callable[[str], None], main: bool) -> None:
+def commit_folder(final: Path, write: Callable[[str], None], main: bool) -> None:
     """`final`, written by every process's `write` into a folder aside that the main process then renames."""
     aside = final.with_name(f".{final.name}.new")
     write(str(aside))
@@ -187,28 +186,6 @@ def publish_folder(final: Path, write: Callable[[str], None], main: bool) -> Non
             flush(path)
         replace_folder(aside, final)
     PartialState().wait_for_everyone()
-
-
-def replace_folder(aside: Path, final: Path) -> None:
-    """Rename over a folder that may be there already; a death in between leaves the old or the new one whole."""
-    old = final.with_name(f".{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    aside.rename(final)
-    flush(final.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def flush(path: Path) -> None:
-    """A file's content, or a folder's names, are on the disk when this returns; a file is then read from there."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-        if path.is_file() and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(number, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(number)
 
 
 def _files(folder: Path) -> list[str]:

@@ -3,19 +3,20 @@
 import hashlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
 from data.conversation import Conversation
 from data.progress import quiet
-from eval.predict import Prediction
+from eval.prediction import Prediction
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.schema import Recipe
-from sft.runs.monitor import peak_memory_gib
 
 COST = "cost.json"
 TIMED = 16  # questions that are asked one by one
@@ -89,3 +90,13 @@ def latency_ms(
             times.append(1000 * (time.perf_counter() - start))
     cuts = statistics.quantiles(times, n=20, method="inclusive") if len(times) > 1 else times * 19
     return {"p50": round(cuts[9], 2), "p95": round(cuts[18], 2), "n": len(times)}
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux

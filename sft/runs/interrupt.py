@@ -14,7 +14,7 @@ from accelerate import PartialState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data.errors import ExitCode
-from sft.runs.folder import RunError
+from sft.errors import RunLocked
 
 LOCK = ".lock"
 CODES = {
@@ -22,10 +22,6 @@ CODES = {
     signal.SIGTERM: ExitCode.TERMINATED,
     signal.SIGUSR1: ExitCode.USER_SIGNAL,  # what SLURM sends before the time is up: --signal=USR1@120
 }
-
-
-class RunLocked(RunError):
-    exit_code = ExitCode.LOCKED
 
 
 class SaveOnSignal(TrainerCallback):

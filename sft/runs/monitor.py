@@ -2,7 +2,6 @@
 
 import json
 import statistics
-import sys
 import threading
 import time
 from collections import deque
@@ -10,24 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback, TrainerState
 
 from data.errors import is_disk_full
 from data.progress import Bar
+from sft.runs.cost import peak_memory_gib
 
 # A spike, by the rule of OLMo-core's SkipStepOptimizer: so many standard deviations above the mean of the rows before
 SPIKE_SIGMA, SPIKE_ROWS, SPIKE_FEWEST = 6.0, 128, 64
-
-
-def peak_memory_gib() -> float:
-    """Of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on macOS, KiB on Linux
 
 
 class Spikes:

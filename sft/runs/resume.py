@@ -5,11 +5,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.encode.example_store import file_sha256
+from data.atomic import write_json
+from data.cache import file_sha256
+from sft.errors import RecipeError, RunError
 from sft.recipe.load import load_any_recipe
-from sft.recipe.schema import RecipeError
 from sft.runs.checkpoint import read_manifest, remove_leftovers, set_aside, step_of
-from sft.runs.folder import A, RunError, rewind_metrics, start_run, write_json
+from sft.runs.folder import A, start_run
+from sft.runs.metrics import rewind_metrics
 
 KINDS = ("recipe", "data", "base")
 NO_MATTER = ("train.output_dir", "export.")  # of the recipe: where the run lies, and what follows training

@@ -11,14 +11,15 @@ from eval.answer_log import Note, kept
 from eval.client import ask_server, served_model
 from eval.likelihood import classify_by_likelihood, no_answer_differences
 from eval.metrics import squad_scores
-from eval.predict import Prediction, generate
+from eval.predict import generate
+from eval.prediction import Prediction
 from eval.results import limit_questions
 from eval.spans import tune_threshold
 from eval.tasks import TASKS
+from sft.errors import RecipeError, RunError
 from sft.models.target import is_url, load_target
 from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import Eval, Recipe, RecipeError
-from sft.runs.folder import RunError
+from sft.recipe.schema import Eval, Recipe
 from sft.training.examples import with_split
 
 Answerer = Callable[[Sequence[Conversation]], list[Prediction]]

@@ -17,9 +17,10 @@ from eval.likelihood import answer_logprobs
 from eval.predict import generate
 from sft.baselines.encoder import load_encoder, load_tokenizer, load_trained, predict
 from sft.baselines.heads import CHOSEN, read_spans
+from sft.errors import RecipeError
 from sft.models.target import load_target, run_any_recipe
 from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import Recipe, RecipeError
+from sft.recipe.schema import Recipe
 from sft.scoring.answerers import Asking, baseline_answerer
 
 SQUAD = ("squad_v1", "squad_v2")

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from data.cache import file_digests
 from data.conversation import Conversation, DataError
-from data.encode.example_store import file_digests
 from data.readers.source import files_of
 from eval.answer_log import NAME
 from eval.few_shot import with_shots
@@ -19,13 +19,14 @@ from eval.metrics import normalize_label
 from eval.results import limit_questions, score, summarize, write_results
 from eval.tasks import TASKS, read_conversations
 from sft.baselines.data import baseline_questions
+from sft.errors import RecipeError
 from sft.models.target import check_target, is_run, is_url, run_any_recipe
 from sft.recipe.baseline_schema import TASKS_OF, BaselineRecipe
 from sft.recipe.load import nearest
-from sft.recipe.schema import Eval, Recipe, RecipeError, Source
-from sft.runs.cost import latency_ms, system_of
-from sft.runs.folder import check_writable, machine
-from sft.runs.monitor import peak_memory_gib
+from sft.recipe.schema import Eval, Recipe, Source
+from sft.runs.cost import latency_ms, peak_memory_gib, system_of
+from sft.runs.folder import check_writable
+from sft.runs.manifest import machine
 from sft.scoring.answerers import Asking, baseline_answerer, model_answerer, training_questions
 from sft.session import use_all_cores
 from sft.training.examples import held_out_conversations, with_split

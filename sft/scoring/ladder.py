@@ -18,9 +18,10 @@ from rich.console import Console
 from rich.table import Table
 
 from sft.baselines.encoder import positions_of
+from sft.errors import RecipeError
 from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe
 from sft.recipe.load import dump_recipe, load_any_recipe, nearest
-from sft.recipe.schema import Model, Recipe, RecipeError
+from sft.recipe.schema import Model, Recipe
 
 AnyRecipe = Recipe | BaselineRecipe
 Row = dict[str, Any]
@@ -217,7 +218,7 @@ def run_logged(command: Sequence[str], log: Path) -> int:
 
 def _measured(run: Path) -> Row:
     """Score and cost of a finished rung."""
-    from sft.runs.folder import read_metrics
+    from sft.runs.metrics import read_metrics
     from sft.scoring.evaluate import column_of
 
     results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))

@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
+from data.cache import build_once, file_sha256, text_sha256
 from data.encode.chat import end_of_turn
-from data.encode.example_store import file_sha256, publish, text_sha256
 from eval.client import ServerError
 from sft.models.load import default_device, is_quantized, load_base, load_tokenizer
 from sft.models.resolve import cache_dir, readable, resolve_base
@@ -133,7 +133,7 @@ def trained_base(model: Model) -> str:
         cast(Any, loaded).to(torch.bfloat16).save_pretrained(aside)
         load_tokenizer(model).save_pretrained(aside)
 
-    return str(publish(folder, build))
+    return str(build_once(folder, build))
 
 
 def _rank(adapter: Path) -> int:

@@ -14,17 +14,19 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from data.atomic import write_json
 from data.conversation import Conversation
 from data.encode.chat import encode_prompt
 from data.encode.pack import common_prefix
 from eval.client import ask_all, served_model, served_models
 from eval.likelihood import next_logprobs
-from eval.predict import Prediction, generate
+from eval.predict import generate
+from eval.prediction import Prediction
 from eval.results import score, summarize
 from eval.server_checks import MARGIN, TOP, Check, Here, There, check_first_token, check_render, check_score, check_stop
+from sft.errors import RecipeError
 from sft.models.target import Loaded, is_url, load_run, run_any_recipe
-from sft.recipe.schema import Recipe, RecipeError
-from sft.runs.folder import write_json
+from sft.recipe.schema import Recipe
 from sft.scoring.evaluate import questions_to_score
 from sft.session import use_all_cores
 

@@ -10,7 +10,6 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from peft import PeftModel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -18,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from data.encode.pack import Pack, attention_mask, is_chain
 from data.errors import UserError
+from sft.models.capabilities import has_virtual_tokens
 from sft.training.forest_attention import forest_attention
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
@@ -74,12 +74,6 @@ def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str,
     inputs = _inputs(pack, inner.config._attn_implementation, inner.get_input_embeddings().weight.dtype, device)
     # the head on answers only: a few percent of the tokens
     return inputs | {"logits_to_keep": torch.tensor(pack.source, device=device)}
-
-
-def has_virtual_tokens(model: nn.Module) -> bool:
-    """Whether prompt learning puts tokens, or their keys and values, before each example."""
-    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
-    return isinstance(tuned, PeftModel) and bool(tuned.active_peft_config.is_prompt_learning)
 
 
 def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from data.conversation import DataError, Ledger
 from data.encode.chat import encode_turns
 from data.readers.source import SourceLike, read_rows
 from eval.tasks import TASKS
+from sft.errors import RecipeError
 from sft.models.load import load_tokenizer
-from sft.recipe.schema import Model, Recipe, RecipeError
+from sft.recipe.schema import Model, Recipe
 from sft.runs.folder import check_writable, write_report
 from sft.training.examples import examined
 

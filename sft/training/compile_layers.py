@@ -12,7 +12,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.training.flops import attention_flops, matmul_flops_per_s, training_flops
+from sft.models.speed import matmul_flops_per_s
+from sft.training.flops import attention_flops, training_flops
 from sft.training.trainer import StepPlan
 
 SAMPLED = 100

@@ -5,21 +5,14 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from sft.models.load import (
-    check_length,
-    compute_dtype,
-    count_parameters,
-    default_device,
-    is_quantized,
-    load_config,
-    load_tokenizer,
-    tune_model,
-)
+from sft.models.capabilities import has_virtual_tokens
+from sft.models.load import check_length, compute_dtype, default_device, is_quantized, load_config, load_tokenizer
 from sft.models.resolve import readable
+from sft.models.tune import count_parameters, tune_model
 from sft.recipe.load import dump_recipe
 from sft.recipe.schema import Recipe
 from sft.session import use_all_cores
-from sft.training.attention import choose_attention, has_virtual_tokens
+from sft.training.attention import choose_attention
 from sft.training.auto import settle_dtype
 from sft.training.compile_layers import training_seconds
 from sft.training.examples import layout_of, load_examples, rows_layout, sharing_of

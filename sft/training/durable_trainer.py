@@ -13,21 +13,14 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from data.errors import ExitCode, UserError
-from sft.runs.checkpoint import damage, publish, rotate
-from sft.runs.folder import RunError
+from sft.errors import RunError, TrainingDiverged
+from sft.runs.checkpoint import commit_checkpoint, damage, rotate
 from sft.runs.interrupt import CODES, SaveOnSignal
 from sft.runs.monitor import Monitor
 from sft.runs.state import State, load_state, random_state, save_state, set_random_state
 
 OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
-
-
-class TrainingDiverged(UserError):
-    """A loss, gradient or weight that is not finite; going on would publish a broken adapter."""
-
-    exit_code = ExitCode.DIVERGED
 
 
 class DurableTrainer(Trainer):
@@ -113,7 +106,7 @@ class DurableTrainer(Trainer):
                 state.save_to_json(str(aside / STATE))
             self.accelerator.wait_for_everyone()
             if main:
-                publish(aside, final, {"step": state.global_step, "made_from": self.made_from})
+                commit_checkpoint(aside, final, {"step": state.global_step, "made_from": self.made_from})
                 rotate(run, self.args.save_total_limit, [final, *([best] if best else [])])
         except Exception:
             shutil.rmtree(aside, ignore_errors=True)

@@ -12,9 +12,10 @@ from typing import Any, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from data.audit.examine import Rules, examine, nothing_held_out, read_held_out
+from data.cache import build_once, cache_key, file_digests, text_sha256
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import Example, TooLong, check_template, encode_turns
-from data.encode.example_store import Examples, cache_key, file_digests, publish, text_sha256
+from data.encode.example_store import Examples
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.progress import track
@@ -64,7 +65,7 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
 
     with TemporaryDirectory(prefix="graft-examples-") as scratch:
         try:
-            folder = publish(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
+            folder = build_once(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
         except _Stopped:
             return Examined(report | named, None)
         # read before the scratch folder goes: a mapped file outlives its name

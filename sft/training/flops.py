@@ -4,13 +4,10 @@ Weights that multiply are counted, not parameters: the input embedding is looked
 only, and frozen weights get no gradient. LoRA then takes 4 FLOPs a frozen weight and token, 6 a trained one.
 """
 
-import time
-
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from sft.training.attention import has_virtual_tokens
+from sft.models.capabilities import has_virtual_tokens
 
 
 def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, checkpointing: bool) -> float:
@@ -42,17 +39,3 @@ def split_weights(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.P
     head = list(model.get_output_embeddings().parameters())
     ends = {id(p) for p in (*embedding, *head)}
     return embedding, head, [p for p in model.parameters() if id(p) not in ends]
-
-
-def matmul_flops_per_s(
-    device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int | None = None
-) -> float:
-    """Measured with square matrices, `size` rows each: where it isn't told, as many as fill the device."""
-    size = size or (8192 if device.type == "cuda" else 2048)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    float((a @ a)[0, 0])
-    start, count = time.monotonic(), 0
-    while time.monotonic() - start < seconds:
-        float((a @ a)[0, 0])  # reading an element waits for the device
-        count += 1
-    return 2 * size**3 * count / (time.monotonic() - start)

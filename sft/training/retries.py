@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ExitCode
-from sft.recipe.schema import RecipeError
+from sft.errors import RecipeError
 
 
 def supervise(first: Sequence[str], run: Path, going_on: Sequence[str], retries: int) -> int:

@@ -22,11 +22,12 @@ from trl import SFTConfig, SFTTrainer
 from data.encode.chat import Example
 from data.encode.example_store import Examples
 from data.encode.pack import Layout, Pack, make_packs, step_order
+from sft.errors import TrainingDiverged
 from sft.recipe.schema import Train
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
 from sft.training.attention import source_logits
-from sft.training.durable_trainer import DurableTrainer, TrainingDiverged
+from sft.training.durable_trainer import DurableTrainer
 from sft.training.loss import sum_of_nll
 
 

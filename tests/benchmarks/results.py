@@ -12,9 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from sft.models.load import load_config, tune_model
+from sft.models.load import load_config
+from sft.models.speed import matmul_flops_per_s
+from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
-from sft.training.flops import attention_flops, matmul_flops_per_s, training_flops
+from sft.training.flops import attention_flops, training_flops
 from tests.benchmarks.passages import Workload, tree_tokens
 from tests.benchmarks.systems import SYSTEMS, Measurement, Settings
 

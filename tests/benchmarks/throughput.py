@@ -83,7 +83,7 @@ def compare(passages: list[Passage], order: list[str], settings: Settings, out: 
     """Measure the systems in this order and report, after Ctrl-C or a failure of a system what there is until then."""
     from sft.models.load import load_tokenizer
     from sft.recipe.schema import Model
-    from sft.runs.folder import environment
+    from sft.runs.manifest import environment
     from tests.benchmarks.results import Flops, gemm_rates, report, summarize
 
     tokenizer = load_tokenizer(Model(base=settings.base))

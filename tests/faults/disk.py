@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from data.errors import ExitCode
 from sft.runs.checkpoint import checkpoints, damage, step_of
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from tests.faults.training import SAVE_STEPS, Command, make_in_fork, result
 
 POINTS = 10

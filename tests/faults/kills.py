@@ -28,7 +28,7 @@ if __name__ == "__main__":
 from data.errors import ExitCode
 from data.progress import Bar
 from sft.runs.checkpoint import checkpoints, step_of
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from tests.faults.training import SAVE_STEPS, Command, make_in_fork, result
 
 MOST_KILLS = 8  # of one run

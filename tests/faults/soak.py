@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from tests.faults.training import make_recipe
 
 MOST_GROWTH = 0.02

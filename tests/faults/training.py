@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig
 import sft.training.trainer  # noqa: F401
 from sft.cli import app
 from sft.models.resolve import resolve_base
-from sft.runs.folder import read_metrics
+from sft.runs.metrics import read_metrics
 from tests.conftest import SMOLLM, save_tiny, write_recipe
 
 STEPS, SAVE_STEPS = 40, 3

@@ -1,0 +1,13 @@
+"""What a system answers to one question."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Prediction:
+    text: str
+    new_tokens: int
+    finished: bool  # the model ended its turn; False: cut at max_new_tokens
+    asked: bool = True  # False: prompt and answer may need more positions than the model has, so it counts as wrong
+    probability: float | None = None  # of the answer, where the system gives one
+    ids: tuple[int, ...] = ()  # of the answer with the token that ends it, where it was generated in-process

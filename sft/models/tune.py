@@ -1,0 +1,77 @@
+"""What of a base model is trained: PEFT methods, and our own full, freeze, linear_probe."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import (
+    PreTrainedModel,
+    set_seed,
+)
+
+from sft.errors import RecipeError
+from sft.recipe.load import peft_types
+from sft.recipe.schema import Tune
+
+VIRTUAL_TOKENS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefix_tuning")
+
+
+def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = False) -> PreTrainedModel:
+    """The model whose trainable parameters are the method's; all others frozen.
+
+    Seeded here, because PEFT draws the adapter's initial weights. They are fp32, or with one_dtype the base's.
+    """
+    set_seed(seed)
+    if tune.method in ("full", "freeze", "linear_probe"):
+        return _train_part(base, tune)
+    from peft import get_peft_model
+
+    config = peft_types()[tune.method](task_type="CAUSAL_LM", **peft_settings(tune, base))
+    try:
+        model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
+    except ValueError as error:  # PEFT names the module or value that does not fit this base
+        raise RecipeError(f"tune: {error}") from error
+    return cast(PreTrainedModel, model)  # it answers to the same calls
+
+
+def peft_settings(tune: Tune, base: PreTrainedModel) -> dict[str, Any]:
+    """Settings of PEFT; those of a prompt that begins as a text with the base's tokenizer, which reads it. Raises
+    RecipeError where virtual tokens have no number."""
+    settings = tune.peft
+    if tune.method in VIRTUAL_TOKENS and not settings.get("num_virtual_tokens"):
+        raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
+    text = settings.get("prompt_tuning_init") == "TEXT"
+    return {**settings, "tokenizer_name_or_path": base.config._name_or_path} if text else settings
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable, and all; a packed 4-bit weight counts its logical elements."""
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = 0
+    for p in model.parameters():
+        packed = hasattr(p, "quant_state") and p.quant_state is not None
+        total += int(torch.Size(p.quant_state.shape).numel()) if packed else p.numel()  # type: ignore[attr-defined]
+    return trainable, total
+
+
+def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
+    base.requires_grad_(tune.method == "full")
+    if tune.method == "linear_probe":
+        head = base.get_output_embeddings()
+        if base.config.tie_word_embeddings:  # else the input embedding would be trained with it
+            head.weight = nn.Parameter(head.weight.detach().clone())
+            base.config.tie_word_embeddings = False
+        head.requires_grad_(True)
+    if tune.method == "freeze":
+        train_matching(base, tune.trainable)
+    return base
+
+
+def train_matching(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Train the parameters whose name a pattern matches, no others. Raises RecipeError where there is none."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
+    if not any(p.requires_grad for p in model.parameters()):
+        raise RecipeError(f"tune.trainable: no parameter matches {', '.join(patterns)}")

@@ -1,0 +1,96 @@
+"""What a run was made from: versions, hardware, digests of data and base."""
+
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from data.cache import file_sha256
+from sft.models.resolve import readable, resolve_base, stored_config
+from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import Recipe
+from sft.untrusted import brings_code
+
+PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
+
+
+def environment() -> dict[str, Any]:
+    """Versions and hardware, for manifests and bug reports; no paths, no variables."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version(name) for name in PACKAGES},
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "gpus": gpus,
+    }
+
+
+def manifest(
+    recipe: Recipe | BaselineRecipe, report: dict[str, Any], trainable: int, parameters: int
+) -> dict[str, Any]:
+    """What the run was made from; of the data, what the report says was read."""
+    sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
+    model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
+    stored = _stored_config(model.base, model.revision) if model else {}
+    return {
+        "command": " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv)),
+        "commit": _commit(),
+        **environment(),
+        "base": {
+            "name": (model or recipe.model).base,
+            "revision": recipe.model.revision,
+            **(identity(model.base, model.revision) if model else {"commit": None, "sha256": {}}),
+            "auto_map": brings_code(stored),
+        },
+        "trust_remote_code": False,
+        "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
+        "data_revision": {source["name"]: source["revision"] for source in sources if source["revision"]},
+        **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.get("tokenizer")) else {}),
+        "seed": recipe.train.seed,
+        "trainable_parameters": trainable,
+        "parameters": parameters,
+    }
+
+
+def identity(base: str, revision: str | None) -> dict[str, Any]:
+    """What tells bases apart: of a Hub id the commit, of a folder the sha256 of weights, config and tokenizer."""
+    folder = Path(resolve_base(base))
+    parts = ("*.safetensors", "config.json", "tokenizer.json")
+    files = sorted(f for part in parts for f in folder.glob(part)) if folder.is_dir() else []
+    commit = _stored_config(base, revision).get("_commit_hash")
+    return {"commit": commit, "sha256": {file.name: file_sha256(file) for file in files}}
+
+
+def _stored_config(base: str, revision: str | None) -> dict[str, Any]:
+    with readable(f"model.base: {base}"):
+        return stored_config(base, revision)
+
+
+def machine() -> str:
+    """Where a latency was taken, in words; processes that were given fewer cores say so."""
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_cpu_name()}, cores: {cores}" + (f", {', '.join(gpus)}" if gpus else "")
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _commit() -> str | None:
+    """Commit of this checkout; None where it is none."""
+    root = Path(__file__).parents[2]
+    asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return asked.stdout.strip() or None

@@ -1,0 +1,54 @@
+"""metrics.jsonl, a row for each logged step, and its plot."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data.atomic import write_text
+from sft.errors import RunError
+
+
+def rewind_metrics(run: Path, step: int) -> None:
+    """Drop the rows after a checkpoint that training goes on from."""
+    kept = [row for row in read_metrics(run) if row["step"] <= step]
+    write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    path = run / "metrics.jsonl"
+    lines = path.read_text().split("\n") if path.is_file() else []
+    rows = []
+    for number, line in enumerate(lines[:-1], start=1):  # a last line without its end was cut by a crash
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            raise RunError(f"{path}:{number}: is damaged: {error}; remove this line and those behind it") from error
+    return rows
+
+
+def plot_loss(run: Path) -> None:
+    """loss.png: training loss of each step, its running mean, and held-out loss where there is any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = read_metrics(run)
+    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
+    held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    if not train:
+        return
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    steps, losses = zip(*train, strict=True)
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
+    window = max(1, len(losses) // 20)
+    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss per trained token (nats)", title=run.name)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(run / "loss.png", dpi=130)
+    pyplot.close(figure)
