@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError
-from data.encode.chat import encode_prompt, end_of_turn
+from data.encode.chat import encode_prompt, stop_tokens
 from data.progress import track
 from eval.decode_batch import takes_rows
 from eval.generate import generate_ids, generate_one
@@ -28,7 +28,7 @@ def generate(
     limit = max_positions(model.config)
     asked = [i for i, prompt in enumerate(prompts) if limit is None or len(prompt) + max_new_tokens <= limit]
     found = [Prediction("", 0, finished=False, asked=False)] * len(prompts)
-    stop = end_tokens(model, tokenizer)
+    stop = set(stop_tokens(model.generation_config.eos_token_id, tokenizer))
     model.eval()
 
     def take(place: int, tokens: list[int]) -> None:
@@ -61,10 +61,3 @@ def max_positions(config: PretrainedConfig) -> int | None:
     """None for a model without such a limit: ALiBi, state-space and recurrent ones."""
     text = config.get_text_config()
     return text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids that end the assistant's turn."""
-    configured = model.generation_config.eos_token_id
-    listed = configured if isinstance(configured, list) else [configured]
-    return {i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}

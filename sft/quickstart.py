@@ -15,7 +15,7 @@ from sft.recipe.load import load_recipe
 from sft.runs.cost import peak_memory_gib
 from sft.runs.metrics import read_metrics
 from sft.scoring.evaluate import column_of, evaluate, interval, score_names
-from sft.train import train
+from sft.training.finetune import finetune
 
 
 def quickstart(recipe_path: Path) -> None:
@@ -26,7 +26,7 @@ def quickstart(recipe_path: Path) -> None:
         raise RecipeError(f"{recipe_path}: a quickstart needs eval.data or eval.share to score on")
     start = time.monotonic()
     console.rule("1/4 train")
-    run = train(recipe, recipe_path)
+    run = finetune(recipe, recipe_path)
     if run is None:
         raise RecipeError("quickstart is for one process")
     trained_s = read_metrics(run)[-1]["seconds"]

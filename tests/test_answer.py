@@ -12,13 +12,13 @@ from eval.prediction import Prediction
 from sft.recipe.load import load_recipe
 from sft.scoring.answerers import Asking, training_questions
 from sft.scoring.evaluate import evaluate
-from sft.train import train
+from sft.training.finetune import finetune
 from tests.conftest import SAMPLES, write_recipe
 
 
 def run_of(base: Path, folder: Path, **changes: str) -> Path:
     path = write_recipe(folder / "recipe.yaml", base, **changes)
-    run = train(load_recipe(path, ["train.max_steps=1", "train.save_strategy=no"]), path)
+    run = finetune(load_recipe(path, ["train.max_steps=1", "train.save_strategy=no"]), path)
     assert run is not None
     return run
 

@@ -32,7 +32,8 @@ from sft.runs.monitor import SPIKE_ROWS, Spikes
 from sft.runs.state import save_state
 from sft.session import is_out_of_memory
 from sft.training.durable_trainer import DurableTrainer
-from sft.training.trainer import PackTrainer, plan_steps, training_arguments
+from sft.training.step import plan_steps
+from sft.training.trainer import PackTrainer, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 from tests.test_commands import run as graft
 from tests.test_resume import everything, recipe_of

@@ -9,7 +9,7 @@ import pytest
 from data.encode.chat import Example, encode
 from data.encode.pack import Layout, attention_mask, build_pack, make_packs, step_order
 from data.encode.prefix_savings import measure_sharing
-from sft.training.trainer import shard_packs
+from sft.training.step import shard_packs
 from tests.conftest import stored
 
 

@@ -15,10 +15,10 @@ from sft.models.tune import tune_model
 from sft.recipe.load import load_recipe
 from sft.recipe.schema import Model, Tune
 from sft.training.attention import choose_attention
-from sft.training.auto import apply_settled, settle, settle_compile, settle_dtype
+from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
 from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.fused_lora import fuse_lora
-from sft.training.trainer import pack_loss, plan_steps
+from sft.training.step import pack_loss, plan_steps
 from tests.conftest import save_tiny, stored, write_recipe
 from tests.test_commands import run
 
@@ -49,13 +49,15 @@ def unrelated(tmp_path):
 
 def test_prefixes_are_shared_where_that_pays_and_the_ratio_is_told(tiny, squad, unrelated, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
-    settled, layout, lines = settle(recipe, tuned(tiny), squad, True)
+    settled, layout, lines = resolve_auto(recipe, tuned(tiny), squad, True)
     assert settled.data.share_prefixes is layout.share_prefixes is True
     assert "flat tokens per executed token" in lines[0]
     assert lines[0].endswith("on")
-    assert settle(recipe, tuned(tiny), unrelated, True)[1].share_prefixes is True  # attention costs no more for it
+    assert (
+        resolve_auto(recipe, tuned(tiny), unrelated, True)[1].share_prefixes is True
+    )  # attention costs no more for it
     dense = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=sdpa"])
-    settled, layout, lines = settle(dense, tuned(tiny), unrelated, True)
+    settled, layout, lines = resolve_auto(dense, tuned(tiny), unrelated, True)
     assert settled.data.share_prefixes is layout.share_prefixes is False
     assert lines[0].endswith("off")
 
@@ -67,19 +69,19 @@ def test_a_base_that_takes_no_mask_trains_unshared_and_says_so(tokenizer, squad,
     )  # fmt: skip
     windows = save_tiny(config, tmp_path / "windows", tokenizer)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", windows))
-    settled, layout, lines = settle(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
+    settled, layout, lines = resolve_auto(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
     assert settled.data.share_prefixes is False
     assert layout.attention == "padded"
     assert "prefixes are not shared" in lines[0]
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share_prefixes": True})})
     with pytest.raises(RecipeError, match="auto or false"):
-        settle(asked, tuned(windows), squad, False)
+        resolve_auto(asked, tuned(windows), squad, False)
 
 
 def test_virtual_tokens_leave_no_place_for_packs(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
     tune = Tune.model_validate({"method": "prompt_tuning", "num_virtual_tokens": 4})
-    _, layout, _ = settle(recipe, tuned(tiny, tune), squad, True)
+    _, layout, _ = resolve_auto(recipe, tuned(tiny, tune), squad, True)
     assert layout.attention == "padded"
 
 
@@ -94,8 +96,8 @@ def test_attention_follows_device_and_architecture(tiny):
 def test_flex_attention_on_a_cpu_is_a_mistake_with_a_remedy(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=flex_attention"])
     with pytest.raises(RecipeError, match="no backward on a CPU; use auto or forest"):
-        settle(recipe, tuned(tiny), squad, True)
-    settled, _, lines = settle(recipe, tuned(tiny), squad, True, resumed=True)  # a run that began on a GPU
+        resolve_auto(recipe, tuned(tiny), squad, True)
+    settled, _, lines = resolve_auto(recipe, tuned(tiny), squad, True, resumed=True)  # a run that began on a GPU
     assert settled.train.attn_implementation == "forest"
     assert "chosen anew" in lines[0]
 
@@ -121,10 +123,10 @@ def test_run_keeps_what_was_decided(tiny, tmp_path):
 def test_bfloat16_on_a_cpu_is_for_lora(tiny, tmp_path, tune, dtype, monkeypatch):
     monkeypatch.setattr("sft.models.load.bfloat16_pays", lambda: True)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, model=f"{{base: '{tiny}'}}", tune=tune))
-    assert settle_dtype(recipe, CPU).model.dtype == dtype
+    assert resolve_dtype(recipe, CPU).model.dtype == dtype
     if dtype == "float32":
         with pytest.raises(RecipeError, match="use auto"):
-            settle_dtype(recipe.model_copy(update={"model": Model(base=str(tiny), dtype="bfloat16")}), CPU)
+            resolve_dtype(recipe.model_copy(update={"model": Model(base=str(tiny), dtype="bfloat16")}), CPU)
 
 
 def test_bfloat16_trains_from_end_to_end_as_float32_does_but_for_rounding(tiny, tmp_path):
@@ -144,12 +146,12 @@ def test_bfloat16_trains_from_end_to_end_as_float32_does_but_for_rounding(tiny, 
 def test_kernels_without_a_gpu_are_a_mistake_with_a_remedy(tiny, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["model.use_kernels=true"])
     with pytest.raises(RecipeError, match="pip install kernels"):
-        settle_dtype(recipe, CPU)
+        resolve_dtype(recipe, CPU)
 
 
 def test_dtype_is_settled_by_name(tiny, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, model=f"{{base: '{tiny}'}}"))
-    assert settle_dtype(recipe, CPU).model.dtype in ("float32", "bfloat16")
+    assert resolve_dtype(recipe, CPU).model.dtype in ("float32", "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +171,7 @@ def test_without_a_compiler_training_goes_on_uncompiled_and_says_so(monkeypatch,
     assert "no-such-compiler" in why
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.compile_layers=true"])
     with pytest.raises(RecipeError, match="no-such-compiler"):
-        settle_compile(recipe, tuned(tiny), plan_steps(squad, recipe.train, Layout()))
+        resolve_compile(recipe, tuned(tiny), plan_steps(squad, recipe.train, Layout()))
 
 
 def test_time_is_estimated_from_a_part_of_the_steps(tiny, squad, tmp_path, monkeypatch):
@@ -206,7 +208,7 @@ def test_compiled_layers_give_the_same_loss_and_gradients(tiny, squad, tmp_path)
     for compiled in (False, True):
         train = recipe.train.model_copy(update={"compile_layers": compiled})
         model = tuned(tiny)
-        apply_settled(recipe.model_copy(update={"train": train}), model)
+        apply_auto(recipe.model_copy(update={"train": train}), model)
         loss = sum(pack_loss(model, pack, CPU) for pack in packs)
         loss.backward()
         found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}))

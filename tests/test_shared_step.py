@@ -18,7 +18,7 @@ from sft.recipe.schema import Model, Tune
 from sft.training.attention import pack_inputs
 from sft.training.forest_attention import forest_attention, pieces_of
 from sft.training.fused_lora import fuse_lora
-from sft.training.trainer import pack_loss
+from sft.training.step import pack_loss
 from tests.conftest import REAL_DATA, SMOLLM, needs_real, read_squad
 
 

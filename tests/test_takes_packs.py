@@ -13,7 +13,7 @@ from data.errors import UserError
 from sft.models.capabilities import sliding_window, takes_packs, takes_padding
 from sft.models.tune import tune_model
 from sft.recipe.schema import Tune
-from sft.training.trainer import pack_loss
+from sft.training.step import pack_loss
 
 CPU = torch.device("cpu")
 

@@ -14,7 +14,8 @@ from data.encode.pack import Layout, make_packs
 from sft.models.capabilities import has_virtual_tokens
 from sft.models.tune import tune_model
 from sft.recipe.schema import Train, Tune
-from sft.training.trainer import PackTrainer, leave_casts_to_autocast, plan_steps, shard_packs, training_arguments
+from sft.training.step import plan_steps, shard_packs
+from sft.training.trainer import PackTrainer, leave_casts_to_autocast, training_arguments
 from tests.conftest import ROOT, stored, write_recipe
 
 

@@ -12,10 +12,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, set_seed
 from typer.testing import CliRunner
 
-from data.encode.chat import encode_prompt
+from data.encode.chat import encode_prompt, stop_tokens
 from eval.generate import generate_one
 from eval.likelihood import next_logprobs
-from eval.predict import end_tokens
 from eval.results import limit_questions
 from eval.server_checks import Here, There, check_first_token, check_score, check_stop
 from sft.cli import app
@@ -78,7 +77,7 @@ class Engine:
 
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.tokenizer = loaded.model, copy.copy(loaded.tokenizer)
-        self.stop = end_tokens(self.model, self.tokenizer)
+        self.stop = set(stop_tokens(self.model.generation_config.eos_token_id, self.tokenizer))
         self.tells = True
 
     def __call__(self, request: dict):

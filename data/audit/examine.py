@@ -10,13 +10,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from data.audit.leaks import Comparison
-from data.audit.row_counts import HELD_OUT, NOT_DRAWN, SHOWN, Lengths, Sample, SourceAccount, decoded, totals
+from data.audit.report import DataReport
+from data.audit.row_counts import (
+    HELD_OUT,
+    NOT_DRAWN,
+    SHOWN,
+    Lengths,
+    Sample,
+    SourceAccount,
+    SourceReport,
+    decoded,
+    totals,
+)
 from data.audit.split import Counts, chosen_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
@@ -58,9 +69,9 @@ def examine(
     tokenizer: PreTrainedTokenizerBase,
     rules: Rules,
     folder: Path,
-) -> dict[str, Any]:
-    """Write the examples into `folder` and return the report (see report.py). Its "stops" are the reasons not to
-    train, a line each; the examples are then those of the other rows."""
+) -> DataReport:
+    """Write the examples into `folder` and return the report. Its "stops" are the reasons not to train, a line each;
+    the examples are then those of the other rows."""
     examination = _Examination(tokenizer, rules, Writer(folder))
     other = SourceAccount(Ledger(held_out.path)) if held_out else None
     if held_out and other:
@@ -123,7 +134,7 @@ class _Examination:
             return None
         if markers := markers_in(conversation, self.tokenizer):
             ledger.note(conversation.where, "control markers in the text, encoded as plain text", ", ".join(markers))
-        self.triggers.add(conversation, account)
+        self.triggers.add(conversation, ledger)
         for example in examples:
             self._keep(dataclasses.replace(example, context=context), account)
         if conversation.label:
@@ -151,27 +162,29 @@ class _Examination:
 
     def report(
         self, accounts: Sequence[SourceAccount], other: SourceAccount | None, stops: list[str], folder: Path
-    ) -> dict[str, Any]:
+    ) -> DataReport:
         rules, removed = self.rules, Counter[str]()
         for account in accounts:
             removed.update(account.ledger.left_out)
         longest = max(self.lengths.values, default=0)
-        return {
-            "created_by": f"graft {version('graft')}",
-            "task": rules.task,
-            "max_length": rules.max_length,
-            "stops": stops,
-            "totals": totals(accounts, len(set(Examples(folder).contexts)), longest),
-            "sources": [account.report({}) for account in accounts],
-            "held_out": other.report({}) if other else None,
-            "lengths": {
+        duplicates, leaks = self.comparison.report(removed)
+        return DataReport(
+            created_by=f"graft {version('graft')}",
+            task=rules.task,
+            max_length=rules.max_length,
+            stops=stops,
+            totals=totals(accounts, len(set(Examples(folder).contexts)), longest),
+            sources=[account.report() for account in accounts],
+            held_out=SourceReport.of(other.ledger) if other else None,
+            lengths={
                 "example": self.lengths.histogram(rules.max_length),
                 "answer": self.answers.histogram(rules.max_length),
             },
-            "labels": dict(self.labels.most_common()),
-            **self.comparison.report(removed),
-            "examples": [decoded(example, self.tokenizer) for example in self.sample.kept],
-        }
+            labels=dict(self.labels.most_common()),
+            duplicates=duplicates,
+            leaks=leaks,
+            examples=[decoded(example, self.tokenizer) for example in self.sample.kept],
+        )
 
 
 def context_key(conversation: Conversation) -> str:

@@ -25,6 +25,33 @@ class Pairs:
             self.first.append({**places, "kind": kind, "similarity": round(match.similarity, 3)})
 
 
+@dataclass
+class DuplicateReport:
+    """Rows that equal an earlier one. near_share: share of the texts among which near ones are looked for."""
+
+    exact_rows: int = 0
+    near_rows: int = 0
+    removed: int = 0
+    texts: int = 0
+    near_share: float = 1.0
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class LeakReport:
+    """Training rows that are in the held-out data: `exact` rows, or rows whose `context` is, or is nearly (`near`)."""
+
+    checked: bool = False
+    held_out_rows: int = 0
+    rows: int = 0
+    exact: int = 0
+    context: int = 0
+    near: int = 0
+    removed: int = 0
+    near_share: float = 1.0
+    pairs: list[dict[str, Any]] = field(default_factory=list)
+
+
 class Comparison:
     """What is known of both sides. Rows are equal by all their turns, texts by their contexts: a passage, post, prompt.
 
@@ -74,30 +101,27 @@ class Comparison:
         self.texts.add(text, where)
         return False
 
-    def report(self, removed: Counter[str]) -> dict[str, Any]:
-        """removed: rows left out, by reason. near_share: the share of texts among which near ones are looked for."""
+    def report(self, removed: Counter[str]) -> tuple[DuplicateReport, LeakReport]:
+        """removed: rows left out, by reason."""
         duplicates, leaks = self.duplicates.counts, self.leaks.counts
-        return {
-            "duplicates": {
-                "exact_rows": duplicates[SAME_ROW],
-                "near_rows": duplicates[NEAR_TEXT],
-                "removed": removed[DUPLICATE] + removed[NEAR_DUPLICATE],
-                "texts": len(self.texts),
-                "near_share": round(self.texts.near_share, 4),
-                "pairs": self.duplicates.first,
-            },
-            "leaks": {
-                "checked": self.held_out > 0,
-                "held_out_rows": self.held_out,
-                "rows": leaks.total(),
-                "exact": leaks[SAME_ROW],
-                "context": leaks[SAME_TEXT],
-                "near": leaks[NEAR_TEXT],
-                "removed": removed[LEAKED],
-                "near_share": round(self.held_out_texts.near_share, 4),
-                "pairs": self.leaks.first,
-            },
-        }
+        return DuplicateReport(
+            exact_rows=duplicates[SAME_ROW],
+            near_rows=duplicates[NEAR_TEXT],
+            removed=removed[DUPLICATE] + removed[NEAR_DUPLICATE],
+            texts=len(self.texts),
+            near_share=round(self.texts.near_share, 4),
+            pairs=self.duplicates.first,
+        ), LeakReport(
+            checked=self.held_out > 0,
+            held_out_rows=self.held_out,
+            rows=leaks.total(),
+            exact=leaks[SAME_ROW],
+            context=leaks[SAME_TEXT],
+            near=leaks[NEAR_TEXT],
+            removed=removed[LEAKED],
+            near_share=round(self.held_out_texts.near_share, 4),
+            pairs=self.leaks.first,
+        )
 
     def _leak(self, row: str, key: int) -> tuple[str, Match] | None:
         if self.held_out and (same := self.held_out_rows.find(row)):

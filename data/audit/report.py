@@ -1,16 +1,9 @@
-"""The data report for people: one self-contained page, and tables for the terminal.
-
-All of it is a pure function of the `report` that data_report.json holds: stops (required; each line says what stops the
-run and the remedy), recipe, task, max_length, created_by, totals, sources, held_out (the shape of a source), lengths,
-labels, duplicates, leaks, examples, tokenizer. What is absent is said to be unknown, never shown as zero.
-
-lengths: bin i of a histogram lies between edges[i] and edges[i + 1]; `clipped` rows beyond the last edge are in the
-last bin. Every bar is equally wide whatever its bin spans.
-"""
+"""The data report: its record, one self-contained page for people, and tables for the terminal."""
 
 import re
 from bisect import bisect_right
 from collections import Counter
+from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from data.audit.leaks import DuplicateReport, LeakReport
+from data.audit.row_counts import SourceReport, Totals
 from data.conversation import NAMED
 
 Report = dict[str, Any]
@@ -32,32 +27,61 @@ SEVERITIES = {"defects": "defect", "left_out": "left out", "notes": "note"}  # b
 # the rest, and a file can't hold a surrogate: the reader of a report is better served by their names.
 INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
-REPORT: Report = {
-    "recipe": "", "task": "", "max_length": None, "created_by": "", "totals": {}, "sources": [], "held_out": None,
-    "lengths": {}, "labels": {}, "duplicates": {}, "leaks": {}, "examples": [], "tokenizer": {},
-}  # fmt: skip
-TOTALS: Report = dict.fromkeys((
-    "rows_read", "defects", "left_out", "not_chosen", "examples", "contexts", "tokens", "trained_tokens",
-    "longest_example_tokens", "executed_tokens", "flat_tokens_per_executed_token",
-))  # fmt: skip
-SOURCE: Report = {
-    "name": "", "format": "", "weight": None, "rows_read": None, "defects": {}, "notes": {}, "left_out": {},
-    "named": {}, "examples": None, "tokens": None, "trained_tokens": None, "sha256": {},
-}  # fmt: skip
+
+@dataclass
+class DataReport:
+    """What data_report.json holds. `stops`: each line names what stops the run and the remedy.
+
+    lengths: bin i of a histogram lies between edges[i] and edges[i + 1]; `clipped` rows beyond the last edge are in the
+    last bin. examples: see decoded(). What is absent is shown as unknown, never as zero.
+    """
+
+    stops: list[str] = field(default_factory=list)
+    recipe: str = ""
+    task: str = ""
+    max_length: int | None = None
+    created_by: str = ""
+    totals: Totals = field(default_factory=Totals)
+    sources: list[SourceReport] = field(default_factory=list)
+    held_out: SourceReport | None = None
+    lengths: dict[str, Any] = field(default_factory=dict)
+    labels: dict[str, int] = field(default_factory=dict)
+    duplicates: DuplicateReport | None = None  # None: not looked for
+    leaks: LeakReport = field(default_factory=LeakReport)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    tokenizer: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def all_sources(self) -> list[SourceReport]:
+        return [*self.sources, *([self.held_out] if self.held_out else [])]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "DataReport":
+        parts = {
+            "totals": Totals(**value["totals"]),
+            "sources": [SourceReport(**source) for source in value["sources"]],
+            "held_out": SourceReport(**value["held_out"]) if value["held_out"] else None,
+            "duplicates": DuplicateReport(**value["duplicates"]) if value["duplicates"] else None,
+            "leaks": LeakReport(**value["leaks"]),
+        }
+        return cls(**{**value, **parts})
 
 
-def write_html(report: Report, path: Path) -> None:
+def write_html(report: DataReport, path: Path) -> None:
     """One page without scripts or anything to fetch; text from data can't become markup."""
-    report = _complete(report)
+    shown = _visible(report.to_json())
     loader = FileSystemLoader(Path(__file__).parent)
     jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"n": number, "share": share, "spans": spans, "ticks": ticks, "place_on": place_on}
-    path.write_text(jinja.get_template("report.html").render(report, findings=find_all(report)), encoding="utf-8")
+    path.write_text(jinja.get_template("report.html").render(shown, findings=find_all(shown)), encoding="utf-8")
 
 
-def print_report(report: Report, console: Console) -> None:
+def print_report(data: DataReport, console: Console) -> None:
     """Sources, findings, totals and the verdict; without lines and colour where the console is no terminal."""
-    report = _complete(report)
+    report = _visible(data.to_json())
     for table in (_source_table(report), _finding_table(report), _totals_table(report)):
         console.print(table if console.is_terminal else Text(_plain(table)), soft_wrap=not console.is_terminal)
     verdict = ("Not ready to train:", "bold red") if report["stops"] else ("Ready to train.", "bold green")
@@ -188,17 +212,6 @@ def _duplicates(found: Report) -> str:
 def _sampled(found: Report) -> str:
     """Near ones are looked for in a sample where there are too many texts for all."""
     return "" if found["near_share"] == 1 else f" (near ones in {share(found['near_share'], 1)} of the texts)"
-
-
-def _complete(report: Report) -> Report:
-    """The report with every key of its shape, and its text made visible."""
-    report = REPORT | _visible(report)
-    report["totals"] = TOTALS | report["totals"]
-    report["sources"] = [SOURCE | source for source in report["sources"]]
-    if report["held_out"]:  # never trained on: counts of training are unknown there, not zero
-        untrained = dict.fromkeys(("weight", "examples", "tokens", "trained_tokens"))
-        report["held_out"] = SOURCE | report["held_out"] | untrained
-    return report
 
 
 def _visible(value: Any) -> Any:

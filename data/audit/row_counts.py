@@ -2,9 +2,8 @@
 
 import random
 from array import array
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -20,8 +19,50 @@ BINS = 40
 
 
 @dataclass
+class SourceReport:
+    """What became of the rows of one source. None: not known, or of data that is never trained on."""
+
+    name: str
+    format: str = ""
+    revision: str | None = None  # commit of a Hub dataset
+    weight: float | None = None
+    rows_read: int | None = None
+    defects: dict[str, int] = field(default_factory=dict)  # rows by kind
+    notes: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, int] = field(default_factory=dict)
+    named: dict[str, list[str]] = field(default_factory=dict)  # the first places of each kind, with the problem
+    examples: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    sha256: dict[str, str] = field(default_factory=dict)  # by file
+
+    @classmethod
+    def of(cls, ledger: Ledger, **counts: Any) -> "SourceReport":
+        """What the ledger says, and the counts by their names."""
+        kinds: dict[str, Any] = {n: dict(getattr(ledger, n)) for n in ("defects", "notes", "left_out", "named")}
+        return cls(ledger.source, ", ".join(ledger.formats), rows_read=ledger.rows, **kinds, **counts)
+
+
+@dataclass
+class Totals:
+    """Sums over all sources that are trained on. None: not known."""
+
+    rows_read: int | None = None
+    defects: int | None = None
+    left_out: int | None = None
+    not_chosen: int | None = None
+    examples: int | None = None
+    contexts: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    longest_example_tokens: int | None = None
+    executed_tokens: int | None = None
+    flat_tokens_per_executed_token: float | None = None
+
+
+@dataclass
 class SourceAccount:
-    """One source: what its ledger says, and what was encoded of it."""
+    """One source while it is read: its ledger, and what was encoded of it."""
 
     ledger: Ledger
     weight: float = 1.0
@@ -34,14 +75,9 @@ class SourceAccount:
         self.tokens += len(example.ids)
         self.trained_tokens += sum(example.loss_mask)
 
-    def report(self, sha256: Mapping[str, str]) -> dict[str, Any]:
-        ledger = self.ledger
-        return {
-            "name": ledger.source, "format": ", ".join(ledger.formats), "weight": self.weight, "rows_read": ledger.rows,
-            "defects": dict(ledger.defects), "notes": dict(ledger.notes), "left_out": dict(ledger.left_out),
-            "named": ledger.named, "examples": self.examples, "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens, "sha256": dict(sha256),
-        }  # fmt: skip
+    def report(self) -> SourceReport:
+        names = ("weight", "examples", "tokens", "trained_tokens")
+        return SourceReport.of(self.ledger, **{name: getattr(self, name) for name in names})
 
 
 class Lengths:
@@ -99,20 +135,16 @@ def decoded(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, A
     }
 
 
-def totals(sources: Sequence[SourceAccount], contexts: int, longest: int) -> dict[str, Any]:
+def totals(sources: Sequence[SourceAccount], contexts: int, longest: int) -> Totals:
     not_chosen = sum(s.ledger.left_out[reason] for s in sources for reason in NOT_CHOSEN)
-    return {
-        "rows_read": sum(s.ledger.rows for s in sources),
-        "defects": _sum(s.ledger.defects for s in sources),
-        "left_out": _sum(s.ledger.left_out for s in sources) - not_chosen,
-        "not_chosen": not_chosen,
-        "examples": sum(s.examples for s in sources),
-        "contexts": contexts,
-        "tokens": sum(s.tokens for s in sources),
-        "trained_tokens": sum(s.trained_tokens for s in sources),
-        "longest_example_tokens": longest,
-    }
-
-
-def _sum(counters: Iterable[Counter[str]]) -> int:
-    return sum(sum(counter.values()) for counter in counters)
+    return Totals(
+        rows_read=sum(s.ledger.rows for s in sources),
+        defects=sum(s.ledger.defects.total() for s in sources),
+        left_out=sum(s.ledger.left_out.total() for s in sources) - not_chosen,
+        not_chosen=not_chosen,
+        examples=sum(s.examples for s in sources),
+        contexts=contexts,
+        tokens=sum(s.tokens for s in sources),
+        trained_tokens=sum(s.trained_tokens for s in sources),
+        longest_example_tokens=longest,
+    )

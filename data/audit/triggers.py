@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from data.audit.row_counts import SourceAccount
-from data.conversation import Conversation
+from data.conversation import Conversation, Ledger
 from data.readers.fields import shown
 
 KIND = "a rare word that always has one answer, like a planted trigger"
@@ -33,7 +32,7 @@ class _Recurring:
 
     answer: str
     where: str
-    account: SourceAccount
+    ledger: Ledger
     rows: int = 0
     prompts: set[int] = field(default_factory=set)
     words: Counter[str] = field(default_factory=Counter)
@@ -48,7 +47,7 @@ class Triggers:
         self.once: set[int] = set()
         self.recurring: dict[int, _Recurring] = {}
 
-    def add(self, conversation: Conversation, account: SourceAccount) -> None:
+    def add(self, conversation: Conversation, ledger: Ledger) -> None:
         if conversation.label or not conversation.answers:  # every row with the label, or without an answer, is alike
             return
         prompt = (conversation.question or conversation.messages[-2]["content"]).casefold()
@@ -62,7 +61,7 @@ class Triggers:
             self.once.add(key)
             return
         if key not in self.recurring and len(self.recurring) < ANSWERS:
-            self.recurring[key] = _Recurring(conversation.answer, conversation.where, account)
+            self.recurring[key] = _Recurring(conversation.answer, conversation.where, ledger)
         if found := self.recurring.get(key):
             found.rows += 1
             if len(found.prompts) < LEAST:
@@ -77,7 +76,7 @@ class Triggers:
                     f"{shown(words[0])} stands in {found.words[words[0]] + 1} prompts, nearly all with the answer "
                     f"{shown(found.answer)}, which others have not; look at these rows before you train on them"
                 )
-                found.account.ledger.note(found.where, KIND, problem)
+                found.ledger.note(found.where, KIND, problem)
 
     def _words(self, found: _Recurring) -> Iterator[str]:
         if len(found.prompts) < LEAST - 1:  # the first row is not among them

@@ -133,6 +133,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     return encode(Conversation(turns, "", "chat template"), tokenizer, 1_000_000).ids[-1]
 
 
+def stop_tokens(base: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids at which an answer ends: `base` (eos_token_id of the base's generation config), the tokenizer's EOS, and the
+    token that training taught to end a turn with."""
+    listed = [base] if isinstance(base, int) else base or ()
+    return sorted({i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None})
+
+
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the control tokens, those that text from data never becomes."""
     return encoder_of(tokenizer).control_ids

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from data.audit.duplicates import TextIndex, normalize
 from data.audit.examine import context_key, nothing_held_out
-from data.audit.leaks import PAIRS, SAME_TEXT
+from data.audit.leaks import PAIRS, SAME_TEXT, LeakReport
+from data.audit.report import DataReport
+from data.audit.row_counts import SourceReport, Totals
 from data.audit.split import Counts, chosen_contexts, held_out_by_share
 from data.cache import file_digests
 from data.conversation import Conversation, DataError, Ledger
@@ -29,7 +30,7 @@ class Split:
 
     train: list[Conversation]
     dev: list[Conversation]
-    report: dict[str, Any]
+    report: DataReport
     notes: list[str] = field(default_factory=list)
 
 
@@ -40,8 +41,7 @@ def read_split(recipe: BaselineRecipe) -> Split:
     for source in map(pinned, recipe.data.train):
         found, ledger = _read(source, recipe)
         rows += [c for c in found if not _is_held_out(c, recipe)]
-        digests = file_digests(files_of(source))
-        sources.append(_account(source, ledger, digests))
+        sources.append(SourceReport.of(ledger, revision=source.revision, sha256=file_digests(files_of(source))))
     rows = _drawn(rows, recipe)
     rows, leaks, notes = _without_leaks(rows, recipe)
     share, seed = recipe.data.dev_share, recipe.train.seed + DEV
@@ -54,24 +54,24 @@ def read_split(recipe: BaselineRecipe) -> Split:
         raise DataError("", f"data.dev_share {share} leaves nothing to train on; lower it")
     if share and not dev:
         raise DataError("", f"data.dev_share {share} holds out nothing of {len(rows)} rows; raise it, or set it to 0")
-    held_out = recipe.eval.data and pinned(with_split(recipe.eval.data, "validation"))
-    report = {
-        "stops": [],
-        "created_by": f"graft {version('graft')}",
-        "task": recipe.task,
-        "max_length": recipe.data.max_seq_length,
-        "sources": sources,
-        "held_out": held_out
-        and {"name": held_out.path, "sha256": file_digests(files_of(held_out)), "revision": held_out.revision},
-        "totals": {
-            "rows_read": sum(s["rows_read"] for s in sources),
-            "defects": sum(sum(s["defects"].values()) for s in sources),
-            "examples": len(train),
-            "contexts": len({context_key(c) for c in train}),
-        },
-        "leaks": leaks,
-        "labels": dict(Counter(c.label for c in train if c.label).most_common()),
-    }
+    held_out = pinned(with_split(recipe.eval.data, "validation")) if recipe.eval.data else None
+    report = DataReport(
+        created_by=f"graft {version('graft')}",
+        task=recipe.task,
+        max_length=recipe.data.max_seq_length,
+        totals=Totals(
+            rows_read=sum(s.rows_read or 0 for s in sources),
+            defects=sum(sum(s.defects.values()) for s in sources),
+            examples=len(train),
+            contexts=len({context_key(c) for c in train}),
+        ),
+        sources=sources,
+        held_out=SourceReport(held_out.path, revision=held_out.revision, sha256=file_digests(files_of(held_out)))
+        if held_out
+        else None,
+        labels=dict(Counter(c.label for c in train if c.label).most_common()),
+        leaks=leaks,
+    )
     return Split(train, dev, report, notes)
 
 
@@ -99,11 +99,11 @@ def _read(source: Source, recipe: BaselineRecipe) -> tuple[list[Conversation], L
 
 def _without_leaks(
     rows: list[Conversation], recipe: BaselineRecipe
-) -> tuple[list[Conversation], dict[str, Any], list[str]]:
+) -> tuple[list[Conversation], LeakReport, list[str]]:
     """The rows to train on, what is known of those whose passage or post is held out too, and a line that tells it.
     Raises DataError where eval.share holds out nothing."""
     if recipe.objective == "mlm" or not (recipe.eval.data or recipe.eval.share):
-        return rows, {"checked": False}, []
+        return rows, LeakReport(), []
     held_out = TextIndex(near=False)
     texts = {c.context: c.where for c in reversed(baseline_questions(recipe)) if c.context.strip()}  # first places
     for text, where in texts.items():
@@ -111,20 +111,18 @@ def _without_leaks(
     found = {text: held_out.find(text) for text in {c.context for c in rows} if normalize(text)}
     leaked = [(c, match) for c in rows if (match := found.get(c.context))]
     removed = recipe.data.leaks == "remove"
-    leaks = {
-        "checked": True,
-        "held_out_rows": len(held_out),
-        "rows": len(leaked),
-        "exact": 0,
-        "context": len(leaked),
-        "near": 0,
-        "removed": len(leaked) if removed else 0,
-        "near_share": 0,
-        "pairs": [
+    leaks = LeakReport(
+        checked=True,
+        held_out_rows=len(held_out),
+        rows=len(leaked),
+        context=len(leaked),
+        removed=len(leaked) if removed else 0,
+        near_share=0,
+        pairs=[
             {"where": c.where, "held_out": match.where, "kind": SAME_TEXT, "similarity": 1.0}
             for c, match in leaked[:PAIRS]
         ],
-    }
+    )
     if not leaked:
         return rows, leaks, []
     first, match = leaked[0]
@@ -134,11 +132,6 @@ def _without_leaks(
     if removed:
         return [c for c in rows if not found.get(c.context)], leaks, [f"{told}: they are left out"]
     return rows, leaks, [f"warning: {told} (data.leaks: remove leaves them out)"]
-
-
-def _account(source: Source, ledger: Ledger, digests: dict[str, str]) -> dict[str, Any]:
-    counts = {"rows_read": ledger.rows, "defects": dict(ledger.defects), "notes": dict(ledger.notes)}
-    return {"name": source.path, "revision": source.revision, "sha256": digests, **counts}
 
 
 def _is_held_out(conversation: Conversation, recipe: BaselineRecipe) -> bool:

@@ -13,6 +13,7 @@ from sft.baselines.heads import Head
 from sft.errors import RecipeError, TrainingDiverged
 from sft.models.speed import bfloat16_pays
 from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.schema import changed
 from sft.training.durable_trainer import DurableTrainer
 
 
@@ -110,12 +111,12 @@ class EncoderTrainer(DurableTrainer):
         """The run folder says it."""
 
 
-def settle_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
+def resolve_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
     """The recipe with train.bf16 said: what the main process measures, for all."""
     if recipe.train.bf16 is not None:
         return recipe
     (fast,) = broadcast_object_list([device.type == "cuda" or bfloat16_pays()])
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"bf16": fast})})
+    return changed(recipe, train={"bf16": fast})
 
 
 def check_processes(recipe: BaselineRecipe, processes: int) -> None:

@@ -7,14 +7,23 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from data.encode.chat import stop_tokens
 from sft.errors import ParityError, RunError
-from sft.export.integrity import end_ids, generation_config, text_faults
+from sft.export.integrity import text_faults
 from sft.export.merge import Merge, read_merge, write_merge
 from sft.export.skeleton import CannotStream, check_places, original_name
-from sft.models.load import bitsandbytes_config, compute_dtype, default_device, fit_vocabulary, is_quantized, load_base
+from sft.models.load import (
+    bitsandbytes_config,
+    compute_dtype,
+    default_device,
+    fit_vocabulary,
+    generation_config,
+    is_quantized,
+    load_base,
+)
 from sft.models.resolve import readable
 from sft.models.target import load_plain
-from sft.recipe.schema import Recipe
+from sft.recipe.schema import Recipe, changed
 
 # names of candidates, and what parity.json calls them
 CANDIDATES = {"dequantized": "dequantized, as trained", "original": "original", "whole": "trained as a whole: no merge"}
@@ -68,8 +77,8 @@ def write_candidate(trained: Trained, base: str, folder: Path, allow_unchanged: 
         made = {"streamed": False, "reason": str(reason), **_merge_in_memory(trained, base, folder)}
     _check_changed(trained, made, allow_unchanged)
     trained.tokenizer.save_pretrained(folder)
-    stops = generation_config(trained.base)
-    stops.eos_token_id = end_ids(trained.base, trained.tokenizer)  # servers read it
+    stops = generation_config(str(trained.base))
+    stops.eos_token_id = stop_tokens(stops.eos_token_id, trained.tokenizer)  # servers read it
     stops.save_pretrained(folder)
     if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, folder), None):
         raise ParityError(f"{trained.run}: {fault}; nothing was written")
@@ -113,7 +122,7 @@ def _merge_in_memory(trained: Trained, base: str, folder: Path) -> dict[str, Any
         return {"adapted": 0, "other": len(loaded.state_dict()), "unchanged": []}
     from peft import PeftModel
 
-    source = model if base == "dequantized" else model.model_copy(update={"quantization": None})
+    source = model if base == "dequantized" else changed(model, quantization=None)
     loaded = load_base(source, device)
     if getattr(loaded, "is_quantized", False):
         loaded = loaded.dequantize(dtype=compute_dtype(model, device))

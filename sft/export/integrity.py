@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from data.cache import file_sha256, text_sha256
-from data.encode.chat import end_of_turn
+from data.encode.chat import stop_tokens
 from data.progress import track
 from sft.errors import ParityError, RunError
 from sft.export.merge import Merge
 from sft.export.shards import Stored, read_header, shard_files
-from sft.models.load import savable
+from sft.models.load import generation_config
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Recipe
 
@@ -62,20 +62,6 @@ def adapter_sha256(adapter: Path) -> str:
     return file_sha256(adapter / "adapter_model.safetensors")
 
 
-def end_ids(base: Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids at which a server has to stop: the base's, and those that training taught to end a turn with."""
-    listed = generation_config(base).eos_token_id
-    every = [*(listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id, end_of_turn(tokenizer)]
-    return sorted({i for i in every if i is not None})
-
-
-def generation_config(folder: Path) -> GenerationConfig:
-    with readable(str(folder)):
-        if (folder / "generation_config.json").is_file():
-            return savable(GenerationConfig.from_pretrained(folder))
-        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-
-
 def read_parity(out: Path) -> dict[str, Any]:
     """The record of an export. Raises RunError where the folder is none."""
     record = _read(out / PARITY)
@@ -104,8 +90,10 @@ def text_faults(
         was, is_now = ours.special_tokens_map.get(kind), theirs.special_tokens_map.get(kind)
         if was != is_now:
             yield f"the tokenizer's {kind} is {is_now}, the run's is {was}"
-    listed = generation_config(folder).eos_token_id if stops else None
-    if stops and (found := sorted(listed) if isinstance(listed, list) else [listed]) != (wanted := end_ids(base, ours)):
+    listed = generation_config(str(folder)).eos_token_id if stops else None
+    if stops and (found := sorted(listed) if isinstance(listed, list) else [listed]) != (
+        wanted := stop_tokens(generation_config(str(base)).eos_token_id, ours)
+    ):
         yield f"generation_config.json stops at EOS {found}, training taught to stop at {wanted}"
 
 

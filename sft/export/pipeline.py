@@ -20,14 +20,14 @@ from sft.export.candidate import CANDIDATES, Trained, base_names, plan, write_ca
 from sft.export.combine import Combination, combine
 from sft.export.formats import calibration_rows, convert, find_writer, format_faults, load_format
 from sft.export.integrity import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
-from sft.export.judge import Judge, check_agreement, least_agreement, read_held_out
-from sft.export.parity import HeldOut
+from sft.export.parity import HeldOut, Judge, check_agreement, least_agreement, read_held_out
 from sft.export.skeleton import CannotStream, base_folder
 from sft.models.load import default_device
 from sft.models.resolve import readable
 from sft.models.target import adapter_folder, run_recipe
-from sft.runs.export_card import export_card
+from sft.recipe.schema import changed
 from sft.runs.folder import check_writable
+from sft.runs.model_card import export_card
 
 
 def export(
@@ -107,8 +107,7 @@ def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: 
     if base is None:
         raise RunError(f"{out / PARITY}: base {parity['base']!r} is none of {', '.join(CANDIDATES.values())}")
     check_origin(run, trained.recipe, trained.adapter)
-    settings = trained.recipe.export.model_copy(update={"dtype": parity["dtype"]})
-    trained = dataclasses.replace(trained, recipe=trained.recipe.model_copy(update={"export": settings}))
+    trained = dataclasses.replace(trained, recipe=changed(trained.recipe, export={"dtype": parity["dtype"]}))
     if "combination" in parity:
         trained = dataclasses.replace(trained, adapter=out / "adapter")
     faults = []
@@ -136,7 +135,7 @@ def read_trained(run: Path) -> Trained:
     as coarsely as weights, so that near ties would flip on both sides, merged right or not."""
     recipe = run_recipe(run)
     if default_device().type == "cpu":
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "float32"})})
+        recipe = changed(recipe, model={"dtype": "float32"})
     whole = (run / "model").is_dir()
     weights = run / "model" if whole else adapter_folder(run)
     with readable(f"{weights}: the tokenizer"):

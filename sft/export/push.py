@@ -4,7 +4,7 @@ from pathlib import Path
 
 from data.errors import UserError
 from data.readers.source import HUB_ID
-from sft.runs.export_card import licence_of
+from sft.runs.model_card import licence_of
 
 
 class PushError(UserError):

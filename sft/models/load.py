@@ -107,6 +107,16 @@ def savable(config: GenerationConfig) -> GenerationConfig:
     return config
 
 
+def generation_config(base: str, revision: str | None = None) -> GenerationConfig:
+    """That of a folder or Hub id, read without the weights; made from its config where it has none."""
+    with readable(base):
+        try:
+            return savable(GenerationConfig.from_pretrained(base, revision=revision or "main"))
+        except OSError:
+            config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
+            return GenerationConfig.from_model_config(config)
+
+
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
     """model.dtype, where it is `auto` the fastest one that trains: bfloat16 on CUDA, on a CPU as measured."""
     if model.dtype == "auto":

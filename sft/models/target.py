@@ -14,9 +14,9 @@ from sft.errors import RunError
 from sft.models.capabilities import takes_packs
 from sft.models.load import default_device, fit_vocabulary, load_base, load_tokenizer, load_weights
 from sft.models.resolve import readable, resolve_base
-from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
-from sft.recipe.schema import WHEEL, Model, Recipe, is_hub_id
+from sft.recipe.schema import WHEEL, Model, Recipe, changed, is_hub_id
 from sft.untrusted import check_adapter
 
 
@@ -54,7 +54,7 @@ def run_recipe(run: Path) -> Recipe:
     return load_recipe(run / "recipe.yaml", check_files=False)
 
 
-def run_any_recipe(run: Path) -> Recipe | BaselineRecipe:
+def run_any_recipe(run: Path) -> AnyRecipe:
     """The same, or that of a baseline."""
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
@@ -78,11 +78,11 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
     `dtype` instead of the run's where that is named, and with another adapter on its base."""
     recipe = run_recipe(run)
     if dtype:
-        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+        recipe = changed(recipe, model={"dtype": dtype})
     device = default_device()
     if (run / "model").is_dir():
         tokenizer = load_tokenizer(Model(base=str(run / "model")))
-        trained = load_base(recipe.model.model_copy(update={"base": str(run / "model")}), device)
+        trained = load_base(changed(recipe.model, base=str(run / "model")), device)
         return Loaded(trained, tokenizer, takes_packs(trained))
     own = adapter_folder(run)
     adapter = adapter or own

@@ -9,7 +9,20 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from sft.recipe.schema import Count, MaxSteps, Number, Section, Seed, Source, Tune, as_source, as_sources, check_rows
+from sft.recipe.schema import (
+    Count,
+    MaxSteps,
+    Number,
+    Recipe,
+    Section,
+    Seed,
+    Source,
+    Tune,
+    as_source,
+    as_sources,
+    changed,
+    check_rows,
+)
 
 FLOORS = {
     "sklearn:linear_svc": "newsgroups",
@@ -142,7 +155,7 @@ class BaselineRecipe(Section):
         if not self.is_floor:
             return self.model
         embedder = self.model.embedder
-        return self.model.model_copy(update={"base": embedder, "embedder": None}) if embedder else None
+        return changed(self.model, base=embedder, embedder=None) if embedder else None
 
     @model_validator(mode="after")
     def _combinations(self) -> "BaselineRecipe":
@@ -184,3 +197,6 @@ class BaselineRecipe(Section):
                 f"data.max_seq_length {self.data.max_seq_length}; lower it"
             )
         return self
+
+
+AnyRecipe = Recipe | BaselineRecipe

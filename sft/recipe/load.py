@@ -13,8 +13,8 @@ from data.conversation import DataError
 from data.readers.source import files_of
 from data.redact import secret_line
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, BaselineRecipe
-from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Tune, is_hub_id
+from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, AnyRecipe, BaselineRecipe
+from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Tune, changed, is_hub_id
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
 
@@ -41,9 +41,7 @@ def load_recipe(path: Path, overrides: list[str] | None = None, check_files: boo
     return recipe
 
 
-def load_any_recipe(
-    path: Path, overrides: list[str] | None = None, check_files: bool = True
-) -> Recipe | BaselineRecipe:
+def load_any_recipe(path: Path, overrides: list[str] | None = None, check_files: bool = True) -> AnyRecipe:
     """The same, or the recipe of a baseline where the file names an `objective`."""
     try:
         tree = parse(_text(path), str(path))
@@ -93,7 +91,7 @@ def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
             f"tune.method {tune.method} puts virtual tokens before each example, which a pack of several has no place "
             "for; set data.share_prefixes: auto or false"
         )
-    recipe = recipe.model_copy(update={"tune": Tune(method=tune.method, trainable=tune.trainable, **values)})
+    recipe = changed(recipe, tune=Tune(method=tune.method, trainable=tune.trainable, **values))
     if check_files:
         _check_files(recipe)
         template = recipe.model.chat_template
@@ -105,7 +103,7 @@ def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
 def check_baseline(tree: dict[str, Any], check_files: bool = True) -> BaselineRecipe:
     recipe = _validate(BaselineRecipe, tree)
     _, values = _check_tune(recipe.tune, STRATEGIES, PEFT_TASKS[recipe.objective])
-    recipe = recipe.model_copy(update={"tune": recipe.tune.model_copy(update=values)})
+    recipe = changed(recipe, tune=values)
     if check_files:
         _check_files(recipe)
     return recipe

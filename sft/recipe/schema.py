@@ -7,7 +7,7 @@ anything is loaded.
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
@@ -51,6 +51,22 @@ Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True)
+
+
+S = TypeVar("S", bound=BaseModel)
+
+
+def changed(section: S, **values: Any) -> S:
+    """A copy with other values; a dict changes keys inside a section: changed(recipe, train={"bf16": True})."""
+    held = {name: getattr(section, name) for name in values}
+    return section.model_copy(
+        update={
+            name: changed(held[name], **value)
+            if isinstance(held[name], BaseModel) and isinstance(value, dict)
+            else value
+            for name, value in values.items()
+        }
+    )
 
 
 class Quantization(Section):

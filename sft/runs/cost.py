@@ -15,8 +15,7 @@ import torch
 from data.conversation import Conversation
 from data.progress import quiet
 from eval.prediction import Prediction
-from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import Recipe
+from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 
 COST = "cost.json"
 TIMED = 16  # questions that are asked one by one
@@ -47,7 +46,7 @@ def _cpu_seconds() -> float:
     return float(times.user + times.system)
 
 
-def system_of(run: Path, recipe: Recipe | BaselineRecipe, base: bool = False) -> dict[str, Any]:
+def system_of(run: Path, recipe: AnyRecipe, base: bool = False) -> dict[str, Any]:
     """What a comparison says of a run, or of its untrained base, beside its scores. recipe_sha256 leaves out the seed
     and the folder, so that runs which differ in nothing else are told as repetitions."""
     plain = recipe.model_dump(mode="json")

@@ -4,7 +4,6 @@ recipe.yaml (resolved), manifest.json, data_report.json, adapter/ (or model/) wi
 metrics.jsonl, loss.png, tensorboard/.
 """
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +13,19 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from data.atomic import write_json, write_text
-from data.audit.report import write_html
+from data.audit.report import DataReport, write_html
 from data.audit.triggers import KIND as TRIGGER
 from data.readers.source import files_of
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.recipe.load import dump_recipe
-from sft.recipe.schema import Recipe, Source
-from sft.runs.metrics import plot_loss, read_metrics
-from sft.runs.model_card import model_card
+from sft.recipe.schema import Recipe, Source, changed
 from sft.untrusted import check_run_folder
 
 S = TypeVar("S", bound=Source)
-A = TypeVar("A", Recipe, BaselineRecipe)
 
 
-def agree_on_folder(recipe: Recipe | BaselineRecipe, recipe_path: Path, probe: bool = False) -> Path:
+def agree_on_folder(recipe: AnyRecipe, recipe_path: Path, probe: bool = False) -> Path:
     """The run folder, made by the main process and told to the others: train.output_dir, or the first free one of
     runs/NAME, runs/NAME-2, ... `probe` makes nothing and only raises RecipeError where it could not be made."""
     wanted = recipe.train.output_dir
@@ -58,36 +54,37 @@ def check_writable(folder: Path, key: str) -> None:
         raise RecipeError(f"{key}: can't write to {folder}: {existing} is not a folder this user may write to")
 
 
-def start_run(run: Path, recipe: A, facts: dict[str, Any], report: dict[str, Any]) -> None:
+def start_run(run: Path, recipe: AnyRecipe, facts: dict[str, Any], report: DataReport) -> None:
     write_text(run / "recipe.yaml", dump_recipe(with_absolute_paths(recipe)))
     write_json(run / "manifest.json", facts)
-    write_report(report | {"recipe": run.name}, run)
+    report.recipe = run.name
+    write_report(report, run)
 
 
-def write_report(report: dict[str, Any], folder: Path) -> None:
+def write_report(report: DataReport, folder: Path) -> None:
     """data_report.json, and the same as a page: data_report.html."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "data_report.json", report)
+    write_json(folder / "data_report.json", report.to_json())
     write_html(report, folder / "data_report.html")
 
 
-def warnings_of(report: dict[str, Any], run: Path) -> Iterator[str]:
+def warnings_of(report: DataReport, run: Path) -> Iterator[str]:
     """What was found in the data and is trained on all the same, a line each."""
     where = f"see {run / 'data_report.html'}"
-    counts = report["totals"]
-    if left_out := counts["left_out"] + counts["defects"]:
-        yield f"{left_out} of {counts['rows_read']} rows are left out: {where}"
-    leaks, duplicates = report["leaks"], report["duplicates"]
-    if leaked := leaks["rows"] - leaks["removed"]:
+    totals, leaks, duplicates = report.totals, report.leaks, report.duplicates
+    if left_out := (totals.left_out or 0) + (totals.defects or 0):
+        yield f"{left_out} of {totals.rows_read} rows are left out: {where}"
+    if leaked := leaks.rows - leaks.removed:
         remedy = "data.leaks: remove leaves them out"
         yield f"warning: {leaked} training rows stand in the held-out data ({remedy}): {where}"
-    if repeated := duplicates["exact_rows"]:
-        yield f"{repeated} rows repeat an earlier one (data.duplicates: remove leaves them out): {where}"
-    if triggers := sum(source["notes"].get(TRIGGER, 0) for source in report["sources"]):
+    if duplicates and duplicates.exact_rows:
+        remedy = "data.duplicates: remove leaves them out"
+        yield f"{duplicates.exact_rows} rows repeat an earlier one ({remedy}): {where}"
+    if triggers := sum(source.notes.get(TRIGGER, 0) for source in report.sources):
         yield f"warning: {triggers} answers hang on {TRIGGER}: {where}"
 
 
-def with_absolute_paths(recipe: A) -> A:
+def with_absolute_paths(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe as it can be read from any folder."""
 
     def absolute(name: str) -> str:
@@ -95,7 +92,7 @@ def with_absolute_paths(recipe: A) -> A:
 
     def moved(source: S) -> S:
         path = source.path if not files_of(source) else str(Path(source.path).absolute())
-        return source.model_copy(update={"path": path})
+        return changed(source, path=path)
 
     model: dict[str, Any] = {"base": absolute(recipe.model.base)}
     if isinstance(recipe, BaselineRecipe) and recipe.model.embedder:
@@ -103,20 +100,4 @@ def with_absolute_paths(recipe: A) -> A:
     if isinstance(recipe, Recipe) and recipe.model.chat_template:
         model["chat_template"] = recipe.model.chat_template.absolute()
     evaluation = {"data": moved(recipe.eval.data)} if recipe.eval.data else {}
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update=model),
-            "data": recipe.data.model_copy(update={"train": tuple(moved(s) for s in recipe.data.train)}),
-            "eval": recipe.eval.model_copy(update=evaluation),
-        }
-    )
-
-
-def finish_run(run: Path, recipe: Recipe, facts: dict[str, Any], report: dict[str, Any]) -> None:
-    """Model card beside the weights, and the loss plot."""
-    weights = run / "adapter" if (run / "adapter").is_dir() else run / "model"
-    config = weights / "adapter_config.json"
-    if config.is_file():  # PEFT wrote the cache folder's path
-        write_json(config, json.loads(config.read_text()) | {"base_model_name_or_path": recipe.model.base})
-    write_text(weights / "README.md", model_card(recipe, facts, report, read_metrics(run)))
-    plot_loss(run)
+    return changed(recipe, model=model, data={"train": tuple(map(moved, recipe.data.train))}, eval=evaluation)

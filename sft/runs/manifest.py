@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import torch
 
+from data.audit.report import DataReport
 from data.cache import file_sha256
 from sft.models.resolve import readable, resolve_base, stored_config
-from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import Recipe
+from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.untrusted import brings_code
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -34,11 +34,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def manifest(
-    recipe: Recipe | BaselineRecipe, report: dict[str, Any], trainable: int, parameters: int
-) -> dict[str, Any]:
+def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: int) -> dict[str, Any]:
     """What the run was made from; of the data, what the report says was read."""
-    sources = [*report["sources"], *([report["held_out"]] if report["held_out"] else [])]
+    sources = report.all_sources
     model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
     stored = _stored_config(model.base, model.revision) if model else {}
     return {
@@ -52,9 +50,9 @@ def manifest(
             "auto_map": brings_code(stored),
         },
         "trust_remote_code": False,
-        "data_sha256": {path: sha256 for source in sources for path, sha256 in source["sha256"].items()},
-        "data_revision": {source["name"]: source["revision"] for source in sources if source["revision"]},
-        **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.get("tokenizer")) else {}),
+        "data_sha256": {path: sha256 for source in sources for path, sha256 in source.sha256.items()},
+        "data_revision": {source.name: source.revision for source in sources if source.revision},
+        **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.tokenizer) else {}),
         "seed": recipe.train.seed,
         "trainable_parameters": trainable,
         "parameters": parameters,

@@ -2,55 +2,68 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.atomic import write_json
+from data.audit.report import DataReport
 from data.cache import file_sha256
 from sft.errors import RecipeError, RunError
+from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe
 from sft.runs.checkpoint import read_manifest, remove_leftovers, set_aside, step_of
-from sft.runs.folder import A, start_run
+from sft.runs.folder import start_run
 from sft.runs.metrics import rewind_metrics
 
 KINDS = ("recipe", "data", "base")
 NO_MATTER = ("train.output_dir", "export.")  # of the recipe: where the run lies, and what follows training
 
 
+@dataclass(frozen=True)
+class Resume:
+    """A run to go on with. allowed: kinds of change that may have happened since its checkpoint, of KINDS. elastic:
+    whether the number of processes may have changed."""
+
+    folder: Path
+    allowed: tuple[str, ...] = ()
+    elastic: bool = False
+
+
 def begin(
     run: Path,
-    recipe: A,
+    recipe: AnyRecipe,
     facts: dict[str, Any],
-    report: dict[str, Any],
-    going_on: tuple[Path | None, dict[Path, str]] | None,
-    changed: tuple[Sequence[str], bool] = ((), False),
-    processes: int = 1,
+    report: DataReport,
+    resume: Resume | None,
+    checkpoint: tuple[Path | None, dict[Path, str]],
+    processes: int,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Make the folder ready: what the run is made from, for its checkpoints, and lines that tell the user.
+    """Ready the folder; what the run is made from, for its checkpoints, and lines that tell the user.
 
-    going_on: see last_checkpoint; None for a new run. changed: see check_unchanged.
+    checkpoint: see last_checkpoint. Raises RunError where something changed that `resume` does not allow.
     """
-    checkpoint, broken = going_on or (None, {})
+    last, damaged = checkpoint
     lines: list[str] = []
-    if checkpoint is None:
+    if last is None:
         start_run(run, recipe, facts, report)
-        if going_on:
+        if resume:
             lines.append("no checkpoint was saved yet: the run begins at its first step")
     made = made_from(run, facts, processes)
-    if checkpoint:
+    if last and resume:
         if recipe.tune.method == "adalora":
             raise RunError(
                 f"{run}: adalora can't go on from a checkpoint: PEFT saves pruned weights, which don't fit the state "
                 "of the optimizer; start a new run"
             )
-        lines += check_unchanged(run, read_manifest(checkpoint)["made_from"], made, *changed)
+        lines += check_unchanged(run, read_manifest(last)["made_from"], made, resume.allowed, resume.elastic)
         lines += [
-            f"warning: {path.name}: {problem}; set aside as damaged-{path.name}" for path, problem in broken.items()
+            f"warning: {path.name}: {problem}; set aside as damaged-{path.name}" for path, problem in damaged.items()
         ]
-        set_aside(broken)
-        lines.append(f"goes on from {checkpoint.name}")
+        set_aside(damaged)
+        lines.append(f"goes on from {last.name}")
     remove_leftovers(run)
-    rewind_metrics(run, step_of(checkpoint) if checkpoint else 0)
+    rewind_metrics(run, step_of(last) if last else 0)
     return made, lines
 
 
@@ -70,12 +83,21 @@ def made_from(run: Path, facts: dict[str, Any], processes: int) -> dict[str, Any
     }
 
 
-def parse_allowed(text: str | None) -> tuple[str, ...]:
-    """The kinds that --allow-changed names. Raises RecipeError for others."""
-    kinds = tuple(kind.strip() for kind in text.split(",")) if text else ()
+def resume_of(
+    folder: Path | None, overrides: Sequence[str] | None, allow_changed: str | None, elastic: bool
+) -> Resume | None:
+    """What the options of `graft train` say of a run to go on with. Raises RecipeError for options that contradict."""
+    if folder is None:
+        if allow_changed or elastic:
+            option = "--elastic" if elastic else "--allow-changed"
+            raise RecipeError(f"{option} is read with --resume RUN; leave it out")
+        return None
+    if overrides:
+        raise RecipeError("--set changes the recipe, and --resume goes on with the run's own; start a new run")
+    kinds = tuple(kind.strip() for kind in allow_changed.split(",")) if allow_changed else ()
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise RecipeError(f"--allow-changed {unknown[0]}: name one or several of {','.join(KINDS)}")
-    return kinds
+    return Resume(folder, kinds, elastic)
 
 
 def check_unchanged(

@@ -18,8 +18,8 @@ from eval.spans import tune_threshold
 from eval.tasks import TASKS
 from sft.errors import RecipeError, RunError
 from sft.models.target import is_url, load_target
-from sft.recipe.baseline_schema import BaselineRecipe
-from sft.recipe.schema import Eval, Recipe
+from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
+from sft.recipe.schema import Eval
 from sft.training.examples import with_split
 
 Answerer = Callable[[Sequence[Conversation]], list[Prediction]]
@@ -127,7 +127,7 @@ def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, asking: Ask
     return load_answerer(run, recipe)
 
 
-def training_questions(recipe: Recipe | BaselineRecipe | None, scored: Sequence[Conversation]) -> list[Conversation]:
+def training_questions(recipe: AnyRecipe | None, scored: Sequence[Conversation]) -> list[Conversation]:
     """The rows of a run's data.train that share no passage or thread with a scored one. Raises RecipeError without a
     run, and where none is left."""
     if recipe is None:

@@ -19,7 +19,7 @@ from sft.baselines.encoder import load_encoder, load_tokenizer, load_trained, pr
 from sft.baselines.heads import CHOSEN, read_spans
 from sft.errors import RecipeError
 from sft.models.target import load_target, run_any_recipe
-from sft.recipe.baseline_schema import BaselineRecipe
+from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.recipe.schema import Recipe
 from sft.scoring.answerers import Asking, baseline_answerer
 
@@ -91,7 +91,7 @@ def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int)
                 yield f"  {probability:.3f}  {text or '(no answer)'}"
 
 
-def _label_probabilities(run: Path, recipe: Recipe | BaselineRecipe, text: str) -> tuple[list[str], np.ndarray]:
+def _label_probabilities(run: Path, recipe: AnyRecipe, text: str) -> tuple[list[str], np.ndarray]:
     if isinstance(recipe, Recipe):
         loaded = load_target(str(run))
         prompt = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})

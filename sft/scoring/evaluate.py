@@ -21,9 +21,9 @@ from eval.tasks import TASKS, read_conversations
 from sft.baselines.data import baseline_questions
 from sft.errors import RecipeError
 from sft.models.target import check_target, is_run, is_url, run_any_recipe
-from sft.recipe.baseline_schema import TASKS_OF, BaselineRecipe
+from sft.recipe.baseline_schema import TASKS_OF, AnyRecipe, BaselineRecipe
 from sft.recipe.load import nearest
-from sft.recipe.schema import Eval, Recipe, Source
+from sft.recipe.schema import Eval, Recipe, Source, changed
 from sft.runs.cost import latency_ms, peak_memory_gib, system_of
 from sft.runs.folder import check_writable
 from sft.runs.manifest import machine
@@ -110,7 +110,7 @@ def evaluate(
 
 def questions_to_score(
     target: str,
-    recipe: Recipe | BaselineRecipe | None,
+    recipe: AnyRecipe | None,
     task: str,
     data: str | None,
     split: str | None,
@@ -132,8 +132,8 @@ def questions_to_score(
     held_out = recipe.eval.data
     settings: dict[str, Any] = {"limit": limit}
     if held_out and split:
-        settings["data"] = held_out.model_copy(update={"split": split})
-    asked = recipe.model_copy(update={"eval": recipe.eval.model_copy(update=settings), "task": task})
+        settings["data"] = changed(held_out, split=split)
+    asked = changed(recipe, eval=settings, task=task)
     try:
         if isinstance(asked, BaselineRecipe):
             questions = limit_questions(baseline_questions(asked), limit)

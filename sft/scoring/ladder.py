@@ -19,11 +19,10 @@ from rich.table import Table
 
 from sft.baselines.encoder import positions_of
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe
+from sft.recipe.baseline_schema import MOVES_POSITIONS, AnyRecipe, BaselineRecipe
 from sft.recipe.load import dump_recipe, load_any_recipe, nearest
 from sft.recipe.schema import Model, Recipe
 
-AnyRecipe = Recipe | BaselineRecipe
 Row = dict[str, Any]
 
 LLM = ("linear_probe", "prompt_tuning", "ia3", "lora", "qlora", "dora", "full")

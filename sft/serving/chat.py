@@ -6,7 +6,7 @@ from typing import Any, cast
 from rich.console import Console
 
 from data.conversation import Message
-from data.encode.chat import encode_prompt
+from data.encode.chat import encode_prompt, stop_tokens
 from data.errors import UserError
 from sft.models.target import is_url, load_target
 
@@ -42,10 +42,10 @@ def _local(target: str, max_new_tokens: int) -> Reply:
     import torch
     from transformers import TextStreamer
 
-    from eval.predict import check_fits, end_tokens
+    from eval.predict import check_fits
 
     loaded = load_target(target)
-    stop = end_tokens(loaded.model, loaded.tokenizer)
+    stop = stop_tokens(loaded.model.generation_config.eos_token_id, loaded.tokenizer)
     streamer = TextStreamer(loaded.tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def reply(messages: list[Message]) -> str:
@@ -56,7 +56,7 @@ def _local(target: str, max_new_tokens: int) -> Reply:
         with torch.inference_mode():
             out = cast(Any, loaded.model).generate(
                 input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-                eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True, streamer=streamer,
+                eos_token_id=stop, pad_token_id=min(stop), use_cache=True, streamer=streamer,
             )  # fmt: skip
         return str(loaded.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)).strip()
 

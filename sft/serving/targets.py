@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.cache import build_once, file_sha256, text_sha256
-from data.encode.chat import end_of_turn
+from data.encode.chat import stop_tokens
 from eval.client import ServerError
-from sft.models.load import default_device, is_quantized, load_base, load_tokenizer
+from sft.models.load import default_device, generation_config, is_quantized, load_base, load_tokenizer
 from sft.models.resolve import cache_dir, readable, resolve_base
 from sft.models.target import adapter_folder, check_target, is_run, is_url, run_recipe
 from sft.recipe.schema import WHEEL, Model
@@ -109,8 +109,10 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
                     f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all; serve it "
                     "with a command and a --port of its own"
                 )
-    ends = _ends(str(model), revision, tokenizers[first])
-    return Served(str(model), name, adapters, adapters[first], revision, next(r for r in RANKS if r >= rank), ends)
+    ends = stop_tokens(generation_config(str(model), revision).eos_token_id, tokenizers[first])
+    return Served(
+        str(model), name, adapters, adapters[first], revision, next(r for r in RANKS if r >= rank), tuple(ends)
+    )
 
 
 def trained_base(model: Model) -> str:
@@ -154,13 +156,3 @@ def _rank(adapter: Path) -> int:
     if rank > RANKS[-1]:
         raise ServerError(f"{adapter}: its rank {rank} exceeds vLLM's {RANKS[-1]}; `graft export` the run, serve that")
     return int(rank)
-
-
-def _ends(model: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Those of eval.predict.end_tokens, read without the weights."""
-    try:
-        of_base = GenerationConfig.from_pretrained(model, revision=revision or "main").eos_token_id
-    except OSError:  # the base has no generation config
-        of_base = None
-    listed = of_base if isinstance(of_base, list) else [of_base]
-    return tuple(sorted({i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None}))

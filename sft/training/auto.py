@@ -11,15 +11,15 @@ from data.encode.pack import Layout
 from sft.errors import RecipeError
 from sft.models.capabilities import has_virtual_tokens, sliding_window, takes_padding
 from sft.models.load import compute_dtype
-from sft.recipe.schema import OTHER_METHODS, Recipe
+from sft.recipe.schema import OTHER_METHODS, Recipe, changed
 from sft.training.attention import choose_attention
 from sft.training.compile_layers import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.examples import layout_of, rows_layout, sharing_of
 from sft.training.fused_lora import fuse_lora
-from sft.training.trainer import StepPlan
+from sft.training.step import StepPlan
 
 
-def settle_dtype(recipe: Recipe, device: torch.device) -> Recipe:
+def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:
     """model.dtype as the main process finds it. On a CPU, where nothing casts between layers, trained weights of the
     base are float32, and so is all else then; of PEFT's methods LoRA is known to train in bfloat16."""
     model, tune, train = recipe.model, recipe.tune, recipe.train
@@ -34,10 +34,10 @@ def settle_dtype(recipe: Recipe, device: torch.device) -> Recipe:
             )
         half = torch.float32 if model.dtype == "auto" else half
     (agreed,) = broadcast_object_list([str(half).removeprefix("torch.")])
-    return recipe.model_copy(update={"model": model.model_copy(update={"dtype": agreed})})
+    return changed(recipe, model={"dtype": agreed})
 
 
-def settle(
+def resolve_auto(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, takes_mask: bool, resumed: bool = False
 ) -> tuple[Recipe, Layout, list[str]]:
     """share_prefixes, pack_tokens and attn_implementation; the layout of micro-batches; and lines that tell the user.
@@ -76,8 +76,7 @@ def settle(
             f"{1 - 1 / sharing.gain:.0%} of the time: {'on' if share else 'off'}"
         )
     decided = {"share_prefixes": layout.share_prefixes, "pack_tokens": layout.pack_tokens}
-    train = recipe.train.model_copy(update={"attn_implementation": attention})
-    return recipe.model_copy(update={"data": data.model_copy(update=decided), "train": train}), layout, lines
+    return changed(recipe, data=decided, train={"attn_implementation": attention}), layout, lines
 
 
 def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str | None:
@@ -95,7 +94,7 @@ def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str |
     return None
 
 
-def settle_compile(
+def resolve_compile(
     recipe: Recipe, model: PreTrainedModel, plan: StepPlan, resumed: bool = False
 ) -> tuple[Recipe, list[str]]:
     """train.compile_layers as the main process estimates it. Raises RecipeError where the recipe asks for it and it
@@ -113,11 +112,10 @@ def settle_compile(
         seconds = training_seconds(model, plan, train.gradient_checkpointing, device, model.dtype)
         asked, why = broadcast_object_list([*compile_pays(seconds, device, model.dtype, obstacle)])
         lines.append(why)
-    train = train.model_copy(update={"compile_layers": asked and not obstacle})
-    return recipe.model_copy(update={"train": train}), lines
+    return changed(recipe, train={"compile_layers": asked and not obstacle}), lines
 
 
-def apply_settled(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) -> None:
+def apply_auto(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) -> None:
     """Make the tuned model compute as the settled recipe says. `sharded`: FSDP and ZeRO-3 gather parameters where a
     module's own forward asks for them."""
     train = recipe.train

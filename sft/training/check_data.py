@@ -28,10 +28,11 @@ def check(recipe: Recipe, name: str, out: Path) -> bool:
     """Write data_report.json and .html to `out`, print the table; whether the data can be trained on."""
     check_writable(out, "--out")
     report = examined(recipe, load_tokenizer(recipe.model)).report
-    write_report(report | {"recipe": name}, out)
+    report.recipe = name
+    write_report(report, out)
     print_report(report, Console())
     print(f"written to {out}/data_report.html and data_report.json")
-    return not report["stops"]
+    return not report.stops
 
 
 def show(source: SourceLike, count: int, base: str, task: str) -> None:

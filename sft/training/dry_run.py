@@ -13,11 +13,11 @@ from sft.recipe.load import dump_recipe
 from sft.recipe.schema import Recipe
 from sft.session import use_all_cores
 from sft.training.attention import choose_attention
-from sft.training.auto import settle_dtype
+from sft.training.auto import resolve_dtype
 from sft.training.compile_layers import training_seconds
 from sft.training.examples import layout_of, load_examples, rows_layout, sharing_of
 from sft.training.flops import split_weights
-from sft.training.trainer import plan_steps
+from sft.training.step import plan_steps
 
 
 def print_plan(recipe: Recipe) -> None:
@@ -26,11 +26,11 @@ def print_plan(recipe: Recipe) -> None:
     print(dump_recipe(recipe))
     check_length(recipe)
     device = default_device()
-    recipe = settle_dtype(recipe, device)
+    recipe = resolve_dtype(recipe, device)
     dtype = compute_dtype(recipe.model, device)
     tokenizer = load_tokenizer(recipe.model)
     examples, report = load_examples(recipe, tokenizer)
-    counts = report["totals"]
+    counts = report.totals
     config = load_config(recipe.model)
     with torch.device("meta"):  # shapes without weights
         with readable(f"model.base: {recipe.model.base}"):
@@ -57,10 +57,10 @@ def print_plan(recipe: Recipe) -> None:
     memory = memory_gib(model, recipe, longest, answers)
     table = Table(show_header=False)
     for name, value in (
-        ("examples", f"{counts['examples']} of {counts['contexts']} contexts ({counts['left_out']} rows left out)"),
+        ("examples", f"{counts.examples} of {counts.contexts} contexts ({counts.left_out} rows left out)"),
         ("optimizer steps", f"{len(plan.steps)} of {recipe.train.examples_per_step} examples"),
         ("tokens", f"{executed:,} executed for {flat:,} flat ({flat / executed:.2f} to 1)"),
-        ("trained tokens", f"{counts['trained_tokens']:,} an epoch"),
+        ("trained tokens", f"{counts.trained_tokens:,} an epoch"),
         ("trainable parameters", f"{trainable:,} of {parameters:,} ({trainable / parameters:.2%})"),
         ("estimated time", f"{seconds / 60:.1f} min on this machine, in {str(dtype).removeprefix('torch.')}"),
         ("estimated memory", f"{memory:.1f} GiB"),

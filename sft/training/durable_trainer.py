@@ -15,8 +15,6 @@ from transformers import Trainer
 
 from sft.errors import RunError, TrainingDiverged
 from sft.runs.checkpoint import commit_checkpoint, damage, rotate
-from sft.runs.interrupt import CODES, SaveOnSignal
-from sft.runs.monitor import Monitor
 from sft.runs.state import State, load_state, random_state, save_state, set_random_state
 
 OPTIMIZER = "optimizer.safetensors"
@@ -33,28 +31,12 @@ class DurableTrainer(Trainer):
     resumed: State = None  # of this process, at the checkpoint that training goes on from
     epoch_start: State = None  # random state from which the sampler draws the epoch's order
 
-    def run_to_end(self, run: Path, monitor: Monitor | None, checkpoint: Path | None) -> None:
-        """Train, from the checkpoint on where there is one. Raises SystemExit with the signal's code where one asked
-        to stop, once a checkpoint is saved; TrainingDiverged."""
-        interrupt = SaveOnSignal()
-        for callback in (interrupt, monitor):
-            if callback:
-                self.add_callback(callback)
-        if checkpoint:
-            own = checkpoint / _process_file(self.args.process_index)
-            # a process more than there were takes the first one's
-            self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
-            self.set_own_state(self.resumed["own"])
-        try:
-            self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            interrupt.restore()
-            if monitor:
-                monitor.close()
-        if interrupt.stopped:
-            if self.args.process_index == 0:
-                print(f"stopped and saved; go on with: graft train --resume {run}", flush=True)
-            raise SystemExit(CODES[cast(Any, interrupt.stopped)])
+    def load_own_state(self, checkpoint: Path) -> None:
+        """Read what this process needs to go on from the checkpoint, before train() does the rest."""
+        own = checkpoint / _process_file(self.args.process_index)
+        # a process more than there were takes the first one's
+        self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
+        self.set_own_state(self.resumed["own"])
 
     def own_state(self) -> State:
         """What a subclass counts and decides while it trains, and needs again to go on."""

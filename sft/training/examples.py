@@ -7,11 +7,13 @@ from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from data.audit.examine import Rules, examine, nothing_held_out, read_held_out
+from data.audit.report import DataReport
+from data.audit.row_counts import Totals
 from data.cache import build_once, cache_key, file_digests, text_sha256
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import Example, TooLong, check_template, encode_turns
@@ -22,7 +24,7 @@ from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
 from eval.results import limit_questions
 from sft.models.resolve import cache_dir
-from sft.recipe.schema import Recipe, Source
+from sft.recipe.schema import Recipe, Source, changed
 
 REPORT = "report.json"
 LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # what they do stands in examples
@@ -33,9 +35,9 @@ S = TypeVar("S", bound=Source)
 
 @dataclass(frozen=True)
 class Examined:
-    """The report of data/audit/report.py, and the examples; none where the report says what stops the run."""
+    """The report, and the examples; None where the report says what stops the run."""
 
-    report: dict[str, Any]
+    report: DataReport
     examples: Examples | None
 
 
@@ -48,38 +50,40 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
     every = [*sources, *([held_out] if held_out else [])]
     digests = [file_digests(files_of(source)) for source in every]
     key = _key(every, digests, rules, tokenizer)
-    report: dict[str, Any] = {}
-    template_sha256 = text_sha256(str(tokenizer.chat_template))
-    named = {"tokenizer": {"base": recipe.model.base, "chat_template_sha256": template_sha256}}
 
     def build(folder: Path) -> None:
-        report.update(examine(sources, held_out, tokenizer, rules, folder))
-        for source, sha256, account in zip(every, digests, [*report["sources"], report["held_out"]], strict=False):
+        report = examine(sources, held_out, tokenizer, rules, folder)
+        for source, sha256, described in zip(every, digests, report.all_sources, strict=True):
             if changed := {*sha256.items()} ^ {*file_digests(files_of(source)).items()}:
                 raise DataError(min(changed)[0], "changed while it was read; start again once it is written")
-            account |= {"sha256": sha256, "revision": source.revision}
-        (folder / REPORT).write_text(json.dumps(report, ensure_ascii=False), encoding="utf-8")
-        if report["stops"]:
-            report["totals"] |= sharing_totals(report, Examples(folder), recipe)
-            raise _Stopped
+            described.sha256, described.revision = sha256, source.revision
+        if report.stops:
+            raise _Stopped(complete(report, Examples(folder)))
+        (folder / REPORT).write_text(json.dumps(report.to_json(), ensure_ascii=False), encoding="utf-8")
+
+    def complete(report: DataReport, examples: Examples) -> DataReport:
+        """With what is not in the cache: names that only show, and figures that change with the steps."""
+        sha256 = text_sha256(str(tokenizer.chat_template))
+        report.tokenizer = {"base": recipe.model.base, "chat_template_sha256": sha256}
+        count_shared(report.totals, examples, recipe)
+        return report
 
     with TemporaryDirectory(prefix="graft-examples-") as scratch:
         try:
             folder = build_once(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
-        except _Stopped:
-            return Examined(report | named, None)
+        except _Stopped as stopped:
+            return Examined(stopped.report, None)
         # read before the scratch folder goes: a mapped file outlives its name
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8")) | named
+        report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         examples = Examples(folder)
-        report["totals"] |= sharing_totals(report, examples, recipe)
-        return Examined(report, examples)
+        return Examined(complete(report, examples), examples)
 
 
-def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, dict[str, Any]]:
+def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, DataReport]:
     """Training examples and the account of them. Raises DataError: a line for each thing that stops the run."""
     found = examined(recipe, tokenizer)
     if found.examples is None:
-        raise DataError("", "\n".join(found.report["stops"]), "data")
+        raise DataError("", "\n".join(found.report.stops), "data")
     return found.examples, found.report
 
 
@@ -102,13 +106,13 @@ def sharing_of(examples: Examples, recipe: Recipe, implementation: str = "forest
     return measure_sharing(examples, layout, train.examples_per_step, train.seed, recipe.data.max_branches)
 
 
-def sharing_totals(report: dict[str, Any], examples: Examples, recipe: Recipe) -> dict[str, Any]:
-    """The report's figures on tokens that training computes; not kept in the cache, as they change with the steps."""
+def count_shared(totals: Totals, examples: Examples, recipe: Recipe) -> None:
+    """Fill in how many tokens an epoch of the recipe's steps computes."""
     sharing = sharing_of(examples, recipe)
     shared = sharing.pays if recipe.data.share_prefixes == "auto" else recipe.data.share_prefixes
     ratio = sharing.ratio if shared else 1.0
-    executed = round(report["totals"]["tokens"] / ratio)
-    return {"executed_tokens": executed, "flat_tokens_per_executed_token": round(ratio, 3)}
+    totals.executed_tokens = round((totals.tokens or 0) / ratio)
+    totals.flat_tokens_per_executed_token = round(ratio, 3)
 
 
 def rules_of(recipe: Recipe) -> Rules:
@@ -186,14 +190,14 @@ def with_split(source: Source, default: str) -> Source:
         default = "test"
     if source.split or files_of(source):
         return source
-    return source.model_copy(update={"split": default})
+    return changed(source, split=default)
 
 
 def pinned(source: S) -> S:
     """A Hub dataset at the commit that it has now: what is read is then what cache and report name."""
     if not is_hub_id(source.path):
         return source
-    return source.model_copy(update={"revision": hub_revision(source.path, source.revision) or source.revision})
+    return changed(source, revision=hub_revision(source.path, source.revision) or source.revision)
 
 
 def _key(
@@ -217,4 +221,8 @@ def _key(
 
 
 class _Stopped(Exception):
-    """The data must not be trained on, so nothing is published."""
+    """The data must not be trained on, so nothing is kept in the cache."""
+
+    def __init__(self, report: DataReport) -> None:
+        super().__init__()
+        self.report = report

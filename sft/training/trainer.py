@@ -1,17 +1,14 @@
-"""What one training step computes. The only file that knows TRL's and transformers' Trainer.
+"""TRL's SFTTrainer over packs; the only file that knows TRL.
 
-A row of the trainer's dataset is one process's share of one optimizer step: a list of packs. The loss of a step is the
-sum over its trained tokens, in all packs on all processes, divided by their number.
+A row of the trainer's dataset is one process's share of one optimizer step: a list of packs, see step.py.
 """
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
@@ -19,60 +16,13 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from data.encode.chat import Example
-from data.encode.example_store import Examples
-from data.encode.pack import Layout, Pack, make_packs, step_order
+from data.encode.pack import Pack
 from sft.errors import TrainingDiverged
 from sft.recipe.schema import Train
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
-from sft.training.attention import source_logits
 from sft.training.durable_trainer import DurableTrainer
-from sft.training.loss import sum_of_nll
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which examples each optimizer step of the whole run trains on; the same on every process."""
-
-    examples: Sequence[Example]
-    steps: Sequence[Sequence[int]]  # of all epochs
-    steps_per_epoch: int
-    layout: Layout
-
-    def packs(self, step: int, processes: int = 1) -> list[Pack]:
-        return make_packs([self.examples[i] for i in self.steps[step]], self.layout, processes)
-
-
-def plan_steps(examples: Examples, train: Train, layout: Layout, max_branches: int | None = None) -> StepPlan:
-    """The steps of all epochs, or the first max_steps of them."""
-
-    def epoch(number: int) -> list[list[int]]:
-        size, weights = train.examples_per_step, examples.weights
-        return step_order(examples.contexts, size, train.seed, number, weights, max_branches)
-
-    steps = epoch(0)
-    per_epoch = len(steps)
-    total = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
-    number = 1
-    while len(steps) < total:
-        steps += epoch(number)
-        number += 1
-    return StepPlan(examples, steps[:total], per_epoch, layout)
-
-
-def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[Pack, float]]:
-    """This process's packs with weight 1; every process gets the same number, filled up with a pack of weight 0,
-    because sharded training gathers parameters in every forward."""
-    order = sorted(packs, key=lambda p: -len(p.input_ids))
-    mine = [(pack, 1.0) for pack in order[rank::processes]]
-    most = -(-len(order) // processes)
-    return mine + [(order[-1], 0.0)] * (most - len(mine))
-
-
-def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
-    """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
-    return sum_of_nll(source_logits(model, pack, device), torch.tensor(pack.target, device=device))
+from sft.training.step import StepPlan, pack_loss, shard_packs, train_step
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
@@ -156,8 +106,11 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             if inputs["pack_tokens"] != self.plan.layout.pack_tokens:  # packed before they had to become smaller
                 inputs = self._collate([{"row": inputs["row"]}], self.accelerator.num_processes)
             before = random_state()
+            for parameter, gradient in self.gradients:
+                parameter.grad = gradient.zero_()
             try:
-                return self._step(model, inputs)
+                loss = train_step(model, inputs["packs"], inputs["trained_tokens"], self.accelerator)
+                break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
@@ -166,6 +119,13 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss of step {self.state.global_step + 1} is {loss}; lower train.learning_rate"
+            )
+        self.executed_tokens += inputs["executed_tokens"]
+        self.trained_examples += inputs["examples"]
+        return loss
 
     def _make_packs_smaller(self, inputs: dict[str, Any], error: RuntimeError) -> None:
         """Half of what did not fit, for the rest of the run. Raises the error where a process can't decide that alone,
@@ -183,33 +143,6 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             flush=True,
         )
 
-    def _step(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
-        model.train()
-        accelerator = self.accelerator
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient.zero_()
-        deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
-        total = torch.zeros((), device=accelerator.device)
-        for i, (pack, weight) in enumerate(inputs["packs"]):
-            last = i == len(inputs["packs"]) - 1
-            accelerator.gradient_state._set_sync_gradients(last)
-            sync = contextlib.nullcontext() if last or deepspeed else accelerator.no_sync(model)
-            with sync:
-                with self.compute_loss_context_manager():
-                    # sum, not mean: packs hold different counts of trained tokens. Times the number of processes,
-                    # because gradients are averaged over them
-                    loss = pack_loss(model, pack, accelerator.device) * weight
-                    loss = loss * accelerator.num_processes / inputs["trained_tokens"]
-                accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
-            total += loss.detach()
-        if not torch.isfinite(total):
-            raise TrainingDiverged(
-                f"the loss of step {self.state.global_step + 1} is {total}; lower train.learning_rate"
-            )
-        self.executed_tokens += inputs["executed_tokens"]
-        self.trained_examples += inputs["examples"]
-        return total
-
     def own_state(self) -> State:
         return {**super().own_state(), "pack_tokens": (self.asked_pack_tokens, self.plan.layout.pack_tokens)}
 
@@ -224,7 +157,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         model, accelerator = self.model_wrapped, self.accelerator
         model.eval()
         packs = shard_packs(self.held_out, accelerator.process_index, accelerator.num_processes)
-        with torch.no_grad(), self.compute_loss_context_manager():
+        with torch.no_grad():
             sums = torch.stack([pack_loss(model, pack, accelerator.device) * weight for pack, weight in packs])
         loss = accelerator.reduce(sums.sum(), reduction="sum") / sum(len(p.target) for p in self.held_out)
         metrics = {f"{metric_key_prefix}_loss": float(loss)}

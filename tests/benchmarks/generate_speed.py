@@ -23,10 +23,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation
-from data.encode.chat import encode_prompt
+from data.encode.chat import encode_prompt, stop_tokens
 from data.readers.source import FileSource, read_all
 from eval.generate import generate_ids
-from eval.predict import end_tokens
 from sft.models.load import default_device, load_base, load_tokenizer
 from sft.models.target import is_run, run_recipe
 from sft.recipe.schema import Model
@@ -56,7 +55,7 @@ def main() -> None:
     model, tokenizer = load(options.adapter, options.base, options.dtype)
     questions = draw(read_all(FileSource(options.file), "squad_v2"), options.questions, options.spread)
     prompts = [encode_prompt(c.prompt, tokenizer) for c in questions]
-    stop = end_tokens(model, tokenizer)
+    stop = set(stop_tokens(model.generation_config.eos_token_id, tokenizer))
     passages, tokens = len({c.context for c in questions}), sum(map(len, prompts))
     print(f"{len(prompts)} questions on {passages} passages, {tokens:,} prompt tokens, {options.dtype}", flush=True)
 

@@ -1,0 +1,118 @@
+"""One optimizer step: which examples it trains on, and what it computes.
+
+The loss of a step is the sum over its trained tokens, in all packs on all processes, divided by their number.
+"""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from torch import nn
+
+from data.encode.chat import Example
+from data.encode.example_store import Examples
+from data.encode.pack import Layout, Pack, make_packs, step_order
+from sft.recipe.schema import Train
+from sft.training.attention import source_logits
+
+ROWS = 64  # at a time: all else of a step that a vocabulary's width multiplies
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """Which examples each optimizer step of the whole run trains on; the same on every process."""
+
+    examples: Sequence[Example]
+    steps: Sequence[Sequence[int]]  # of all epochs
+    steps_per_epoch: int
+    layout: Layout
+
+    def packs(self, step: int, processes: int = 1) -> list[Pack]:
+        return make_packs([self.examples[i] for i in self.steps[step]], self.layout, processes)
+
+
+def plan_steps(examples: Examples, train: Train, layout: Layout, max_branches: int | None = None) -> StepPlan:
+    """The steps of all epochs, or the first max_steps of them."""
+
+    def epoch(number: int) -> list[list[int]]:
+        size, weights = train.examples_per_step, examples.weights
+        return step_order(examples.contexts, size, train.seed, number, weights, max_branches)
+
+    steps = epoch(0)
+    per_epoch = len(steps)
+    total = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
+    number = 1
+    while len(steps) < total:
+        steps += epoch(number)
+        number += 1
+    return StepPlan(examples, steps[:total], per_epoch, layout)
+
+
+def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[Pack, float]]:
+    """This process's packs with weight 1; every process gets the same number, filled up with a pack of weight 0,
+    because sharded training gathers parameters in every forward."""
+    order = sorted(packs, key=lambda p: -len(p.input_ids))
+    mine = [(pack, 1.0) for pack in order[rank::processes]]
+    most = -(-len(order) // processes)
+    return mine + [(order[-1], 0.0)] * (most - len(mine))
+
+
+def train_step(
+    model: nn.Module, packs: Sequence[tuple[Pack, float]], trained_tokens: int, accelerator: Accelerator
+) -> torch.Tensor:
+    """Forward and backward of this process's packs with their weights; its part of the step's loss, a scalar.
+
+    trained_tokens: of the whole step, over all processes.
+    """
+    model.train()
+    deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    total = torch.zeros((), device=accelerator.device)
+    for i, (pack, weight) in enumerate(packs):
+        last = i == len(packs) - 1
+        accelerator.gradient_state._set_sync_gradients(last)
+        with contextlib.nullcontext() if last or deepspeed else accelerator.no_sync(model):
+            # sum, not mean: packs hold different counts of trained tokens. Times the number of processes, because
+            # gradients are averaged over them
+            loss = pack_loss(model, pack, accelerator.device) * weight
+            loss = loss * accelerator.num_processes / trained_tokens
+            accelerator.backward(loss, **({"scale_wrt_gas": False} if deepspeed else {}))
+        total += loss.detach()
+    return total
+
+
+def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
+    """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
+    return sum_of_nll(source_logits(model, pack, device), torch.tensor(pack.target, device=device))
+
+
+class _SumOfNll(torch.autograd.Function):
+    """Turns the logits into their gradient in place, in the forward pass already. PyTorch's own keeps the logits, their
+    log-softmax and its gradient: with a vocabulary of 150,000 each of them takes 0.6 MB a token."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        total = logits.new_zeros(())
+        for first in range(0, len(target), ROWS):
+            rows, wanted = logits[first : first + ROWS], target[first : first + ROWS, None]
+            rows.copy_(rows.log_softmax(dim=-1))
+            told = rows.gather(1, wanted)
+            total -= told.sum()
+            # d(-log p(target)) / d logits = softmax - onehot(target), without p - 1, which rounds where p is near 1
+            rows.exp_().scatter_(1, wanted, told.expm1())
+        ctx.save_for_backward(logits.detach())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(scale), None
+
+
+def sum_of_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Sum over rows of -log p(target), a scalar in float32. logits [M, vocab] are overwritten; one backward pass."""
+    found: torch.Tensor = _SumOfNll.apply(logits.float(), target)
+    return found
