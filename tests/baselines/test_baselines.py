@@ -22,39 +22,14 @@ from sft.baselines.heads import best_threshold
 from sft.baselines.train import train_baseline
 from sft.baselines.trainer import EncoderTrainer, Unfreeze
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe, EncoderModel
+from sft.recipe.baseline_schema import MOVES_POSITIONS, EncoderModel
 from sft.recipe.load import check_baseline, dump_recipe, load_any_recipe, load_recipe
 from sft.runs.metrics import read_metrics
 from sft.scoring.answerers import Asking
 from sft.scoring.ask import ask_run, classify_text
 from sft.scoring.evaluate import evaluate, print_scores
-from tests.conftest import ROOT, SAMPLES
-
-NEWS, SQUAD = SAMPLES / "newsgroups.jsonl", SAMPLES / "squad_train.json"
-
-
-def recipe(objective: str, base: Path | str, out: Path, **changes: dict) -> BaselineRecipe:
-    news = objective != "extractive_qa"
-    tree = {
-        "objective": objective,
-        "task": "newsgroups" if news else "squad_v2",
-        "model": {"base": str(base)},
-        "data": {"train": str(NEWS if news else SQUAD), "max_seq_length": 64 if news else 384, "dev_share": 0.15},
-        "train": {
-            "examples_per_step": 16, "learning_rate": 1e-3, "num_train_epochs": 1, "bf16": False,
-            "output_dir": str(out), "max_steps": 3,
-        },
-        "eval": {"share": 0.2} if news else {"data": str(SAMPLES / "squad_dev.json"), "limit": 20},
-    }  # fmt: skip
-    for section, values in changes.items():
-        tree[section] = tree.get(section, {}) | values  # type: ignore[operator]
-    return check_baseline(tree)
-
-
-def trained(recipe: BaselineRecipe) -> Path:
-    run = train_baseline(recipe, Path("test.yaml"))
-    assert run is not None
-    return run
+from tests.helpers.baselines import NEWS, SQUAD, recipe, trained
+from tests.helpers.places import ROOT, SAMPLES
 
 
 @pytest.mark.parametrize("objective", ["classification", "extractive_qa"])

@@ -19,8 +19,8 @@ from sft.baselines.data import baseline_questions, read_split
 from sft.baselines.floors import load_floor
 from sft.errors import RecipeError, RunError
 from sft.scoring.evaluate import evaluate
-from tests.conftest import REAL_DATA, needs_real
-from tests.test_bert import NEWS, recipe, trained
+from tests.helpers.baselines import NEWS, recipe, trained
+from tests.helpers.places import REAL_DATA, needs_real
 
 
 @pytest.mark.parametrize(

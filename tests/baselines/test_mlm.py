@@ -19,7 +19,7 @@ from sft.baselines.train import train_baseline
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import BaselineRecipe, BaselineTune, EncoderModel
 from sft.runs.metrics import read_metrics
-from tests.test_windows import bert_tokenizer
+from tests.helpers.qa import bert_tokenizer
 
 POSTS = "data/samples/newsgroups.jsonl"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}

@@ -8,7 +8,7 @@ import tracemalloc
 import pytest
 
 from data.audit.duplicates import RUNS_KEPT, TextIndex, normalize
-from tests.conftest import REAL_DATA, SAMPLES, needs_real
+from tests.helpers.places import REAL_DATA, SAMPLES, needs_real
 
 PASSAGE = (
     "The old mill stands where the river leaves the hills. Its wheel was built of oak in 1781 and turned two pairs of "

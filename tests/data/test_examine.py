@@ -12,7 +12,7 @@ from data.encode.chat import AUDITS
 from data.encode.example_store import Examples
 from data.readers.source import read_rows
 from sft.recipe.schema import TrainSource
-from tests.conftest import REAL_DATA, SAMPLES, needs_real
+from tests.helpers.places import REAL_DATA, SAMPLES, needs_real
 
 STRICT = dict.fromkeys(AUDITS, 0)
 

@@ -7,9 +7,9 @@ import pytest
 from data.conversation import DataError, Ledger
 from data.readers import files
 from data.readers.source import FileSource, read_all, read_rows
-from tests.conftest import ROOT
+from tests.helpers.places import ROOT
 
-MALFORMED = ROOT / "tests" / "malformed"
+MALFORMED = ROOT / "tests" / "data" / "malformed"
 FILES = sorted(path for path in MALFORMED.iterdir() if not path.name.startswith("."))
 
 # file, rows, conversations among them, beginnings of what is said, "FILE" standing for the path

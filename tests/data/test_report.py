@@ -3,15 +3,14 @@
 import copy
 import io
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from data.audit.report import find_all, number, place_on, print_example, print_report, share, ticks, write_html
+from tests.helpers.pages import Page
 
-VOID = {"meta", "rect", "line"}
 EMPTY = {"stops": []}
 SOURCE = {
     "name": "a.jsonl", "format": "jsonl", "weight": 1.0, "rows_read": 12000, "defects": {"no answer": 7},
@@ -49,38 +48,6 @@ FULL = {
     "examples": [EXAMPLE],
     "tokenizer": {"base": "SmolLM2-135M-Instruct", "chat_template_sha256": "cd" * 32},
 }  # fmt: skip
-
-
-class Page(HTMLParser):
-    """The elements and the visible text of a page; fails on elements that are not closed in order."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(html)
-        assert not self.open
-        self.text = re.sub(r"\s+", " ", "".join(self.words))
-
-    def handle_starttag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list) -> None:
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-        self.words.append(" " if tag in {"p", "td", "th", "dt", "dd", "div", "li", "h2"} else "")
-
-    def handle_data(self, data: str) -> None:
-        if "style" not in self.open:
-            self.words.append(data)
-
-    def classed(self, name: str) -> list[str]:
-        return [tag for tag, attrs in self.elements if name in (attrs.get("class") or "").split()]
 
 
 def page(report: dict, folder: Path) -> Page:

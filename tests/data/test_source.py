@@ -10,7 +10,7 @@ from data.conversation import DataError, Ledger
 from data.readers import json_stream
 from data.readers.row_formats import FORMATS
 from data.readers.source import FileSource, files_of, hub_revision, is_hub_id, read_all, read_rows
-from tests.conftest import SAMPLES
+from tests.helpers.places import SAMPLES
 
 GOOD = {"prompt": "p", "completion": "c"}
 USER, ANSWER = {"role": "user", "content": "u"}, {"role": "assistant", "content": "c"}

@@ -11,7 +11,8 @@ import pytest
 from data.conversation import DataError, Ledger
 from data.readers.source import FileSource, read_rows
 from data.readers.squad import INSTRUCTION_V1, INSTRUCTION_V2, UNANSWERABLE
-from tests.conftest import REAL_DATA, SAMPLES, needs_real, read_squad
+from tests.helpers.builders import read_squad
+from tests.helpers.places import REAL_DATA, SAMPLES, needs_real
 
 
 def squad(tmp_path: Path, qas: list[dict], context: str = "Ann met Bob in Paris in 1999.") -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from data.conversation import DataError
 from data.encode.template import literals, render
-from tests.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
 
 TURNS = [
     {"role": "user", "content": "Who? "},

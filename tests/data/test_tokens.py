@@ -9,8 +9,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizer
 
 from data.encode.tokens import Encoder, encoder_of, paragraph_cut
-from tests.conftest import SAMPLES
-from tests.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.places import SAMPLES
 
 CUTS = {"chatml": 1, "llama3": 2, "qwen3": 2, "mistral_v7": 2, "gemma": None, "mistral_v1": None}
 

@@ -12,7 +12,7 @@ from eval import client
 from eval.answer_log import NAME
 from eval.client import ServerError, ask_server, served_model
 from sft.cli import app
-from tests.fake_server import Streaming, completion, serving, streaming
+from tests.helpers.fake_server import Streaming, completion, serving, streaming
 
 LONGEST = 4096  # characters
 
@@ -155,7 +155,7 @@ def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
 
 def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
     from sft.scoring.evaluate import evaluate
-    from tests.conftest import SAMPLES
+    from tests.helpers.places import SAMPLES
 
     with serving(echo, "served") as url:
         results = evaluate(url, tmp_path, "squad_v2", str(SAMPLES / "squad_dev.json"), 5)

@@ -13,7 +13,7 @@ from eval.compare import compare
 from eval.compare_report import _question_word
 from eval.metrics import normalize_label
 from eval.stats import brier, cluster_interval, expected_calibration_error, mcnemar_exact, paired_cluster_bootstrap
-from tests.comparisons import SYSTEM, Row, answered, questions, samples, squad_runs, write
+from tests.helpers.comparisons import SYSTEM, Row, answered, questions, samples, squad_runs, write
 
 
 @pytest.fixture

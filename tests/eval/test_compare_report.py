@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import Page
 
 from eval.compare import CompareError, compare
 from eval.compare_report import _question_word
-from tests.comparisons import Row, answered, edit, questions, squad_runs, write
+from tests.helpers.comparisons import Row, answered, edit, questions, squad_runs, write
+from tests.helpers.pages import Page
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from eval.likelihood import answer_logprobs
 from eval.predict import generate
 from sft.models.load import load_base
 from sft.recipe.schema import Model
-from tests.conftest import SAMPLES, read_squad
+from tests.helpers.builders import read_squad
+from tests.helpers.places import SAMPLES
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from eval.prediction import Prediction
 from sft.models.load import load_base
 from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
-from tests.conftest import SMOLLM
-from tests.families import FAMILIES, build
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.places import SMOLLM
 
 CPU = torch.device("cpu")
 LABELS = ("sci.med", "sci.space", "sci", "talk.politics.misc", "a label of many more words than the others have")

@@ -12,8 +12,9 @@ from data.encode.qa_windows import Windows, make_windows
 from data.readers.squad import UNANSWERABLE
 from eval.metrics import squad_scores
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
-from tests.conftest import REAL_DATA, needs_real, read_squad
-from tests.test_windows import ask, bert_tokenizer, roberta_tokenizer
+from tests.helpers.builders import read_squad
+from tests.helpers.places import REAL_DATA, needs_real
+from tests.helpers.qa import ask, bert_tokenizer, roberta_tokenizer
 
 
 def one_hot(windows: Windows) -> tuple[list[np.ndarray], list[np.ndarray]]:

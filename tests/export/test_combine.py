@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.exports import ADAPTERS, chatml_base, command, make_run, tune
+from tests.helpers.exports import ADAPTERS, chatml_base, command, make_run, tune
 
 
 @pytest.fixture(scope="module")

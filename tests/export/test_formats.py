@@ -9,15 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
-import sft.export.pipeline.formats
 import torch
 from safetensors.torch import load_file, save_file
 from sft.export.pipeline.judge import least_agreement
 
+import sft.export.formats
 from sft.errors import RunError
 from sft.models.target import run_recipe
-from tests.conftest import ROOT, gone
-from tests.exports import chatml_base, command, make_run
+from tests.helpers.exports import chatml_base, command, make_run
+from tests.helpers.places import ROOT
+from tests.helpers.processes import gone
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
 
@@ -52,10 +53,8 @@ def compressor(folder: Path, damage: str, monkeypatch) -> None:
     )
     program.chmod(0o755)
     monkeypatch.setenv("GRAFT_LLMCOMPRESSOR", str(program))
-    find = sft.export.pipeline.formats.importlib.util.find_spec
-    monkeypatch.setattr(
-        sft.export.pipeline.formats.importlib.util, "find_spec", lambda n: n == "compressed_tensors" or find(n)
-    )
+    find = sft.export.formats.importlib.util.find_spec
+    monkeypatch.setattr(sft.export.formats.importlib.util, "find_spec", lambda n: n == "compressed_tensors" or find(n))
 
 
 def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
@@ -149,14 +148,12 @@ def test_converter_gets_no_model_that_names_code(file, tmp_path, monkeypatch):
     """llama.cpp's converter lets transformers run it."""
     (tmp_path / "convert_hf_to_gguf.py").write_text("open('ran', 'w')\n")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    monkeypatch.setattr(
-        sft.export.pipeline.formats.importlib.util, "find_spec", lambda name: object()
-    )  # sentencepiece is there
+    monkeypatch.setattr(sft.export.formats.importlib.util, "find_spec", lambda name: object())  # sentencepiece is there
     merged = tmp_path / "merged"
     merged.mkdir()
     (merged / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
     with pytest.raises(RunError, match=f"{file} of the base names code"):
-        sft.export.pipeline.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [], tmp_path / "log")
+        sft.export.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [], tmp_path / "log")
     assert not (tmp_path / "out").exists()
 
 

@@ -17,7 +17,7 @@ from sft.export.shards import INDEX, Tensor, read_header, writing
 from sft.export.skeleton import CannotStream
 from sft.models.load import bitsandbytes_config, load_base
 from sft.recipe.schema import Model, Quantization
-from tests.exports import ADAPTERS, ALL, SMALL, save_base, tune
+from tests.helpers.exports import ADAPTERS, ALL, SMALL, save_base, tune
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(12)[None]

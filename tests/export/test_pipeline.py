@@ -12,20 +12,20 @@ import torch
 import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from sft.export.pipeline.parity import Asked, HeldOut, Trace, compare
-from sft.export.pipeline.pipeline import export
+from sft.export.pipeline import export
 from transformers import MixtralConfig
 
 import sft.export.pipeline
 from data.conversation import Conversation
 from eval.prediction import Prediction
+from sft.export.parity import Asked, HeldOut, Trace, compare
 from sft.export.pipeline import shards
 from sft.models.load import load_base
 from sft.models.target import run_recipe
 from sft.recipe.schema import Eval
-from tests.conftest import save_tiny
-from tests.exports import ALL, chatml_base, command, make_run, tune
-from tests.families import build
+from tests.helpers.builders import save_tiny
+from tests.helpers.exports import ALL, chatml_base, command, make_run, tune
+from tests.helpers.families import build
 
 
 @pytest.fixture(scope="module")

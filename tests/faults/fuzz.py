@@ -34,7 +34,7 @@ from data.errors import UserError
 from data.progress import Bar, quiet
 from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe
 from sft.training.examples import examined
-from tests.families import build
+from tests.helpers.families import build
 
 SECONDS = 5
 ROOT = Path(__file__).parents[2]

@@ -20,7 +20,8 @@ import sft.training.trainer  # noqa: F401
 from sft.cli import app
 from sft.models.resolve import resolve_base
 from sft.runs.metrics import read_metrics
-from tests.conftest import SMOLLM, save_tiny, write_recipe
+from tests.helpers.builders import save_tiny, write_recipe
+from tests.helpers.places import SMOLLM
 
 STEPS, SAVE_STEPS = 40, 3
 WAIT_S = 120.0

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from data.cache import file_sha256, text_sha256
 from sft.cli import app
-from tests.conftest import save_tiny, write_recipe
-from tests.families import build
+from tests.helpers.builders import save_tiny, write_recipe
+from tests.helpers.families import build
 
 SMALL = dict(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
 ALL = dict(r=4, target_modules="all-linear", task_type="CAUSAL_LM")

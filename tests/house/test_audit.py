@@ -6,7 +6,7 @@ from importlib.metadata import PackageNotFoundError
 
 from packaging.requirements import Requirement
 
-from tests.conftest import ROOT
+from tests.helpers.places import ROOT
 
 spec = importlib.util.spec_from_file_location("audit", ROOT / ".ci" / "audit.py")
 audit = importlib.util.module_from_spec(spec)

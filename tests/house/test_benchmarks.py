@@ -18,7 +18,7 @@ from tests.benchmarks.passages import (
 from tests.benchmarks.results import Flops, last_third, report, summarize
 from tests.benchmarks.systems import BenchmarkError, Measurement, Settings, printed_example, run
 from tests.benchmarks.throughput import measure_all
-from tests.conftest import SAMPLES
+from tests.helpers.places import SAMPLES
 
 
 @pytest.fixture(scope="module")

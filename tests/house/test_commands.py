@@ -10,16 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from click.testing import Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 from eval.prediction import Prediction
-from sft.cli import app
 from sft.export.parity import compare
 from sft.models.target import load_run
 from sft.scoring.evaluate import print_scores
-from tests.conftest import ROOT, SAMPLES, write_recipe
+from tests.helpers.builders import write_recipe
+from tests.helpers.graft import run
+from tests.helpers.places import ROOT, SAMPLES
 
 
 def command(*args: object, script: bool = False) -> list[str]:
@@ -31,13 +30,6 @@ def start(*args: object, script: bool = False, **more) -> subprocess.CompletedPr
     """A new process, as a user starts it."""
     done = subprocess.run(command(*args, script=script), capture_output=True, text=True, cwd=ROOT, check=False, **more)
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def run(*args: object, code: int = 0, **more) -> Result:
-    """The same command line in this process, which has imported the libraries already."""
-    done = CliRunner().invoke(app, [str(a) for a in args], **more)
-    assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
     return done
 
 

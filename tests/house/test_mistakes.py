@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, SAMPLES, write_recipe
-from tests.test_commands import run
+from tests.helpers.builders import write_recipe
+from tests.helpers.graft import run
+from tests.helpers.places import ROOT, SAMPLES
 
 BAD_SQUAD = {
     "data": [

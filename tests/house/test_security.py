@@ -42,10 +42,11 @@ from sft.recipe.load import check_recipe, dump_recipe, load_recipe
 from sft.recipe.schema import Model
 from sft.recipe.strict_yaml import YamlError, parse
 from sft.untrusted import brings_code, check_run_folder
-from tests.conftest import ROOT, Payload, write_recipe
-from tests.families import FAMILIES, build
-from tests.test_commands import run
-from tests.test_recipe import with_key
+from tests.helpers.builders import Payload, write_recipe
+from tests.helpers.families import FAMILIES, build
+from tests.helpers.graft import run
+from tests.helpers.places import ROOT
+from tests.helpers.recipes import with_key
 
 
 def changed(file: Path, **values) -> None:

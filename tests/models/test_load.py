@@ -19,7 +19,7 @@ from sft.models.tune import count_parameters, tune_model
 from sft.recipe.schema import Data, Model, Quantization, Recipe, Tune
 from sft.training.flops import training_flops
 from sft.training.step import pack_loss
-from tests.conftest import SMOLLM
+from tests.helpers.places import SMOLLM
 
 NF4 = Quantization(load_in_4bit=True)
 CPU = torch.device("cpu")

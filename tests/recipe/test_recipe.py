@@ -1,6 +1,5 @@
 """Recipes are strict: every mistake is one line with key, value, what is allowed and the nearest valid key."""
 
-import json
 import re
 from pathlib import Path
 
@@ -12,23 +11,9 @@ from sft.errors import RecipeError
 from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe, load_recipe
 from sft.recipe.schema import Recipe
 from sft.recipe.strict_yaml import YamlError, parse
-from tests.conftest import ROOT, write_recipe
-
-MINIMAL = {
-    "task": "squad_v2",
-    "model": {"base": "owner/model"},
-    "data": {"train": "data/samples/squad_train.json"},
-}
-
-
-def with_key(path: str, value: object) -> dict:
-    tree = json.loads(json.dumps(MINIMAL))
-    node = tree
-    *parents, last = path.split(".")
-    for key in parents:
-        node = node.setdefault(key, {})
-    node[last] = value
-    return tree
+from tests.helpers.builders import write_recipe
+from tests.helpers.places import ROOT
+from tests.helpers.recipes import MINIMAL, with_key
 
 
 def test_minimal_recipe_is_complete():

@@ -24,6 +24,7 @@ from sft.runs.checkpoint import (
 )
 from sft.runs.metrics import read_metrics
 from sft.runs.state import load_state, random_state, save_state, set_random_state
+from tests.helpers.runs import HARM, flip
 
 
 def write(run: Path, step: int) -> Path:
@@ -48,15 +49,6 @@ def test_newest_whole_checkpoint_is_taken(run):
         write(run, step)
     assert last_checkpoint(run) == (run / "checkpoint-10", {})
     assert sorted(p.name for p in run.iterdir()) == ["checkpoint-10", "checkpoint-5", "recipe.yaml"]
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[random.Random(path.name).randrange(len(content))] ^= 4
-    path.write_bytes(content)
-
-
-HARM = {"truncated": lambda p: os.truncate(p, p.stat().st_size // 2), "flipped": flip, "deleted": lambda p: p.unlink()}
 
 
 @pytest.mark.parametrize("harm", HARM)

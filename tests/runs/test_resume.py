@@ -14,42 +14,16 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from safetensors import safe_open
 
 from sft.errors import RunError
 from sft.runs.checkpoint import MANIFEST, checkpoints, commit_checkpoint, last_checkpoint, read_manifest
 from sft.runs.metrics import read_metrics
 from sft.runs.resume import check_unchanged
 from sft.training.trainer import PackTrainer
-from tests.conftest import ROOT, SAMPLES, Payload, write_recipe
-from tests.test_checkpoint import HARM
-from tests.test_commands import run as graft
-
-
-def recipe_of(
-    folder: Path, base: Path, steps: int = 20, share: bool = True, dropout: float = 0.1, **train: object
-) -> Path:
-    """Several packs a step, dropout, 4 steps an epoch, and a loss that is logged each third step."""
-    settings = {
-        "examples_per_step": 6, "learning_rate": 1e-2, "max_steps": steps, "logging_steps": 3, "save_strategy": "steps",
-        "save_steps": steps, "output_dir": str(folder / "run"), **train,
-    }  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    data = {"train": str(SAMPLES / "squad_train.json"), "max_contexts": 4, "pack_tokens": 512, "share_prefixes": share}
-    tune = {"method": "lora", "r": 4, "lora_dropout": dropout, "target_modules": "all-linear"}
-    sections = {"tune": tune, "data": data, "train": settings}
-    return write_recipe(folder / "r.yaml", base, **{key: json.dumps(value) for key, value in sections.items()})
-
-
-def everything(run: Path) -> dict[str, object]:
-    """What must be equal: weights, and optimizer, scheduler, random state of the last checkpoint, and logged rows."""
-    found: dict[str, object] = {"adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
-    for path in sorted(checkpoints(run)[-1].glob("*.safetensors")):
-        with safe_open(path, framework="np") as file:
-            found[path.name] = file.metadata(), {k: file.get_tensor(k).tobytes() for k in sorted(file.keys())}
-    clock = ("seconds", "tokens_per_s", "peak_memory_gib")
-    found["rows"] = [{k: v for k, v in row.items() if k not in clock} for row in read_metrics(run)]
-    return found
+from tests.helpers.builders import Payload, write_recipe
+from tests.helpers.graft import run as graft
+from tests.helpers.places import ROOT, SAMPLES
+from tests.helpers.runs import HARM, everything, recipe_of
 
 
 def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:

@@ -13,7 +13,8 @@ from sft.recipe.load import load_recipe
 from sft.scoring.answerers import Asking, training_questions
 from sft.scoring.evaluate import evaluate
 from sft.training.finetune import finetune
-from tests.conftest import SAMPLES, write_recipe
+from tests.helpers.builders import write_recipe
+from tests.helpers.places import SAMPLES
 
 
 def run_of(base: Path, folder: Path, **changes: str) -> Path:

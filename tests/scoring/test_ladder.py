@@ -17,7 +17,8 @@ from sft.recipe.baseline_schema import MOVES_POSITIONS, BaselineRecipe
 from sft.recipe.load import load_any_recipe
 from sft.scoring import ladder as module
 from sft.scoring.ladder import ENCODER, LLM, ladder, rate_of, rung_overrides
-from tests.conftest import SAMPLES, write_recipe
+from tests.helpers.builders import write_recipe
+from tests.helpers.places import SAMPLES
 
 
 def encoder_recipe(path: Path, base: Path | str, objective: str = "classification", **changes: str) -> Path:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from eval.client import ServerError
 from sft.cli import app
 from sft.serving.bench import Load, Request, Target, bench_serve, make_prompts, summarize
-from tests.fake_server import Streaming, streaming
+from tests.helpers.fake_server import Streaming, streaming
 
 
 @pytest.fixture

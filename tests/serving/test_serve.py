@@ -25,7 +25,8 @@ from sft.serving import serve as serve_command_line
 from sft.serving.serve import check_extra, free_port, precision_note, read_key, serve_command, server
 from sft.serving.server_log import why_it_stopped
 from sft.serving.targets import resolve_targets
-from tests.conftest import ROOT, SMOLLM, alive, gone
+from tests.helpers.places import ROOT, SMOLLM
+from tests.helpers.processes import alive, gone
 
 has_vllm = importlib.util.find_spec("vllm") is not None
 RECIPE = "task: squad_v2\nmodel: {{base: '{}'{}}}\ndata: {{train: gone.json}}\n"

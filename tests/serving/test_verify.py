@@ -21,8 +21,8 @@ from sft.cli import app
 from sft.models.load import load_base
 from sft.models.target import Loaded, load_run
 from sft.recipe.schema import Model
-from tests.conftest import save_tiny, write_recipe
-from tests.fake_server import completion, serving
+from tests.helpers.builders import save_tiny, write_recipe
+from tests.helpers.fake_server import completion, serving
 
 N = 8
 

@@ -19,8 +19,8 @@ from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve
 from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.fused_lora import fuse_lora
 from sft.training.step import pack_loss, plan_steps
-from tests.conftest import save_tiny, stored, write_recipe
-from tests.test_commands import run
+from tests.helpers.builders import save_tiny, stored, write_recipe
+from tests.helpers.graft import run
 
 CPU = torch.device("cpu")
 

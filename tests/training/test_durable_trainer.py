@@ -34,9 +34,10 @@ from sft.session import is_out_of_memory
 from sft.training.durable_trainer import DurableTrainer
 from sft.training.step import plan_steps
 from sft.training.trainer import PackTrainer, training_arguments
-from tests.conftest import ROOT, stored, write_recipe
-from tests.test_commands import run as graft
-from tests.test_resume import everything, recipe_of
+from tests.helpers.builders import stored, write_recipe
+from tests.helpers.graft import run as graft
+from tests.helpers.places import ROOT
+from tests.helpers.runs import everything, recipe_of
 
 
 def all_finite(run: Path) -> bool:

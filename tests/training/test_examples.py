@@ -15,7 +15,8 @@ from sft.models.load import load_tokenizer
 from sft.recipe.load import load_recipe
 from sft.training import examples as module
 from sft.training.examples import examined, held_out_conversations, load_examples
-from tests.conftest import ROOT, stored, write_recipe
+from tests.helpers.builders import stored, write_recipe
+from tests.helpers.places import ROOT
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import pytest
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.load import load_any_recipe
 from sft.runs.metrics import read_metrics
-from tests.conftest import ROOT
-from tests.test_commands import run as graft
+from tests.helpers.graft import run as graft
+from tests.helpers.places import ROOT
 
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 4

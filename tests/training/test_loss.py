@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from sft.training.loss import ROWS
 from torch.nn import functional
 
-from sft.training.step import sum_of_nll
+from sft.training.step import ROWS, sum_of_nll
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

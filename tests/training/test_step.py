@@ -19,7 +19,8 @@ from sft.training.attention import pack_inputs
 from sft.training.forest_attention import forest_attention, pieces_of
 from sft.training.fused_lora import fuse_lora
 from sft.training.step import pack_loss
-from tests.conftest import REAL_DATA, SMOLLM, needs_real, read_squad
+from tests.helpers.builders import read_squad
+from tests.helpers.places import REAL_DATA, SMOLLM, needs_real
 
 
 def flat_loss(model, example: Example) -> torch.Tensor:

@@ -16,7 +16,8 @@ from sft.models.tune import tune_model
 from sft.recipe.schema import Train, Tune
 from sft.training.step import plan_steps, shard_packs
 from sft.training.trainer import PackTrainer, leave_casts_to_autocast, training_arguments
-from tests.conftest import ROOT, stored, write_recipe
+from tests.helpers.builders import stored, write_recipe
+from tests.helpers.places import ROOT
 
 
 @pytest.fixture
