@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sft.export.pipeline.judge import least_agreement
 
 import sft.export.formats
 from sft.errors import RunError
+from sft.export.parity import least_agreement
 from sft.models.target import run_recipe
 from tests.helpers.exports import chatml_base, command, make_run
 from tests.helpers.places import ROOT

@@ -12,14 +12,14 @@ import torch
 import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from sft.export.pipeline import export
 from transformers import MixtralConfig
 
 import sft.export.pipeline
 from data.conversation import Conversation
 from eval.prediction import Prediction
+from sft.export import shards
 from sft.export.parity import Asked, HeldOut, Trace, compare
-from sft.export.pipeline import shards
+from sft.export.pipeline import export
 from sft.models.load import load_base
 from sft.models.target import run_recipe
 from sft.recipe.schema import Eval
@@ -63,7 +63,7 @@ def test_both_bases_are_measured_and_the_nearer_one_is_written(run, record):
 
 def test_original_base_is_written_where_it_is_nearer(run, tmp_path, monkeypatch):
     divergences = iter([0.2, 0.1])
-    monkeypatch.setattr("sft.export.judge.compare", lambda *t: compare(*t) | {"mean_kl_nats": next(divergences)})
+    monkeypatch.setattr("sft.export.parity.compare", lambda *t: compare(*t) | {"mean_kl_nats": next(divergences)})
     command(run, "--out", tmp_path / "out")
     told = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert told["base"] == "original"
@@ -219,7 +219,7 @@ def test_layer_that_the_adapter_leaves_as_it_was_needs_leave(run, tmp_path):
 
 def test_model_larger_than_memory_is_merged_unmeasured(run, tmp_path, monkeypatch):
     for name in ("load_run", "load_plain"):
-        monkeypatch.setattr(f"sft.export.judge.{name}", lambda *_: pytest.fail("a model was loaded"))
+        monkeypatch.setattr(f"sft.export.parity.{name}", lambda *_: pytest.fail("a model was loaded"))
     command(run, "--no-parity", "--out", tmp_path / "out")
     told = json.loads((tmp_path / "out" / "parity.json").read_text())
     assert (told["measured"], told["base"]) == (False, "dequantized, as trained")
@@ -258,7 +258,7 @@ def die_after(calls: int, owner, name: str) -> Callable:
 
 def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
     out = tmp_path / "out"
-    for patch in (die_after(5, shards.Shard, "write"), die_after(2, sft.export.pipeline, "_sync")):
+    for patch in (die_after(5, shards.Shard, "write"), die_after(2, sft.export.pipeline, "flush")):
         kill_at(patch, plain, out)
         assert not out.exists()
     out.mkdir()
