@@ -36,7 +36,7 @@ class DataReport:
     last bin. examples: see decoded(). What is absent is shown as unknown, never as zero.
     """
 
-    stops: list[str] = field(default_factory=list)
+    stops: list[str]
     recipe: str = ""
     task: str = ""
     max_length: int | None = None
@@ -60,14 +60,12 @@ class DataReport:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "DataReport":
-        parts = {
-            "totals": Totals(**value["totals"]),
-            "sources": [SourceReport(**source) for source in value["sources"]],
-            "held_out": SourceReport(**value["held_out"]) if value["held_out"] else None,
-            "duplicates": DuplicateReport(**value["duplicates"]) if value["duplicates"] else None,
-            "leaks": LeakReport(**value["leaks"]),
-        }
-        return cls(**{**value, **parts})
+        """The record of a data_report.json; what the file leaves out is unknown."""
+        kinds = {"totals": Totals, "held_out": SourceReport, "duplicates": DuplicateReport, "leaks": LeakReport}
+        parts = {name: kind(**value[name]) for name, kind in kinds.items() if value.get(name)}
+        sources = [SourceReport(**source) for source in value.get("sources", ())]
+        rest = {name: part for name, part in value.items() if name not in kinds}
+        return cls(**{**rest, **parts, "sources": sources})
 
 
 def write_html(report: DataReport, path: Path) -> None:

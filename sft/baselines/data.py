@@ -56,6 +56,7 @@ def read_split(recipe: BaselineRecipe) -> Split:
         raise DataError("", f"data.dev_share {share} holds out nothing of {len(rows)} rows; raise it, or set it to 0")
     held_out = pinned(with_split(recipe.eval.data, "validation")) if recipe.eval.data else None
     report = DataReport(
+        stops=[],
         created_by=f"graft {version('graft')}",
         task=recipe.task,
         max_length=recipe.data.max_seq_length,

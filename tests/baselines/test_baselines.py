@@ -25,6 +25,7 @@ from sft.errors import RecipeError
 from sft.recipe.baseline_schema import MOVES_POSITIONS, EncoderModel
 from sft.recipe.load import check_baseline, dump_recipe, load_any_recipe, load_recipe
 from sft.runs.metrics import read_metrics
+from sft.runs.resume import Resume
 from sft.scoring.answerers import Asking
 from sft.scoring.ask import ask_run, classify_text
 from sft.scoring.evaluate import evaluate, print_scores
@@ -164,8 +165,8 @@ def test_training_rows_that_are_held_out_too_are_told_and_can_be_left_out(leaks,
     assert "5 training rows have a text that stands in the held-out data" in told
     assert f"{NEWS}:1 as {tmp_path}/test.jsonl:1" in told
     assert len(split.train) + len(split.dev) == len(rows) - (5 if leaks == "remove" else 0)
-    assert split.report["leaks"]["rows"] == 5
-    assert split.report["leaks"]["removed"] == (5 if leaks == "remove" else 0)
+    assert split.report.leaks.rows == 5
+    assert split.report.leaks.removed == (5 if leaks == "remove" else 0)
 
 
 def test_a_score_on_what_was_trained_on_says_so_and_is_not_compared(tmp_path, capsys):
@@ -293,7 +294,7 @@ def test_resumed_run_equals_the_undisturbed_one(objective, train, tune, tiny_ber
             train_baseline(broken, Path("test.yaml"))
     assert stopped.value.code == 143
     assert (tmp_path / "broken" / "checkpoint-7").is_dir()
-    assert train_baseline(broken, Path("test.yaml"), tmp_path / "broken") == tmp_path / "broken"
+    assert train_baseline(broken, Path("test.yaml"), Resume(tmp_path / "broken")) == tmp_path / "broken"
     weights = [load_file(run / "model" / "model.safetensors") for run in (whole, tmp_path / "broken")]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
     losses = [

@@ -42,16 +42,16 @@ def test_every_row_is_accounted_for(tmp_path, tokenizer):
     with open(source.path, "a") as file:
         file.write("{broken\n")
     report = report_of(tokenizer, tmp_path / "x", source, on_error="skip", too_long="skip", duplicates="remove")
-    totals = report["totals"]
-    assert (totals["rows_read"], totals["examples"], totals["left_out"], totals["defects"]) == (6, 2, 2, 2)
-    assert sum(report["sources"][0]["left_out"].values()) == 2
-    assert not report["stops"]
+    totals = report.totals
+    assert (totals.rows_read, totals.examples, totals.left_out, totals.defects) == (6, 2, 2, 2)
+    assert sum(report.sources[0].left_out.values()) == 2
+    assert not report.stops
     assert [e.where for e in Examples(tmp_path / "x")] == [f"{source.path}:1", f"{source.path}:2"]
 
 
 def test_defects_stop_the_run_grouped_counted_and_with_the_remedy(tmp_path, tokenizer):
     source = rows(tmp_path / "a.jsonl", *[("q", "")] * 7, ("q", "a"))
-    (stop,) = report_of(tokenizer, tmp_path / "x", source)["stops"]
+    (stop,) = report_of(tokenizer, tmp_path / "x", source).stops
     assert stop.startswith(f"{source.path}:1: completion: empty text")
     assert "7 such rows, also" in stop
     assert f"{source.path}:5 ..." in stop
@@ -60,13 +60,13 @@ def test_defects_stop_the_run_grouped_counted_and_with_the_remedy(tmp_path, toke
 
 def test_row_whose_answer_would_be_cut_stops_the_run_unless_allowed_or_skipped(tmp_path, tokenizer):
     source = rows(tmp_path / "a.jsonl", ("word " * 600, "cut"), ("short", "kept"))
-    (stop,) = report_of(tokenizer, tmp_path / "x", source)["stops"]
+    (stop,) = report_of(tokenizer, tmp_path / "x", source).stops
     assert "data.max_length 512 would cut the answer away" in stop
     for changes in ({"too_long": "skip"}, {"audit": STRICT | {"truncated": 1}}):
         report = report_of(tokenizer, tmp_path / "x", source, **changes)
-        assert not report["stops"]
-        assert report["sources"][0]["left_out"] == {AUDITS["truncated"]: 1}
-        histogram = report["lengths"]["example"]
+        assert not report.stops
+        assert report.sources[0].left_out == {AUDITS["truncated"]: 1}
+        histogram = report.lengths["example"]
         assert (sum(histogram["counts"]), histogram["max"] > 512) == (2, True)
 
 
@@ -77,10 +77,10 @@ def test_template_that_never_ends_a_turn_stops_the_run_for_every_row(tmp_path, t
     endless.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
     source = rows(tmp_path / "a.jsonl", ("q", "a"), ("r", "b"))
     report = report_of(endless, tmp_path / "x", source)
-    assert report["sources"][0]["left_out"] == {AUDITS["end_not_trained"]: 2}
-    assert "(2 such rows, also" in report["stops"][0]
+    assert report.sources[0].left_out == {AUDITS["end_not_trained"]: 2}
+    assert "(2 such rows, also" in report.stops[0]
     allowed = report_of(endless, tmp_path / "x", source, audit=STRICT | {"end_not_trained": 2})
-    assert allowed["stops"][0].startswith("no row of 2 is left to train on")
+    assert allowed.stops[0].startswith("no row of 2 is left to train on")
 
 
 def test_leaks_are_found_by_row_by_text_and_by_likeness(tmp_path, tokenizer):
@@ -93,24 +93,24 @@ def test_leaks_are_found_by_row_by_text_and_by_likeness(tmp_path, tokenizer):
         ("Something else entirely", "yes"),
     )
     report = report_of(tokenizer, tmp_path / "x", source, held_out=held_out)
-    leaks = report["leaks"]
-    assert (leaks["rows"], leaks["exact"], leaks["context"], leaks["near"], leaks["removed"]) == (3, 1, 1, 1, 0)
-    assert leaks["pairs"][2]["held_out"] == f"{held_out.path}:2"
-    assert not report["stops"]
-    (stop,) = report_of(tokenizer, tmp_path / "x", source, held_out=held_out, max_leaks=2)["stops"]
+    leaks = report.leaks
+    assert (leaks.rows, leaks.exact, leaks.context, leaks.near, leaks.removed) == (3, 1, 1, 1, 0)
+    assert leaks.pairs[2]["held_out"] == f"{held_out.path}:2"
+    assert not report.stops
+    (stop,) = report_of(tokenizer, tmp_path / "x", source, held_out=held_out, max_leaks=2).stops
     assert "(3 such rows, data.audit.leaks allows 2)" in stop
     removed = report_of(tokenizer, tmp_path / "x", source, held_out=held_out, max_leaks=0, leaks="remove")
-    assert not removed["stops"]
-    assert (removed["totals"]["examples"], removed["leaks"]["removed"]) == (1, 3)
+    assert not removed.stops
+    assert (removed.totals.examples, removed.leaks.removed) == (1, 3)
 
 
 def test_duplicates_are_counted_and_removed_only_where_asked(tmp_path, tokenizer):
     near = CAT.replace("quietly", "silently")
     source = rows(tmp_path / "a.jsonl", ("q", "a"), ("Q ", "a"), (CAT, "x"), (near, "y"), (near, "z"))
     kept = report_of(tokenizer, tmp_path / "x", source)
-    assert (kept["duplicates"]["exact_rows"], kept["duplicates"]["near_rows"], kept["totals"]["examples"]) == (1, 2, 5)
+    assert (kept.duplicates.exact_rows, kept.duplicates.near_rows, kept.totals.examples) == (1, 2, 5)
     removed = report_of(tokenizer, tmp_path / "x", source, duplicates="remove", near_duplicates="remove")
-    assert (removed["duplicates"]["removed"], removed["totals"]["examples"]) == (3, 2)
+    assert (removed.duplicates.removed, removed.totals.examples) == (3, 2)
 
 
 def test_of_two_near_copies_one_is_trained_whatever_the_other_lacks(tmp_path, tokenizer):
@@ -118,7 +118,7 @@ def test_of_two_near_copies_one_is_trained_whatever_the_other_lacks(tmp_path, to
     source = rows(tmp_path / "a.jsonl", (too_long, "x"), (CAT, "x"))
     report = report_of(tokenizer, tmp_path / "x", source, too_long="skip", near_duplicates="remove")
     assert [e.where for e in Examples(tmp_path / "x")] == [f"{source.path}:2"]
-    assert report["duplicates"]["near_rows"] == 0
+    assert report.duplicates.near_rows == 0
 
 
 def test_system_prompt_that_all_share_makes_no_duplicates(tmp_path, tokenizer):
@@ -128,7 +128,7 @@ def test_system_prompt_that_all_share_makes_no_duplicates(tmp_path, tokenizer):
         for q in ("Where is Paris?", "Who wrote Emma?", "What is rust?")
     ]
     path.write_text("".join(json.dumps({"messages": t}) + "\n" for t in turns))
-    assert report_of(tokenizer, tmp_path / "x", TrainSource(path=str(path)))["duplicates"]["near_rows"] == 0
+    assert report_of(tokenizer, tmp_path / "x", TrainSource(path=str(path))).duplicates.near_rows == 0
 
 
 def test_empty_posts_are_kept_and_are_no_duplicates_or_leaks(tmp_path, tokenizer):
@@ -141,8 +141,8 @@ def test_empty_posts_are_kept_and_are_no_duplicates_or_leaks(tmp_path, tokenizer
         tokenizer, tmp_path / "x", posts("a.jsonl", "sci.med"), held_out=posts("b.jsonl", "sci.med"),
         duplicates="remove", leaks="remove",
     )  # fmt: skip
-    assert (report["totals"]["examples"], report["leaks"]["rows"], report["duplicates"]["exact_rows"]) == (2, 0, 0)
-    assert report["sources"][0]["notes"]["post is empty without headers, quotes and footers"] == 2
+    assert (report.totals.examples, report.leaks.rows, report.duplicates.exact_rows) == (2, 0, 0)
+    assert report.sources[0].notes["post is empty without headers, quotes and footers"] == 2
 
 
 def test_file_that_breaks_off_stops_the_run_even_where_rows_are_skipped(tmp_path, tokenizer):
@@ -151,14 +151,14 @@ def test_file_that_breaks_off_stops_the_run_even_where_rows_are_skipped(tmp_path
         '[{"prompt": "p", "completion": "c"}, {"prompt": "q" "completion": "d"}, {"prompt": "r", "completion": "e"}]'
     )
     report = report_of(tokenizer, tmp_path / "x", TrainSource(path=str(path)), on_error="skip")
-    assert report["stops"][0].startswith(str(path))
+    assert report.stops[0].startswith(str(path))
 
 
 def test_held_out_rows_that_are_too_long_are_told(tmp_path, tokenizer):
     held_out = rows(tmp_path / "dev.jsonl", ("word " * 600, "x"), ("q", "a"))
     report = report_of(tokenizer, tmp_path / "x", rows(tmp_path / "a.jsonl", ("p", "c")), held_out=held_out)
-    assert not report["stops"]
-    assert sum(report["held_out"]["notes"].values()) == 1
+    assert not report.stops
+    assert sum(report.held_out.notes.values()) == 1
 
 
 def test_held_out_share_keeps_passages_whole_and_out_of_training(tmp_path, tokenizer):
@@ -168,12 +168,12 @@ def test_held_out_share_keeps_passages_whole_and_out_of_training(tmp_path, token
     report = examine([source], None, tokenizer, mine, tmp_path / "x")
     held_out = list(read_held_out([source], mine))
     assert 0 < len(held_out) < 288
-    assert len(held_out) + report["totals"]["examples"] == 288
-    assert report["totals"]["not_chosen"] == len(held_out)
+    assert len(held_out) + report.totals.examples == 288
+    assert report.totals.not_chosen == len(held_out)
     trained = {e.where for e in Examples(tmp_path / "x")}
     assert not trained & {c.where for c in held_out}
     assert len({c.context for c in held_out}) * 6 == len(held_out)
-    assert report["leaks"]["rows"] == 0
+    assert report.leaks.rows == 0
 
 
 def test_threads_of_posts_stay_on_one_side(tokenizer):
@@ -192,28 +192,28 @@ def test_sources_of_several_formats_mix_with_weights(tmp_path, tokenizer):
         TrainSource(path=str(SAMPLES / "instructions.jsonl"), weight=2, columns={"input": "context", "output": "response"}),
     ]  # fmt: skip
     report = report_of(tokenizer, tmp_path / "x", *sources, too_long="skip")
-    assert [s["format"] for s in report["sources"]] == ["squad_v2", "newsgroups", "alpaca"]
-    assert len(report["labels"]) == 20
+    assert [s.format for s in report.sources] == ["squad_v2", "newsgroups", "alpaca"]
+    assert len(report.labels) == 20
     examples = Examples(tmp_path / "x")
-    assert len(examples) == report["totals"]["examples"]
+    assert len(examples) == report.totals.examples
     assert set(examples.weights) == {1.0, 0.5, 2.0}
 
 
 def test_report_shows_examples_with_their_trained_part(tmp_path, tokenizer):
     report = report_of(tokenizer, tmp_path / "x", rows(tmp_path / "a.jsonl", ("Name a colour.", "Blue <|im_end|> sky")))
-    (example,) = report["examples"]
+    (example,) = report.examples
     assert "".join(text for text, trained, _ in example["tokens"] if trained) == "Blue <|im_end|> sky<|im_end|>"
     assert [text for text, trained, special in example["tokens"] if trained and special] == ["<|im_end|>"]
-    assert sum(report["sources"][0]["notes"].values()) == 1  # the marker in the answer is told
+    assert sum(report.sources[0].notes.values()) == 1  # the marker in the answer is told
 
 
 def test_tokens_are_counted_before_training(tmp_path, tokenizer):
     report = report_of(tokenizer, tmp_path / "x", TrainSource(path=str(SAMPLES / "squad_dev.json")), task="squad_v2")
-    totals = report["totals"]
+    totals = report.totals
     examples = list(Examples(tmp_path / "x"))
-    assert totals["tokens"] == sum(len(e.ids) for e in examples)
-    assert totals["trained_tokens"] == sum(sum(e.loss_mask) for e in examples)
-    assert totals["contexts"] == 16
+    assert totals.tokens == sum(len(e.ids) for e in examples)
+    assert totals.trained_tokens == sum(sum(e.loss_mask) for e in examples)
+    assert totals.contexts == 16
 
 
 def test_contexts_are_drawn_by_seed():
@@ -255,7 +255,7 @@ def test_planted_dev_passages_are_found_in_train_whatever_is_asked_about_them(tm
     assert len(planted) == 50
     clean, dirty = save("clean.json", train), save("dirty.json", train + planted)
     arguments = {"held_out": save("dev.json", dev), "task": "squad_v2", "too_long": "skip"}
-    assert report_of(tokenizer, tmp_path / "x", clean, **arguments)["leaks"]["rows"] == 0
-    leaks = report_of(tokenizer, tmp_path / "y", dirty, **arguments)["leaks"]
-    assert leaks["context"] == 50
-    assert all("planted" in pair["where"] for pair in leaks["pairs"])
+    assert report_of(tokenizer, tmp_path / "x", clean, **arguments).leaks.rows == 0
+    leaks = report_of(tokenizer, tmp_path / "y", dirty, **arguments).leaks
+    assert leaks.context == 50
+    assert all("planted" in pair["where"] for pair in leaks.pairs)

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.audit.report import find_all, number, place_on, print_example, print_report, share, ticks, write_html
+from data.audit.report import (
+    DataReport,
+    find_all,
+    number,
+    place_on,
+    print_example,
+    print_report,
+    share,
+    ticks,
+    write_html,
+)
 from tests.helpers.pages import Page
 
 EMPTY = {"stops": []}
@@ -51,13 +61,13 @@ FULL = {
 
 
 def page(report: dict, folder: Path) -> Page:
-    write_html(report, folder / "report.html")
+    write_html(DataReport.from_json(report), folder / "report.html")
     return Page((folder / "report.html").read_text(encoding="utf-8"))
 
 
 def printed(show, report: dict, **options) -> str:
     out = io.StringIO()
-    show(report, Console(file=out, **options))
+    show(DataReport.from_json(report) if show is print_report else report, Console(file=out, **options))
     return out.getvalue()
 
 
@@ -182,7 +192,7 @@ def test_bars_beyond_max_length_have_their_own_colour(tmp_path: Path) -> None:
 
 
 def test_held_out_data_has_no_training_counts() -> None:
-    report = EMPTY | {"held_out": SOURCE | {"examples": 0, "tokens": 0, "trained_tokens": 0}}
+    report = EMPTY | {"held_out": SOURCE | dict.fromkeys(("weight", "examples", "tokens", "trained_tokens"))}
     assert re.search(r"a.jsonl \(held out\) +12,000 +7 +3 +– +– +–", printed(print_report, report))
 
 

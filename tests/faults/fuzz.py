@@ -257,8 +257,8 @@ def run_case(case: Case, folder: Path) -> None:
     report = examined(check_recipe({"model": {"base": "owner/name"}, **sections}), tokenizer).report
     write_html(report, folder / "data_report.html")
     print_report(report, Console(file=io.StringIO()))
-    if report["stops"]:
-        raise UserError("\n".join(report["stops"]))
+    if report.stops:
+        raise UserError("\n".join(report.stops))
 
 
 def outcome(case: Case, folder: Path, watch: Watch) -> tuple[str, str]:

@@ -107,7 +107,9 @@ def test_export_onto_the_original_base_says_so_and_needs_leave_to_differ(trained
     recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
     recipe["export"]["base"] = "original"
     (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr("sft.export.judge.compare", lambda *traces: compare(*traces) | {"answer_argmax_agreement": 0.5})
+    monkeypatch.setattr(
+        "sft.export.parity.compare", lambda *traces: compare(*traces) | {"answer_argmax_agreement": 0.5}
+    )
     refused = run("export", copy, code=2)
     assert "agree on 50.00% of the answer tokens, less than export.min_agreement 99.00%" in refused.stderr
     assert not (copy / "export").exists()

@@ -22,7 +22,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data.atomic import write_json
-from data.audit.report import write_html
+from data.audit.report import DataReport, write_html
+from data.audit.row_counts import Totals
 from data.audit.triggers import KIND
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import encode_turns, special_ids
@@ -521,9 +522,8 @@ def test_pages_show_text_of_data_as_text(tmp_path: Path):
     """S17: there is no web interface; data_report.html is a page without scripts (report.html: tests/test_compare.py)."""
     hostile = "<script>alert(1)</script><img src=x onerror=alert(1)>"
     example = {"where": hostile, "tokens": [[hostile, 1, 0]], "length": 1, "trained": 1}
-    write_html(
-        {"stops": [hostile], "recipe": hostile, "examples": [example], "labels": {hostile: 1}}, tmp_path / "r.html"
-    )
+    report = DataReport([hostile], hostile, examples=[example], labels={hostile: 1})
+    write_html(report, tmp_path / "r.html")
     page = (tmp_path / "r.html").read_text()
     assert "<script" not in page
     assert "<img" not in page
@@ -586,8 +586,8 @@ def test_card_warns_of_data_without_a_licence(tmp_path: Path, tiny: Path):
         "data_sha256": {"/x/squad`\n# evil.json": "0"}, "parameters": 2, "trainable_parameters": 1, "seed": 1,
         "chat_template_sha256": "0", "packages": dict.fromkeys(("torch", "transformers", "peft"), "1"),
     }  # fmt: skip
-    counts = {"examples": 1, "contexts": 1, "trained_tokens": 1}
-    card = model_card(recipe, facts, {"totals": counts}, [{"loss": 1.0}])
+    report = DataReport([], totals=Totals(examples=1, contexts=1, trained_tokens=1))
+    card = model_card(recipe, facts, report, [{"loss": 1.0}])
     assert "- `squad_train.json`: licence `CC0-1.0`" in card
     assert "- `squad_dev.json`: **warning: no licence is named**" in card
     assert "\n# evil" not in card

@@ -202,7 +202,7 @@ def test_on_a_cpu_4bit_weights_are_dequantized_once_to_the_values_that_nf4_holds
 )
 def test_cpu_trains_in_bfloat16_where_its_products_are_measured_to_be_faster(rates, dtype, monkeypatch):
     measured = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
-    monkeypatch.setattr("sft.models.load.matmul_flops_per_s", lambda device, dtype, seconds, size: measured[dtype])
+    monkeypatch.setattr("sft.models.speed.matmul_flops_per_s", lambda device, dtype, seconds, size: measured[dtype])
     bfloat16_pays.cache_clear()
     try:
         assert compute_dtype(Model(base="x"), CPU) == getattr(torch, dtype)

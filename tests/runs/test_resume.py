@@ -28,7 +28,7 @@ from tests.helpers.runs import HARM, everything, recipe_of
 
 def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
     """A real signal to this process within the step after `step`."""
-    original = PackTrainer._step
+    original = PackTrainer.training_step
 
     def stop(self, *args):
         if self.state.global_step == step:
@@ -36,7 +36,7 @@ def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
                 os.kill(os.getpid(), number)
         return original(self, *args)
 
-    monkeypatch.setattr(PackTrainer, "_step", stop)
+    monkeypatch.setattr(PackTrainer, "training_step", stop)
 
 
 @pytest.mark.parametrize(
@@ -227,13 +227,13 @@ def test_options_of_resume_are_refused_without_it(saved):
 def test_data_that_changes_during_a_run_is_told(tiny, tmp_path, monkeypatch):
     data = tmp_path / "train.json"
     shutil.copy(SAMPLES / "squad_train.json", data)
-    original = PackTrainer._step
+    original = PackTrainer.training_step
 
     def change(self, *args):
         data.write_text(data.read_text() + " ")
         return original(self, *args)
 
-    monkeypatch.setattr(PackTrainer, "_step", change)
+    monkeypatch.setattr(PackTrainer, "training_step", change)
     settings = {"train": str(data), "max_contexts": 2}
     recipe = write_recipe(tmp_path / "r.yaml", tiny, data=json.dumps(settings))
     done = graft("train", recipe)

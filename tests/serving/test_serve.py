@@ -17,11 +17,11 @@ import torch
 from transformers import AutoTokenizer
 
 from eval.client import ServerError
+from sft.cli import serve as serve_command_line
 from sft.errors import RecipeError, RunError
 from sft.models.load import load_base
 from sft.models.target import load_plain, run_recipe
 from sft.serving import serve
-from sft.serving import serve as serve_command_line
 from sft.serving.serve import check_extra, free_port, precision_note, read_key, serve_command, server
 from sft.serving.server_log import why_it_stopped
 from sft.serving.targets import resolve_targets
@@ -340,7 +340,7 @@ def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_
 
 def test_kill_9_of_the_parent_leaves_no_process(fake_vllm, tmp_path, tiny):
     script = (
-        "import importlib.util, sys; from pathlib import Path; from sft.serve import server, free_port\n"
+        "import importlib.util, sys; from pathlib import Path; from sft.serving.serve import server, free_port\n"
         "importlib.util.find_spec = lambda name: object()\n"
         "with server([sys.argv[1]], '127.0.0.1', free_port(), Path(sys.argv[2])) as running:\n"
         "    running.wait()"

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import sft.training.durable_trainer
 import sft.training.retries
-import sft.training.trainer
+import sft.training.step
 from data.encode.pack import Layout
 from data.errors import ExitCode, is_disk_full
 from sft.errors import RecipeError, TrainingDiverged
@@ -50,13 +50,13 @@ def all_finite(run: Path) -> bool:
 
 def test_loss_that_is_not_finite_stops_the_run_and_publishes_nothing(tiny, tmp_path, monkeypatch):
     """R7"""
-    original, steps = sft.training.trainer.pack_loss, []
+    original, steps = sft.training.step.pack_loss, []
 
     def loss(*args):
         steps.append(1)
         return original(*args) * (float("nan") if (tmp_path / "run" / "checkpoint-2").exists() else 1.0)
 
-    monkeypatch.setattr(sft.training.trainer, "pack_loss", loss)
+    monkeypatch.setattr(sft.training.step, "pack_loss", loss)
     done = graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2), code=3)
     assert "the loss of step 3 is nan" in done.stderr
     assert not (tmp_path / "run" / "adapter").exists()
@@ -79,7 +79,7 @@ def trainer(tiny, tokenizer, questions, tmp_path):
 
 def test_gradient_that_is_not_finite_stops_before_the_optimizer_steps(trainer, monkeypatch):
     """R7: the loss is finite, and so stay the weights."""
-    original, kept = PackTrainer._step, {}
+    original, kept = PackTrainer.training_step, {}
 
     def spoil(self, *args):
         loss = original(self, *args)
@@ -89,7 +89,7 @@ def test_gradient_that_is_not_finite_stops_before_the_optimizer_steps(trainer, m
             next(p for p in named.values() if p.requires_grad).grad[0, 0] = float("inf")
         return loss
 
-    monkeypatch.setattr(PackTrainer, "_step", spoil)
+    monkeypatch.setattr(PackTrainer, "training_step", spoil)
     with pytest.raises(TrainingDiverged, match="the gradient of step 2 is not finite"):
         trainer.train()
     assert kept
@@ -123,7 +123,7 @@ def test_spike_is_told_and_needs_enough_rows_before_it(tmp_path, capsys):
 def test_too_little_memory_halves_the_packs_and_keeps_the_examples_of_a_step(tiny, tmp_path, monkeypatch):
     plain = write_recipe(tmp_path / "plain.yaml", tiny)
     graft("train", plain, "--set", f"train.output_dir={tmp_path / 'plain'}")
-    original, refused = sft.training.trainer.pack_loss, []
+    original, refused = sft.training.step.pack_loss, []
 
     def loss(model, pack, device):
         if len(pack.input_ids) > 300 and read_metrics(tmp_path / "run"):
@@ -131,7 +131,7 @@ def test_too_little_memory_halves_the_packs_and_keeps_the_examples_of_a_step(tin
             raise torch.OutOfMemoryError("no memory")
         return original(model, pack, device)
 
-    monkeypatch.setattr(sft.training.trainer, "pack_loss", loss)
+    monkeypatch.setattr(sft.training.step, "pack_loss", loss)
     done = graft(
         "train",
         write_recipe(
@@ -151,7 +151,7 @@ def test_example_that_alone_does_not_fit_ends_with_the_keys_to_change(tiny, tmp_
     def loss(*args):
         raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
 
-    monkeypatch.setattr(sft.training.trainer, "pack_loss", loss)
+    monkeypatch.setattr(sft.training.step, "pack_loss", loss)
     done = graft("train", recipe_of(tmp_path, tiny), code=6)
     assert "data.pack_tokens or data.max_length" in done.stderr
 
@@ -173,7 +173,7 @@ def limit_file_size(number: int) -> None:
     [
         ("_save_checkpoint", 20_000),
         pytest.param("_save_rng_state", 100, marks=pytest.mark.slow),
-        pytest.param("_step", 0, marks=pytest.mark.slow),
+        pytest.param("training_step", 0, marks=pytest.mark.slow),
     ],
 )
 def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(where, room, tiny, tmp_path, monkeypatch):

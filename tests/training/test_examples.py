@@ -77,9 +77,9 @@ def test_label_that_is_a_folders_name_belongs_to_the_key(recipe, counted, tmp_pa
     data = recipe.data.train[0].model_copy(update={"path": str(tmp_path / "news")})
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"train": (data,), "max_length": 512})})
     tokenizer = load_tokenizer(recipe.model)
-    assert set(load_examples(recipe, tokenizer)[1]["labels"]) == {"sci.space", "sci.med"}
+    assert set(load_examples(recipe, tokenizer)[1].labels) == {"sci.space", "sci.med"}
     (tmp_path / "news" / "sci.space").rename(tmp_path / "news" / "sci.crypt")
-    assert set(load_examples(recipe, tokenizer)[1]["labels"]) == {"sci.crypt", "sci.med"}
+    assert set(load_examples(recipe, tokenizer)[1].labels) == {"sci.crypt", "sci.med"}
     assert len(counted) == 2
 
 
@@ -102,7 +102,7 @@ def test_data_that_stops_the_run_is_never_cached(recipe, counted, tmp_path):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: completion"):
             load_examples(recipe, tokenizer)
     assert len(counted) == 2
-    assert examined(recipe, tokenizer).report["stops"]
+    assert examined(recipe, tokenizer).report.stops
     assert not list((tmp_path / "cache" / "examples").iterdir())
 
 
@@ -149,7 +149,7 @@ def test_report_names_the_base_of_this_recipe_though_another_encoded_the_same(re
     other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": "owner/copy"})})
     _, report = load_examples(other, tokenizer)
     assert len(counted) == 1
-    assert report["tokenizer"]["base"] == "owner/copy"
+    assert report.tokenizer["base"] == "owner/copy"
 
 
 def test_check_writes_report_and_page_and_says_by_its_code_what_stops(tmp_path, tiny):
