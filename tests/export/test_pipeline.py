@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,12 +13,11 @@ import torch
 import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig
+from transformers import MixtralConfig, PreTrainedConfig
 
 import sft.export.pipeline
 from data.conversation import Conversation
 from eval.prediction import Prediction
-from sft.export import shards
 from sft.export.parity import Asked, HeldOut, Trace, compare
 from sft.export.pipeline import export
 from sft.models.load import load_base
@@ -258,7 +258,7 @@ def die_after(calls: int, owner, name: str) -> Callable:
 
 def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
     out = tmp_path / "out"
-    for patch in (die_after(5, shards.Shard, "write"), die_after(2, sft.export.pipeline, "flush")):
+    for patch in (die_after(0, PreTrainedConfig, "save_pretrained"), die_after(2, sft.export.pipeline, "flush")):
         kill_at(patch, plain, out)
         assert not out.exists()
     out.mkdir()
@@ -268,6 +268,17 @@ def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
     command(plain, "--out", out, "--no-parity")
     assert (out / "config.json").is_file()
     assert not list(tmp_path.glob(".*"))
+
+
+def test_disk_that_fills_up_during_an_export_leaves_none(plain, tmp_path):
+    """As a full disk: the kernel refuses every write beyond 20 kB of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        done = command(plain, "--out", tmp_path / "out", "--no-parity", code=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "the disk is full" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_second_export_to_a_folder_is_refused_while_the_first_writes(plain, tmp_path):
