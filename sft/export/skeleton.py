@@ -84,19 +84,27 @@ def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
     return groups
 
 
+def adapter_config(adapter: Path) -> Any:
+    """PEFT's configuration of an adapter's kind."""
+    from peft import PeftConfig
+
+    with readable(str(adapter)):
+        return PeftConfig.from_pretrained(str(adapter))
+
+
 def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
     """PEFT's layers in place of the model's, with the adapter's values, and the base's weights that came along.
     Raises CannotStream, and ParityError unless each tensor of the adapter has its place and each place its tensor."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    start = getattr(adapter_config(adapter), "init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise CannotStream(f"init_lora_weights {start} changes the base")
     empty = without_memory(model)
     with readable(str(adapter)):
-        start = getattr(PeftConfig.from_pretrained(str(adapter)), "init_lora_weights", True)
-        if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-            raise CannotStream(f"init_lora_weights {start} changes the base")
         tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
     adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
