@@ -1,1 +1,1 @@
-"""To be described."""
+"""From a run to a plain model: merge, check, combine, convert, push."""

@@ -1,8 +1,8 @@
-"""An export in fewer bits: compressed-tensors for vLLM by llm-compressor, or GGUF by llama.cpp's own converter.
+"""Convert a merged model to fewer bits: compressed-tensors for vLLM by llm-compressor, or GGUF by llama.cpp.
 
 graft export RUN --format w4a16 | w8a8 | fp8 | gguf-f16 | gguf-q8_0 | gguf-q4_k_m | ...
 
-Both tools are optional, and run in a process of their own. What they make is asked the same as the merged model.
+Both tools are optional and run in a process of their own. The result is compared as the merged model is.
 """
 
 import importlib.util
@@ -14,10 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.encode.chat import end_of_turn
 from sft.child_process import run_tool
@@ -25,7 +25,7 @@ from sft.errors import ParityError, RecipeError, RunError
 from sft.export.candidate import Trained
 from sft.export.integrity import text_faults
 from sft.models.load import default_device
-from sft.models.resolve import readable
+from sft.models.resolve import load_gguf, readable
 from sft.models.target import load_plain
 from sft.training.examples import load_examples
 from sft.untrusted import brings_code
@@ -42,8 +42,8 @@ Writer = Callable[[Path, Path, Rows, Path], None]
 
 
 def find_writer(name: str) -> Writer:
-    """What makes a folder, not there yet, of a merged model's; it takes rows that calibrate it, and a log's place.
-    Raises RecipeError for an unknown name, or where the tool is not installed."""
+    """The function that converts a merged model's folder into a new one; it takes rows to calibrate on, and the path of
+    the tool's log. Raises RecipeError for an unknown name, or if the tool is not installed."""
     if name in SCHEMES:
         return _compressor(name)
     kind = name.removeprefix(GGUF_PREFIX)
@@ -53,7 +53,7 @@ def find_writer(name: str) -> Writer:
 
 
 def calibration_rows(name: str, trained: Trained) -> Rows:
-    """Training examples, drawn by the seed, where the format takes any; held-out ones judge."""
+    """Training examples, drawn by the seed, for formats that are calibrated; the held-out ones measure the result."""
     if name not in CALIBRATED:
         return []
     examples, _ = load_examples(trained.recipe, trained.tokenizer)
@@ -87,19 +87,11 @@ def load_format(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     if not name.startswith(GGUF_PREFIX):
         return load_plain(folder, dtype)
     with readable(str(folder / GGUF)):
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            gguf_file=GGUF,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=dtype,
-            device_map={"": default_device()},
-            trust_remote_code=False,
-        )
-    return cast(PreTrainedModel, model.eval())
+        return load_gguf(folder / GGUF, dtype=dtype, device_map={"": default_device()}).eval()
 
 
 def next_step(folder: Path) -> str:
-    """What serves an export: vLLM, or llama.cpp for its own format."""
+    """The command that serves an export."""
     gguf = folder / GGUF
     return f"llama-server --jinja -m {gguf}" if gguf.is_file() else f"graft serve {folder}"
 
@@ -109,23 +101,22 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def _gguf_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
-    """What of the file's template, tokens and end token is not that of training, a line each. How llama.cpp splits text
-    into these tokens is not checked."""
+    """Differences of the file's template, tokens and end token from those of training, a line each. How llama.cpp
+    splits text into tokens is not checked."""
     from gguf import GGUFReader
 
     with readable(str(folder / GGUF)):
         fields = GGUFReader(folder / GGUF).fields
-        found = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
-    tokens = found.get("tokenizer.ggml.tokens", [])
-    # the converter writes added tokens with spaces
-    other = [
+        values = {name: field.contents() for name, field in fields.items() if name.startswith("tokenizer.")}
+    tokens = values.get("tokenizer.ggml.tokens", [])
+    differing = [  # the converter writes added tokens with spaces
         t for t, i in tokenizer.get_vocab().items() if i >= len(tokens) or tokens[i] not in (t, t.replace("▁", " "))
     ]
-    if other:
-        yield f"{len(other)} tokens have other ids than in training, first {min(other)!r}"
-    if found.get("tokenizer.chat_template") != tokenizer.chat_template:
+    if differing:
+        yield f"{len(differing)} tokens have other ids than in training, first {min(differing)!r}"
+    if values.get("tokenizer.chat_template") != tokenizer.chat_template:
         yield "the chat template is not that of training; prompts would be rendered otherwise"
-    ends = [found.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
+    ends = [values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     if (taught := end_of_turn(tokenizer)) not in ends:
         yield f"it stops at tokens {ends}, training taught to stop at {taught}"
 
@@ -138,11 +129,9 @@ def _compressor(name: str) -> Writer:
             f"--format {name} needs llm-compressor, in an environment of its own, as it pins another transformers: "
             "python3 -m venv lc && lc/bin/pip install llmcompressor, then export GRAFT_LLMCOMPRESSOR=lc/bin/python"
         )
-    if not shutil.which(python):
-        raise RecipeError(f"GRAFT_LLMCOMPRESSOR={python} is no program; name the Python that has llm-compressor")
-    if subprocess.run([python, "-I", "-c", HAS_LLMCOMPRESSOR], check=False).returncode:
+    if not shutil.which(python) or subprocess.run([python, "-I", "-c", HAS_LLMCOMPRESSOR], check=False).returncode:
         raise RecipeError(
-            f"GRAFT_LLMCOMPRESSOR={python} has no llm-compressor; run: {python} -m pip install llmcompressor"
+            f"GRAFT_LLMCOMPRESSOR={python} is no Python with llm-compressor; run: {python} -m pip install llmcompressor"
         )
     if not importlib.util.find_spec("compressed_tensors"):
         raise RecipeError(
@@ -191,11 +180,11 @@ def _converter(kind: str) -> Writer:
 
 def _llama_cpp(program: str, folder: str) -> Path:
     root = os.environ.get("LLAMA_CPP", "")
-    found = Path(root) / folder / program if root else Path(shutil.which(program) or "")
-    if not found.is_file():
+    path = Path(root) / folder / program if root else Path(shutil.which(program) or "")
+    if not path.is_file():
         raise RecipeError(
-            f"GGUF needs llama.cpp's {program}, {'which is not at ' + str(found) if root else 'which is not on PATH'}; "
+            f"GGUF needs llama.cpp's {program}, which is not {f'at {path}' if root else 'on PATH'}; "
             "run: git clone https://github.com/ggml-org/llama.cpp (and build it for types other than "
             f"{', '.join(CONVERTED)}), then export LLAMA_CPP=llama.cpp"
         )
-    return found.resolve()
+    return path.resolve()

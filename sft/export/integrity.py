@@ -1,4 +1,4 @@
-"""Whether base, adapter, weights, chat template and end tokens of an export are those of its run.
+"""Check that base, adapter, weights, chat template and end tokens of an export are those of its run.
 
 graft export RUN --check [--out DIR]
 """
@@ -22,16 +22,16 @@ from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Recipe
 
 PARITY = "parity.json"
-# how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values otherwise
+# how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values differently
 TOLERANCE = 0.1
-# numbers, spaces, marks, letters of several scripts, code: where tokenizers of one vocabulary split otherwise
+# numbers, spaces, marks, letters of several scripts, code: tokenizers with the same vocabulary split these differently
 PROBE = "It's 12,345.67 €  now;\n\tdef f(x): return x**2  # naïve Ärger, Москва, 北京 東京, 👍🏽 don't"
-UNTOLD = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
+NOT_COMPARED = ("transformers_version", "_name_or_path", "dtype", "architectures", "use_cache")
 
 
 def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, str]:
-    """sha256 of the base's files by name, which equal those of the run's manifest; where the base came from a hub,
-    the manifest has none. Raises ParityError for another base."""
+    """The sha256 of the base's files by name; none for a Hub id. Raises ParityError unless they equal those of the
+    run's manifest."""
     if adapter is None:  # the trained weights are in the run folder themselves
         return {}
     base = Path(resolve_base(recipe.model.base))
@@ -41,13 +41,14 @@ def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, s
             f"{recipe.model.base} is not what {run} was trained on: it already contains this adapter, which would be "
             "merged twice; put the base of training back"
         )
-    recorded, commit = _manifest(run)["base"]["sha256"], _manifest(run)["base"].get("commit")
+    identity = _manifest(run)["base"]
+    commit = identity.get("commit")
     if commit and base.parent.name == "snapshots" and base.name != commit:
         raise ParityError(
             f"{recipe.model.base} is not what {run} was trained on: its commit was {commit} then and is {base.name} "
             f"now; set model.revision: {commit}"
         )
-    then = {name: sha256 for name, sha256 in recorded.items() if name.endswith(".safetensors")}
+    then = {name: sha256 for name, sha256 in identity["sha256"].items() if name.endswith(".safetensors")}
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
     now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
     if then and sorted(then.values()) != sorted(now.values()):
@@ -63,42 +64,43 @@ def adapter_sha256(adapter: Path) -> str:
 
 
 def read_parity(out: Path) -> dict[str, Any]:
-    """The record of an export. Raises RunError where the folder is none."""
+    """The record of an export. Raises RunError if the folder holds no finished one."""
     record = _read(out / PARITY)
     if not record or not record.keys() >= {"base", "dtype", "adapter_sha256"}:
-        raise RunError(f"{out}: holds no {PARITY} of a finished export; name one with --out, or export anew")
+        raise RunError(f"{out}: holds no {PARITY} of a finished export; name one with --out, or export again")
     return record
 
 
 def text_faults(
     run: Path, ours: PreTrainedTokenizerBase, base: Path, folder: Path, stops: bool = True
 ) -> Iterator[str]:
-    """What of a written model's chat template, tokens and stops is not that of the run, a line each."""
+    """Differences of a model folder's chat template, tokens and stops from those of the run, a line each."""
     with readable(str(folder)):
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    trained, now = _manifest(run).get("chat_template_sha256"), text_sha256(str(theirs.chat_template))
-    if now != text_sha256(str(ours.chat_template)) or (trained and now != trained):
+    own, now = text_sha256(str(ours.chat_template)), text_sha256(str(theirs.chat_template))
+    trained = _manifest(run).get("chat_template_sha256") or own
+    if {own, trained} != {now}:
         yield (
-            f"the chat template has changed: sha256 {now[:12]}, trained with "
-            f"{(trained or text_sha256(str(ours.chat_template)))[:12]}; prompts would be rendered otherwise"
+            f"the chat template has changed: sha256 {now[:12]}, trained with {trained[:12]}; prompts would be rendered "
+            "otherwise"
         )
     if ours.get_vocab() != theirs.get_vocab():
         yield "the tokenizer has another vocabulary than the run's"
     if ours(PROBE)["input_ids"] != theirs(PROBE)["input_ids"]:
         yield "the tokenizer splits text otherwise than the run's"
-    for kind in sorted(ours.special_tokens_map.keys() | theirs.special_tokens_map.keys()):
-        was, is_now = ours.special_tokens_map.get(kind), theirs.special_tokens_map.get(kind)
-        if was != is_now:
-            yield f"the tokenizer's {kind} is {is_now}, the run's is {was}"
-    listed = generation_config(str(folder)).eos_token_id if stops else None
-    if stops and (found := sorted(listed) if isinstance(listed, list) else [listed]) != (
-        wanted := stop_tokens(generation_config(str(base)).eos_token_id, ours)
-    ):
-        yield f"generation_config.json stops at EOS {found}, training taught to stop at {wanted}"
+    special, ours_special = theirs.special_tokens_map, ours.special_tokens_map
+    for kind in sorted(special.keys() | ours_special.keys()):
+        if special.get(kind) != ours_special.get(kind):
+            yield f"the tokenizer's {kind} is {special.get(kind)}, the run's is {ours_special.get(kind)}"
+    if stops:
+        listed = generation_config(str(folder)).eos_token_id
+        ids = sorted(listed) if isinstance(listed, list) else [listed]
+        if ids != (wanted := stop_tokens(generation_config(str(base)).eos_token_id, ours)):
+            yield f"generation_config.json stops at EOS {ids}, training taught to stop at {wanted}"
 
 
 def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
-    """Which weights and settings of a written model are not those of the merge, a line each."""
+    """Differences of a model folder's weights and settings from those of the merge, a line each."""
     stored = {name: weight for weights in read_shards(folder).values() for name, weight in weights.items()}
     wanted = [name for names in merge.files.values() for name in names]
     if odd := sorted({*wanted} ^ stored.keys()):
@@ -116,33 +118,33 @@ def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
     yield from faults[:10]
     if len(faults) > 10:
         yield f"and {len(faults) - 10} weights more"
-    asked, found = merge.model.config.to_dict(), AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
-    for key in sorted((asked.keys() | found.keys()) - set(UNTOLD)):
-        if asked.get(key) != found.get(key):
-            yield f"config.json: {key} is {found.get(key)}, the run's is {asked.get(key)}"
+    ours, theirs = merge.model.config.to_dict(), AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    for key in sorted((ours.keys() | theirs.keys()) - set(NOT_COMPARED)):
+        if ours.get(key) != theirs.get(key):
+            yield f"config.json: {key} is {theirs.get(key)}, the run's is {ours.get(key)}"
 
 
-def _fault(weight: Weight, found: torch.Tensor) -> str:
-    """What is wrong with a stored weight, as a line; nothing where it is the merged one."""
+def _fault(weight: Weight, stored: torch.Tensor) -> str:
+    """What is wrong with a stored weight; empty if it is the merged one."""
     name, _, before, after = weight
-    if (found.dtype, found.shape) != (after.dtype, after.shape):
-        return f"{name} is {found.dtype} {tuple(found.shape)}, merged {after.dtype} {tuple(after.shape)}"
-    if torch.equal(found, after):
+    if (stored.dtype, stored.shape) != (after.dtype, after.shape):
+        return f"{name} is {stored.dtype} {tuple(stored.shape)}, merged {after.dtype} {tuple(after.shape)}"
+    if torch.equal(stored, after):
         return ""
-    found, after = found.double(), after.double()
-    off = (found - after).norm()
+    stored, after = stored.double(), after.double()
+    off = (stored - after).norm()
     if before is not None and (length := (after - before.double()).norm()) > 0:
         if off < TOLERANCE * length:
             return ""
-        # where it lies on the line from base (0) to merged (1)
-        place = ((found - before.double()) * (after - before.double())).sum() / length**2
-        if (found - before.double()).norm() < TOLERANCE * length:
+        if (stored - before.double()).norm() < TOLERANCE * length:
             return _at_base(name)
+        # its place on the line from base (0) to merged (1)
+        place = ((stored - before.double()) * (after - before.double())).sum() / length**2
         if abs(place - 2) < TOLERANCE:
             return f"{name} holds the adapter twice"
     elif off <= 1e-5 * after.norm():  # rounded on another CPU
         return ""
-    return f"{name} is not the merged weight: they differ by up to {(found - after).abs().max():.3g}"
+    return f"{name} is not the merged weight: they differ by up to {(stored - after).abs().max():.3g}"
 
 
 def _at_base(name: str) -> str:

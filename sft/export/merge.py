@@ -6,6 +6,7 @@ So a merge needs memory for the largest file, whatever the model's size.
 """
 
 import copy
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from data.errors import DiskFull
 from data.progress import track
 from sft.errors import ParityError
-from sft.export.shards import SINGLE, write_index
+from sft.export.shards import INDEX, SINGLE
 from sft.export.skeleton import build, names_by_weight, put_on, quantizers, stored_weights
 from sft.models.load import fit_vocabulary
 
@@ -58,7 +59,7 @@ class Merge:
                 merged = self.merged(owner)
                 yield from (merged[name] for name in group)
             else:
-                yield Weight(owner, None, None, self._base_weight(owner).to(self._dtype_of(owner)))
+                yield Weight(owner, None, None, self._base_weight(owner).to(self.dtype_of(owner)))
 
     def merged(self, owner: str) -> dict[str, Weight]:
         """The weights of an adapted module, by name."""
@@ -83,8 +84,9 @@ class Merge:
         parents = name.split(".")
         return next((o for i in range(len(parents) - 1, 0, -1) if (o := ".".join(parents[:i])) in self.adapted), None)
 
-    def bytes_of(self, name: str) -> int:
-        return math.prod(self.shapes[name]) * self._dtype_of(name).itemsize
+    def dtype_of(self, name: str) -> torch.dtype:
+        """In the result: only floating-point weights are converted."""
+        return self.dtype if self.stored[name].is_floating_point() else self.stored[name].dtype
 
     def _base_weight(self, name: str) -> torch.Tensor:
         """The base's weight as training saw it. It may be the file's own memory: not to be changed in place."""
@@ -97,10 +99,6 @@ class Merge:
                 "hold the added rows: they were drawn at random and are lost; train with modules_to_save"
             )
         return self.quantize[name](stored) if name in self.quantize else stored
-
-    def _dtype_of(self, name: str) -> torch.dtype:
-        """In the result: only floating-point weights are converted."""
-        return self.dtype if self.stored[name].is_floating_point() else self.stored[name].dtype
 
 
 def read_merge(
@@ -143,36 +141,32 @@ def read_merge(
 def write_merge(merge: Merge, folder: Path) -> dict[str, Any]:
     """Write the merged weights, their index and config.json. Returns counts, and the adapted weights that equal their
     base's. Raises DiskFull before anything is written, ParityError for a value that is not finite."""
-    total_size = sum(merge.bytes_of(name) for names in merge.files.values() for name in names)
+    file_of = {name: file for file, names in merge.files.items() for name in names}
+    total_size = sum(math.prod(merge.shapes[name]) * merge.dtype_of(name).itemsize for name in file_of)
     if (free := shutil.disk_usage(folder).free) < total_size:
         raise DiskFull(
             f"{folder}: has room for {free / 1e9:.2f} GB, and the merged model takes {total_size / 1e9:.2f} GB; "
             "make room, or name another --out"
         )
-    same: dict[str, list[str]] = {}
-    changed: set[str] = set()
-    adapted = other = 0
+    adapted: dict[str, dict[str, bool]] = {}  # by module and name, whether the weight equals its base's
     for file, names in merge.files.items():
         tensors = {}
         for name, owner, before, after in track(merge.weights(names), f"merge {file}", len(names)):
             _check_finite(name, after)
             tensors[name] = after.contiguous()
-            if owner is None:
-                other += 1
-                continue
-            adapted += 1
-            if before is not None and torch.equal(before, after):
-                same.setdefault(owner, []).append(name)
-            else:
-                changed.add(owner)  # of a module's weight and bias one may stay
+            if owner:
+                adapted.setdefault(owner, {})[name] = before is not None and torch.equal(before, after)
         save_file(tensors, folder / file, metadata={"format": "pt"})
         (folder / file).chmod(0o644)  # safetensors lets only the owner read it, and a server may be another user
     if list(merge.files) != [SINGLE]:
-        write_index(folder, total_size, merge.files)
+        index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     merge.model.config.architectures = [type(merge.model).__name__]
     merge.model.config.save_pretrained(folder)
-    unchanged = [name for owner, names in same.items() if owner not in changed for name in names]
-    return {"adapted": adapted, "other": other, "unchanged": unchanged}
+    count = sum(map(len, adapted.values()))
+    # a module's bias may stay as it was if its weight does not
+    unchanged = [name for equal in adapted.values() if all(equal.values()) for name in equal]
+    return {"adapted": count, "other": len(file_of) - count, "unchanged": unchanged}
 
 
 def _check_finite(name: str, values: torch.Tensor) -> None:

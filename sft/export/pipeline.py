@@ -19,7 +19,8 @@ from sft.export.combine import Combination, combine
 from sft.export.formats import calibration_rows, convert, find_writer, format_faults
 from sft.export.integrity import PARITY, adapter_sha256, check_origin, read_parity, text_faults, weight_faults
 from sft.export.parity import HeldOut, ParityCheck, check_agreement, least_agreement, read_held_out
-from sft.export.skeleton import CannotStream, base_folder
+from sft.export.shards import base_folder
+from sft.export.skeleton import CannotStream
 from sft.models.load import default_device
 from sft.models.resolve import readable
 from sft.models.target import adapter_folder, run_recipe
@@ -129,8 +130,8 @@ def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: 
 
 
 def read_trained(run: Path) -> Trained:
-    """What a run trained. On a CPU it is measured in float32, whatever the run computed in: bfloat16 rounds activations
-    as coarsely as weights, so that near ties would flip on both sides, merged right or not."""
+    """A CPU measures in float32, whatever the run computed in: bfloat16 rounds activations as coarsely as weights, so
+    that near ties would flip even if the merge is right."""
     recipe = run_recipe(run)
     if default_device().type == "cpu":
         recipe = changed(recipe, model={"dtype": "float32"})
@@ -139,11 +140,11 @@ def read_trained(run: Path) -> Trained:
     with readable(f"{weights}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(weights, trust_remote_code=False)
     base = weights if whole else base_folder(recipe.model)
-    return Trained(run, recipe, base, None if whole else weights, weights, tokenizer)
+    return Trained(run, recipe, base, None if whole else weights, tokenizer)
 
 
 def _combined(combination: Combination, trained: Trained, origin: dict[str, str], folder: Path) -> Trained:
-    """The first run, with the adapter of all. Raises ParityError where bases differ, RunError where templates do."""
+    """The first run with the combined adapter. Raises ParityError if bases differ, RunError if templates do."""
     adapters = []
     for run in combination.runs:
         other = read_trained(run)
@@ -155,7 +156,7 @@ def _combined(combination: Combination, trained: Trained, origin: dict[str, str]
             raise ParityError(f"{run} and {trained.run} have different bases; only adapters of one can be combined")
         if theirs.quantization != ours.quantization:
             raise ParityError(f"{run} and {trained.run} have different model.quantization; what they see differs")
-        if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, other.weights, stops=False), None):
+        if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, other.adapter, stops=False), None):
             raise RunError(f"{run} and {trained.run}: {fault}")
         adapters.append(other.adapter)
     combine(combination, trained.base, adapters, folder, trained.recipe.train.seed)

@@ -1,16 +1,36 @@
 """The safetensors files of a model folder: one, or several with an index."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
 
-from sft.models.resolve import readable
+from sft.models.resolve import readable, resolve_base
+from sft.recipe.schema import Model, is_hub_id
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+
+
+def base_folder(model: Model) -> Path:
+    """The folder of a base's configuration and weights, which are downloaded for a Hub id unless they are cached."""
+    name = resolve_base(model.base)
+    if not is_hub_id(name):
+        return Path(name)
+    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+    options: dict[str, Any] = {"revision": model.revision}
+    with readable(f"model.base: {name}"):
+        config = cached_file(name, "config.json", **options)
+        cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
+        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **options)
+        if index:
+            get_checkpoint_shard_files(name, index, **options)
+        else:
+            cached_file(name, SINGLE, _raise_exceptions_for_missing_entries=False, **options)
+    return Path(cast(str, config)).parent
 
 
 def shard_files(folder: Path) -> list[Path]:
@@ -31,10 +51,3 @@ def read_shards(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
         with readable(str(file)):
             shards[file.name] = load_file(file)
     return shards
-
-
-def write_index(folder: Path, total_size: int, files: Mapping[str, list[str]]) -> None:
-    """`files`: the names of each file's weights."""
-    weight_map = {name: file for file, names in files.items() for name in names}
-    index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")

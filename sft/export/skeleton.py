@@ -1,4 +1,4 @@
-"""A model without memory for its weights: its architecture, PEFT's layers on it, and where its weights are stored."""
+"""A model without memory for its weights: its architecture with PEFT's layers, and the base's stored weights."""
 
 import copy
 import warnings
@@ -12,33 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from sft.errors import ParityError
-from sft.export.shards import INDEX, SINGLE, read_shards, shard_files
-from sft.models.resolve import readable, resolve_base
-from sft.recipe.schema import Model, is_hub_id
+from sft.errors import ParityError, RunError
+from sft.export.shards import read_shards, shard_files
+from sft.models.resolve import readable
 
 
 class CannotStream(Exception):
-    """Why this base or adapter has to be merged in memory."""
-
-
-def base_folder(model: Model) -> Path:
-    """The folder of a base's configuration and weights; those of a Hub id are fetched, or found in the hub's cache."""
-    name = resolve_base(model.base)
-    if not is_hub_id(name):
-        return Path(name)
-    from transformers.utils.hub import cached_file, get_checkpoint_shard_files
-
-    options: dict[str, Any] = {"revision": model.revision}
-    with readable(f"model.base: {name}"):
-        config = cached_file(name, "config.json", **options)
-        cached_file(name, "generation_config.json", _raise_exceptions_for_missing_entries=False, **options)
-        index = cached_file(name, INDEX, _raise_exceptions_for_missing_entries=False, **options)
-        if index:
-            get_checkpoint_shard_files(name, index, **options)
-        else:
-            cached_file(name, SINGLE, _raise_exceptions_for_missing_entries=False, **options)
-    return Path(cast(str, config)).parent
+    """The reason why a base or adapter has to be merged in memory."""
 
 
 def build(base: Path) -> PreTrainedModel:
@@ -54,30 +34,28 @@ def stored_weights(base: Path, model: PreTrainedModel) -> tuple[dict[str, torch.
     if missing := [file.name for file in shard_files(base) if not file.is_file()]:
         raise CannotStream(f"{missing[0]} is not there")
     shards = read_shards(base)
-    found = {name: weight for weights in shards.values() for name, weight in weights.items()}
-    for name, weight in found.items():
+    stored = {name: weight for weights in shards.values() for name, weight in weights.items()}
+    for name, weight in stored.items():
         if weight.is_floating_point() and weight.dtype.itemsize == 1:
             raise CannotStream(f"{name} is stored as {weight.dtype}, whose scales only transformers knows")
-    by_weight = names_by_weight(model)
-    names = {name for group in by_weight.values() for name in group}
-    if strange := sorted(found.keys() - names):
-        raise CannotStream(f"transformers loads {strange[0]} under another name ({len(strange)} such weights)")
-    for group in by_weight.values():
-        there = [name for name in group if name in found]
-        if len(there) != 1 and len(group) > 1:
-            raise CannotStream(f"of the tied {' and '.join(group)} {len(there)} are stored")
-        if not there:
-            raise CannotStream(f"{group[0]} is not stored")
-        found |= {name: found[there[0]] for name in group if name not in found}
-    for name, weight in found.items():
-        stored, wanted = tuple(weight.shape), tuple(model.get_parameter_or_buffer(name).shape)
-        if stored != wanted:
-            raise CannotStream(f"{name} is stored as {stored}, and the model has {wanted}")
-    return found, {file: list(weights) for file, weights in shards.items()}
+    groups = names_by_weight(model).values()
+    if unknown := sorted(stored.keys() - {name for names in groups for name in names}):
+        raise CannotStream(f"transformers loads {unknown[0]} under another name ({len(unknown)} such weights)")
+    for names in groups:
+        weights = [stored[name] for name in names if name in stored]
+        if len(weights) != 1 and len(names) > 1:
+            raise CannotStream(f"of the tied {' and '.join(names)} {len(weights)} are stored")
+        if not weights:
+            raise CannotStream(f"{names[0]} is not stored")
+        shape, wanted = tuple(weights[0].shape), tuple(model.get_parameter_or_buffer(names[0]).shape)
+        if shape != wanted:
+            raise CannotStream(f"{names[0]} is stored as {shape}, and the model has {wanted}")
+        stored |= dict.fromkeys(names, weights[0])
+    return stored, {file: list(weights) for file, weights in shards.items()}
 
 
 def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
-    """Names in the state dict that stand for one weight."""
+    """The names that one weight has in the state dict, by its identity."""
     groups: dict[int, list[str]] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(value), []).append(name)
@@ -93,8 +71,8 @@ def adapter_config(adapter: Path) -> Any:
 
 
 def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
-    """PEFT's layers in place of the model's, with the adapter's values, and the base's weights that came along.
-    Raises CannotStream, and ParityError unless each tensor of the adapter has its place and each place its tensor."""
+    """Replace modules by PEFT's layers with the adapter's values. Returns these layers by the module's name, and the
+    weights of the base that the adapter's file holds. Raises CannotStream, and what check_adapter raises."""
     from peft import PeftModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -112,49 +90,55 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
             if isinstance(module, ParamWrapper):
                 raise CannotStream(f"{name} is a parameter with an adapter, no layer")
             adapted[name] = cast(nn.Module, module)
+    check_adapter(tuned, adapter)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if built := [name for name, value in tensors.items() if value.is_meta and not _is_base(name, adapted)]:
+        raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
     replaced = {
         original_name(name): value.detach()
         for name, value in tensors.items()
         if _is_base(name, adapted) and not value.is_meta and value.data_ptr() != empty.data_ptr()
     }
-    check_places(tuned, adapter)
-    if built := [n for n, v in tensors.items() if v.is_meta and not _is_base(n, adapted)]:
-        raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
     return adapted, replaced
 
 
-def check_places(tuned: nn.Module, adapter: Path) -> None:
-    """Raise ParityError unless each tensor of the adapter's file has its place and each place its tensor."""
+def check_adapter(tuned: Any, adapter: Path) -> None:
+    """Raise RunError if PEFT merges no adapter of this kind; ParityError unless each tensor of the adapter's file has
+    its place in the model and each place its tensor."""
     from peft import get_peft_model_state_dict
 
+    if not hasattr(type(tuned.base_model), "merge_and_unload"):
+        raise RunError(
+            f"{adapter}: {tuned.active_peft_config.peft_type.value} can't be merged: its parameters are no weights of "
+            "the base; use the run as it is"
+        )
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        there = set(file.keys())
+        stored = set(file.keys())
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it tells at length that it was told to include embeddings
-        may_come_along = set(get_peft_model_state_dict(tuned, save_embedding_layers=True))
-    if strange := sorted(there - wanted - may_come_along):
+        warnings.simplefilter("ignore")  # a long one that embeddings are included
+        optional = set(get_peft_model_state_dict(tuned, save_embedding_layers=True))
+    if unknown := sorted(stored - wanted - optional):
         raise ParityError(
-            f"{adapter}: {strange[0]} has no place in the base ({len(strange)} such tensors); it is an adapter of "
+            f"{adapter}: {unknown[0]} has no place in the base ({len(unknown)} such tensors); it is an adapter of "
             "another base"
         )
-    if missing := sorted(wanted - there):
+    if missing := sorted(wanted - stored):
         raise ParityError(
             f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer's adapter is gone"
         )
 
 
 def without_memory(model: nn.Module) -> torch.Tensor:
-    """Let each weight be one number seen at every place (stride 0), the returned one: with weights on the meta device
-    PEFT would move the adapter there too."""
+    """Replace each parameter by one number in every place (stride 0), the returned one. PEFT moves an adapter to its
+    base's device, which must therefore not be the meta device."""
     number = torch.zeros(())
-    made: dict[int, nn.Parameter] = {}
+    replacements: dict[int, nn.Parameter] = {}  # by parameter: tied ones stay tied
     for module in model.modules():
         for leaf, parameter in module._parameters.items():
             if parameter is not None:
                 empty = nn.Parameter(number.expand(parameter.shape), requires_grad=False)
-                module._parameters[leaf] = made.setdefault(id(parameter), empty)
+                module._parameters[leaf] = replacements.setdefault(id(parameter), empty)
     return number
 
 
@@ -177,7 +161,7 @@ def original_name(name: str) -> str:
 def quantizers(
     model: PreTrainedModel, quantization: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """For each weight that bitsandbytes packs into 4 bits, what is left of it, as transformers packs and unpacks it."""
+    """For each weight that bitsandbytes packs into 4 bits a function that packs and unpacks it as transformers does."""
     import bitsandbytes as bnb
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight, replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer

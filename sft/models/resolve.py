@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from data.cache import build_once, file_sha256
 from sft.errors import RecipeError
@@ -89,19 +89,26 @@ def _materialise(gguf: Path) -> Path:
     digest = file_sha256(gguf)
 
     def build(folder: Path) -> None:
-        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+        from transformers import AutoTokenizer
 
         with readable(f"model.base: {gguf}"):
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, trust_remote_code=False)
-            model = AutoModelForCausalLM.from_pretrained(
-                gguf.parent,
-                gguf_file=gguf.name,
-                quantization_config=GgufConfig(dequantize=True),  # packed weights can't be saved
-                dtype=torch.bfloat16,
-                trust_remote_code=False,
-            )
+            model = load_gguf(gguf, dtype=torch.bfloat16)
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         (folder / "source.sha256").write_text(f"{digest}  {gguf.name}\n")
 
     return build_once(cache_dir() / f"{gguf.stem}-{digest[:16]}", build)
+
+
+def load_gguf(file: Path, **options: Any) -> PreTrainedModel:
+    """The model of a .gguf file, with its weights unpacked: packed ones can't be saved."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        trust_remote_code=False,
+        **options,
+    )
