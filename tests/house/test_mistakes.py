@@ -43,6 +43,10 @@ def mistakes(folder: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
         "folder not writable": ([f"train.output_dir={folder}/file/run"], "train.output_dir: can't write to"),
         "no weights": ([f"model.base={empty}"], "holds no weights (*.safetensors)"),
         "too long for the model": (["data.max_length=9999"], "exceeds the 2048 positions"),
+        "absent tracker": (
+            ["train.report_to=[trackio]"],
+            "train.report_to: trackio is not installed; run: pip install",
+        ),
         "unknown method": (["tune.method=lorra"], "tune.method: 'lorra' is none of"),
         "shared prompt tuning": (
             ["tune={method: prompt_tuning, num_virtual_tokens: 4}", "data.share_prefixes=true"],
@@ -53,7 +57,7 @@ def mistakes(folder: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
 
 MISTAKES = (
     "unknown key", "wrong type", "missing file", "wrong offset", "broken line", "cut answer", "folder not writable",
-    "no weights", "too long for the model", "unknown method", "shared prompt tuning",
+    "no weights", "too long for the model", "absent tracker", "unknown method", "shared prompt tuning",
 )  # fmt: skip
 
 
