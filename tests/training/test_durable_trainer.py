@@ -226,7 +226,7 @@ def test_death_within_a_write_leaves_the_checkpoint_before_it(tiny, tmp_path, mo
             graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2))
     assert (run / ".checkpoint-4.new" / "optimizer.safetensors").is_file()
     assert last_checkpoint(run) == (run / "checkpoint-2", {})
-    assert "goes on from checkpoint-2" in graft("train", "--resume", run).stdout
+    assert "resumes from checkpoint-2" in graft("train", "--resume", run).stdout
     assert damage(run / "checkpoint-4") is None
     assert not (run / ".checkpoint-4.new").exists()
 
