@@ -315,12 +315,6 @@ def test_supervised_training_survives_a_kill_and_passes_signals_on(tiny, tmp_pat
     assert process.wait(60) == 143
 
 
-def test_exit_codes_are_those_of_the_readme():
-    table = (ROOT / "README.md").read_text().split("| exit code |")[1].split("\n\n")[0]
-    listed = [int(line.split("|")[1]) for line in table.splitlines()[2:]]
-    assert listed == [code.value for code in ExitCode]
-
-
 def test_results_of_an_evaluation_are_whole_or_the_old_ones(tmp_path, monkeypatch, questions):
     from eval.prediction import Prediction
     from eval.results import score, write_results
