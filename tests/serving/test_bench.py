@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from eval.client import ServerError
 from sft.cli import app
-from sft.serving.bench import Load, Request, Target, bench_serve, make_prompts, summarize
+from sft.serving.bench import Load, Target, bench_serve, make_prompts, summarize
 from tests.helpers.fake_server import Streaming, streaming
 
 
@@ -47,7 +47,7 @@ def test_prompts_are_the_same_each_time():
 
 def test_ratio_is_taken_round_by_round():
     def load(target: Target, number: int, seconds: float) -> Load:
-        return Load(target, 1, number, seconds, [Request(0.1, seconds, [0.1], 10)])
+        return Load(target, 1, number, seconds, first_s=[0.1], gaps_s=[0.1], tokens=10)
 
     one, two = Target("u", "one"), Target("u", "two")
     loads = [load(one, 0, 1.0), load(two, 0, 2.0), load(one, 1, 10.0), load(two, 1, 10.0), load(one, 2, 3.0)]
