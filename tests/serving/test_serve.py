@@ -47,6 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             os._exit(3)
     def do_POST(self):
         self.send_response(200)
+        self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(b'{"choices": [{"message": {"content": "Paris"}}]}')
         self.wfile.flush()
