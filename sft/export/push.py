@@ -1,4 +1,4 @@
-"""An export on the Hugging Face Hub: `graft export RUN --push OWNER/NAME` tells what would go there."""
+"""An export on the Hugging Face Hub: `graft export RUN --push OWNER/NAME` lists what it would send."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from sft.runs.model_card import licence_of
 
 
 class PushError(UserError):
-    """The Hub did not take it."""
+    """The Hub refused it, or the name is none."""
 
 
 def push(folder: Path, repo: str, dry_run: bool = True) -> list[str]:
-    """What is sent, or would be, a line each. A new repository is private; whoever has read the card opens it."""
+    """A line for each file that is sent, or would be. A new repository is private until its owner opens it."""
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"--push {repo}: write OWNER/NAME")
     files = sorted(path for path in folder.rglob("*") if path.is_file())

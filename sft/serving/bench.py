@@ -36,21 +36,19 @@ class Target:
     model: str
 
 
+Answer = tuple[list[float], int]  # seconds from sending to each event with text, and tokens: an event may hold several
+
+
 @dataclass(frozen=True)
 class Load:
-    """The requests to one target in one round by a number of clients at once, and the seconds that all took."""
+    """The answers to one round of requests by a number of clients at once, and the seconds that all took."""
 
-    target: Target
-    clients: int
-    round: int
     seconds: float
-    first_s: list[float]  # from sending to the first token, for each request
-    gaps_s: list[float]  # between tokens
-    tokens: int
+    answers: list[Answer]
 
     @property
     def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
+        return sum(tokens for _, tokens in self.answers) / self.seconds
 
 
 def bench_serve(
@@ -65,15 +63,18 @@ def bench_serve(
     """A row for each target and number of clients. Targets take turns within a round, so that other work on the machine
     slows all of them; they get the same prompts, each only once. Raises ServerError if a request fails."""
     targets = find_targets(urls, models)
+    loads: dict[tuple[Target, int], list[Load]] = {(target, n): [] for n in clients for target in targets}
     turns = range(len(targets))
     plan = [(i, n, targets[(turn + i) % len(targets)]) for i in range(rounds) for n in clients for turn in turns]
-    loads: list[Load] = []
     for i, n, target in track(plan, "loads"):
-        if all(load.target != target for load in loads):  # what the server builds for its first request is not measured
-            asyncio.run(_load(target, 1, i, make_prompts(1, prompt_words, "first"), new_tokens))
+        if i == 0 and n == clients[0]:  # what the server builds for its first request is not measured
+            asyncio.run(_load(target, 1, make_prompts(1, prompt_words, "first"), new_tokens))
         prompts = make_prompts(max(requests, n), prompt_words, f"{i}-{n}")
-        loads.append(asyncio.run(_load(target, n, i, prompts, new_tokens)))
-    return [summarize(loads, target, n, targets[0]) for n in clients for target in targets]
+        loads[target, n].append(asyncio.run(_load(target, n, prompts, new_tokens)))
+    return [
+        {"url": target.url, "model": target.model, "clients": n, **summarize(own, loads[targets[0], n])}
+        for (target, n), own in loads.items()
+    ]
 
 
 def find_targets(urls: Sequence[str], models: Sequence[str]) -> list[Target]:
@@ -91,9 +92,9 @@ def make_prompts(count: int, words: int, salt: str) -> list[str]:
     return [" ".join([f"{salt}-{i}", *draw.choices(WORDS, k=words)]) for i in range(count)]
 
 
-async def _load(target: Target, clients: int, round_number: int, prompts: Sequence[str], new_tokens: int) -> Load:
+async def _load(target: Target, clients: int, prompts: Sequence[str], new_tokens: int) -> Load:
     """All prompts, `clients` at a time: each client sends its next one once it has its answer."""
-    waiting, answers = iter(prompts), list[tuple[list[float], int]]()
+    waiting, answers = iter(prompts), list[Answer]()
     # httpx, since openai's client takes 100 us of processor time for each token
     headers, limits = {"Authorization": f"Bearer {api_key()}"}, httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(headers=headers, timeout=600, limits=limits) as http:
@@ -107,14 +108,10 @@ async def _load(target: Target, clients: int, round_number: int, prompts: Sequen
             await asyncio.gather(*(client() for _ in range(clients)))
         except httpx.HTTPError as error:
             raise ServerError(f"{target.url}: {str(error) or repr(error)}; see the server's log") from error
-        seconds = time.monotonic() - start
-    first = [times[0] for times, _ in answers]
-    gaps = [later - earlier for times, _ in answers for earlier, later in itertools.pairwise(times)]
-    return Load(target, clients, round_number, seconds, first, gaps, sum(tokens for _, tokens in answers))
+        return Load(time.monotonic() - start, answers)
 
 
-async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens: int) -> tuple[list[float], int]:
-    """Seconds from sending to each event with text, and the number of tokens, of which an event may hold several."""
+async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens: int) -> Answer:
     body = {
         "model": target.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -140,26 +137,21 @@ async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens:
     return times, tokens or len(times)
 
 
-def summarize(loads: Sequence[Load], target: Target, clients: int, first: Target) -> dict[str, Any]:
-    """Over all rounds; `relative`: tokens/s over the first target's of the same round: median, lowest, highest."""
-    own = [load for load in loads if (load.target, load.clients) == (target, clients)]
-    base = {load.round: load.tokens_per_s for load in loads if (load.target, load.clients) == (first, clients)}
-    ratios = [load.tokens_per_s / base[load.round] for load in own]
-    first_s, gaps_s = [s for load in own for s in load.first_s], [s for load in own for s in load.gaps_s]
-    seconds = sum(load.seconds for load in own)
+def summarize(loads: Sequence[Load], base: Sequence[Load]) -> dict[str, Any]:
+    """Over all rounds; `relative`: tokens/s over those of `base` in the same round: median, lowest, highest."""
+    answers, seconds = [answer for load in loads for answer in load.answers], sum(load.seconds for load in loads)
+    gaps = [later - earlier for times, _ in answers for earlier, later in itertools.pairwise(times)]
+    ratios = [load.tokens_per_s / other.tokens_per_s for load, other in zip(loads, base, strict=True)]
 
     def milliseconds(values: Sequence[float]) -> dict[str, float]:
         return {f"p{q}": round(1000 * float(np.percentile(values, q)), 1) for q in (50, 95)} if values else {}
 
     return {
-        "url": target.url,
-        "model": target.model,
-        "clients": clients,
-        "requests": len(first_s),
-        "requests_per_s": round(len(first_s) / seconds, 3),
-        "output_tokens_per_s": round(sum(load.tokens for load in own) / seconds, 1),
-        "first_token_ms": milliseconds(first_s),
-        "inter_token_ms": milliseconds(gaps_s),
+        "requests": len(answers),
+        "requests_per_s": round(len(answers) / seconds, 3),
+        "output_tokens_per_s": round(sum(tokens for _, tokens in answers) / seconds, 1),
+        "first_token_ms": milliseconds([times[0] for times, _ in answers]),
+        "inter_token_ms": milliseconds(gaps),
         "relative": [round(pick(ratios), 3) for pick in (statistics.median, min, max)],
     }
 

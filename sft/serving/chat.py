@@ -1,6 +1,7 @@
 """Talk to a run, an export, a base or a server in the terminal: `graft chat TARGET`."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 from rich.console import Console
@@ -20,13 +21,7 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
     console.print("[dim]/reset starts over, an empty line or Ctrl-D ends[/dim]")
-    while True:
-        try:
-            line = console.input("[bold]you[/bold] ").strip()
-        except EOFError:
-            return
-        if not line:
-            return
+    for line in _lines(console):
         if line == "/reset":
             messages = list(start)
             continue
@@ -36,6 +31,12 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
         except UserError as error:  # too long, or the server is away: the conversation before this line goes on
             messages.pop()
             console.print(f"error: {error}; /reset starts over", style="red", markup=False, highlight=False)
+
+
+def _lines(console: Console) -> Iterator[str]:
+    with contextlib.suppress(EOFError):
+        while line := console.input("[bold]you[/bold] ").strip():
+            yield line
 
 
 def _local(target: str, max_new_tokens: int) -> Reply:

@@ -1,4 +1,4 @@
-"""Serve an export, a base, or runs' adapters on their base, through vLLM's OpenAI-compatible server.
+"""Serve an export, a base, or adapters of runs on their base, through vLLM's OpenAI-compatible server.
 
 graft serve DIR_OR_RUN...
 """
@@ -44,7 +44,7 @@ OPENING = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 
 class ServerDied(ServerError):
-    """vLLM was started, and ended by itself."""
+    """vLLM started and then stopped by itself."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Server:
     process: "subprocess.Popen[bytes]"
 
     def wait(self, seconds: float | None = None) -> None:
-        """Raise ServerDied once vLLM stops by itself; return where it still runs after so many seconds."""
+        """Raise ServerDied once vLLM stops by itself; return if it still runs after `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             raise ServerDied(why_it_stopped(self.log, self.process.wait(seconds)))
 
@@ -96,7 +96,7 @@ def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = (
     command += ["--middleware", "sft.serving.gatekeeper.Gatekeeper"]
     if default_device().type == "cpu":
         command.append("--enforce-eager")  # compiling takes minutes there
-        command += ["--dtype", "float32"]  # in bfloat16, merged and dynamic part by rounding in 1 of 20 answers
+        command += ["--dtype", "float32"]  # in bfloat16 rounding changes 1 of 20 answers, merged or dynamic
     command += ["--model", served.model, "--served-model-name", served.name]
     if served.revision:
         command += ["--revision", served.revision]
@@ -129,13 +129,13 @@ def read_key(file: Path) -> str:
 
 
 def precision_note(served: Served, run: Path) -> str:
-    """A line to print where the server's base is not the one that the run's adapter was trained on; else nothing."""
+    """A line to print if the server's base is not the one that the run's adapter was trained on; else nothing."""
     model = run_recipe(run).model
     if not is_quantized(model.quantization) or served.model != resolve_base(model.base):
         return ""
     return (
-        f"note: {run} was trained on a quantized base, and here its adapter is put on the original one, where it "
-        f"answers otherwise; `graft serve {run}` serves it on the base of training"
+        f"note: {run} was trained on a quantized base; on the original one, as here, its adapter answers "
+        f"differently; `graft serve {run}` serves it on the base of training"
     )
 
 

@@ -12,7 +12,7 @@ from eval import client
 from eval.answer_log import NAME
 from eval.client import ServerError, served_model, server_predictions
 from sft.cli import app
-from tests.helpers.fake_server import Streaming, completion, serving, streaming
+from tests.helpers.fake_server import Streamer, completion, serving
 
 LONGEST = 4096  # characters
 
@@ -166,12 +166,13 @@ def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
 
 
 def test_chat_prints_what_the_server_streams_and_sends_what_was_said_before():
-    with streaming() as url:
+    server = Streamer()
+    with serving(server, "base", "merged") as url:
         done = CliRunner().invoke(app, ["chat", url, "--model", "merged"], input="Hello\nMore\n\n")
     assert done.exit_code == 0, done.output
     assert done.output.count("abc\n") == 2
-    assert [m["content"] for m in Streaming.seen[-1]["messages"]] == ["Hello", "abc", "More"]
-    assert all(request["stream"] for request in Streaming.seen)
+    assert [m["content"] for m in server.seen[-1]["messages"]] == ["Hello", "abc", "More"]
+    assert all(request["stream"] for request in server.seen)
 
 
 def test_web_server_that_is_no_model_server_is_a_clear_error():
