@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import random
+import secrets
 import statistics
 import time
 from collections.abc import Sequence
@@ -62,14 +63,14 @@ def bench_serve(
 ) -> list[dict[str, Any]]:
     """A row for each target and number of clients. Targets take turns within a round, so that other work on the machine
     slows all of them; they get the same prompts, each only once. Raises ServerError if a request fails."""
-    targets = find_targets(urls, models)
+    targets, run = find_targets(urls, models), secrets.token_hex(3)  # the server's prefix cache outlives a run
     loads: dict[tuple[Target, int], list[Load]] = {(target, n): [] for n in clients for target in targets}
     turns = range(len(targets))
     plan = [(i, n, targets[(turn + i) % len(targets)]) for i in range(rounds) for n in clients for turn in turns]
     for i, n, target in track(plan, "loads"):
-        if i == 0 and n == clients[0]:  # what the server builds for its first request is not measured
-            asyncio.run(_load(target, 1, make_prompts(1, prompt_words, "first"), new_tokens))
-        prompts = make_prompts(max(requests, n), prompt_words, f"{i}-{n}")
+        if i == 0 and n == clients[0]:  # a target's first request is a warm-up
+            asyncio.run(_load(target, 1, make_prompts(1, prompt_words, f"{run}-first"), new_tokens))
+        prompts = make_prompts(max(requests, n), prompt_words, f"{run}-{i}-{n}")
         loads[target, n].append(asyncio.run(_load(target, n, prompts, new_tokens)))
     return [
         {"url": target.url, "model": target.model, "clients": n, **summarize(own, loads[targets[0], n])}
@@ -78,7 +79,7 @@ def bench_serve(
 
 
 def find_targets(urls: Sequence[str], models: Sequence[str]) -> list[Target]:
-    """The named models in their order, or all that the servers serve."""
+    """The named models in the order of their names, or all served ones."""
     served = [Target(url, name) for url in urls for name in served_models(url)]
     names = [target.model for target in served]
     if missing := [name for name in models if name not in names]:
@@ -97,7 +98,7 @@ async def _load(target: Target, clients: int, prompts: Sequence[str], new_tokens
     waiting, answers = iter(prompts), list[Answer]()
     # httpx, since openai's client takes 100 us of processor time for each token
     headers, limits = {"Authorization": f"Bearer {api_key()}"}, httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(headers=headers, timeout=600, limits=limits) as http:
+    async with httpx.AsyncClient(base_url=target.url, headers=headers, timeout=600, limits=limits) as http:
 
         async def client() -> None:
             for prompt in waiting:
@@ -122,7 +123,7 @@ async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens:
         "stream_options": {"include_usage": True},
     }
     start, times, tokens = time.monotonic(), list[float](), 0
-    async with http.stream("POST", f"{target.url}/chat/completions", json=body) as reply:
+    async with http.stream("POST", "/chat/completions", json=body) as reply:
         if reply.status_code != 200:
             text = (await reply.aread()).decode(errors="replace")[:200]
             raise ServerError(f"{target.url}: {target.model}: status {reply.status_code}: {text}; see the server's log")

@@ -43,6 +43,9 @@ def test_models_take_turns_and_are_asked_the_same_which_is_never_asked_again(ser
     beginnings = {text.split()[0] for text in asked["base"]}
     assert len(beginnings) == len(asked["base"])
     assert all(request["ignore_eos"] for request in server.seen)
+    server.seen.clear()
+    bench_serve([url], ["base"], [2], requests=2, prompt_words=5, new_tokens=4, rounds=2)
+    assert not {r["messages"][0]["content"] for r in server.seen} & set(asked["base"]), "nor by the next run"
 
 
 def test_prompts_are_the_same_each_time():

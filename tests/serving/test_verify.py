@@ -94,8 +94,8 @@ class Engine:
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
         if not self.tells:
             return completion(text, finish)
-        told = {"content": [{**top[0], "top_logprobs": top}]}
-        return completion(text, finish, len(answer), {"logprobs": told, "token_ids": answer}, prompt_token_ids=prompt)
+        listed = {"content": [{**top[0], "top_logprobs": top}]}
+        return completion(text, finish, len(answer), {"logprobs": listed, "token_ids": answer}, prompt_token_ids=prompt)
 
 
 def verified(run: Path, engine: Engine, code: int, *more: str) -> tuple[dict, str]:
@@ -133,13 +133,13 @@ def test_other_template_is_shown_side_by_side(run, engine):
     )
     record, shown = verified(run, engine, 1)
     assert results(record)["render"] is False
-    found = record["first_difference"]
-    assert (found["check"], record["checks"]["render"]["equal"]) == ("render", 0)
-    here, there = found["prompt"]["in_process"], found["prompt"]["server"]
-    assert here["text"].endswith("<|im_start|>assistant\n")
-    assert there["text"].endswith("<|im_start|>robot\n")
-    assert engine.tokenizer.decode(here["ids"]) == "assistant\n", "ids from the first that differs"
-    assert found["id"] in shown
+    difference = record["first_difference"]
+    assert (difference["check"], record["checks"]["render"]["equal"]) == ("render", 0)
+    own, other = difference["prompt"]["in_process"], difference["prompt"]["server"]
+    assert own["text"].endswith("<|im_start|>assistant\n")
+    assert other["text"].endswith("<|im_start|>robot\n")
+    assert engine.tokenizer.decode(own["ids"]) == "assistant\n", "ids from the first that differs"
+    assert difference["id"] in shown
     assert "<|im_start|>robot" in shown
 
 
@@ -205,10 +205,10 @@ def test_address_that_is_none_is_one_line(run):
 def test_next_logprobs_are_those_of_each_prompt_alone(tiny, tokenizer, questions):
     model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
     prompts = [encode_prompt(q.prompt, tokenizer) for q in (*questions[:6], questions[0])]
-    found = next_logprobs(model, prompts, 900)
+    together = next_logprobs(model, prompts, 900)
     with torch.inference_mode():
         alone = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts])
-    assert torch.allclose(found, alone, atol=1e-4)
+    assert torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(next_logprobs(model, prompts, 900, packed=False), alone, atol=1e-4)
     assert not torch.allclose(alone[0], alone[1], atol=1e-2), "else any order would do"
 
@@ -259,10 +259,10 @@ def test_likely_first_tokens_have_the_same_probability_on_both_sides():
     same = {i: float(p) for i, p in enumerate(logprobs)}
 
     def judge(**changed: float) -> bool | None:
-        told = same | {int(k[1:]): math.log(v) for k, v in changed.items() if v}
+        top = same | {int(k[1:]): math.log(v) for k, v in changed.items() if v}
         for k in (k for k, v in changed.items() if not v):
-            del told[int(k[1:])]
-        return check_first_token([(mine, server([], top=told))], margin=0.5).passed
+            del top[int(k[1:])]
+        return check_first_token([(mine, server([], top=top))], margin=0.5).passed
 
     assert judge()
     assert judge(_3=0.001), "an unlikely token may differ"
