@@ -126,12 +126,10 @@ def check_first_token(pairs: Pairs, margin: float | None = None) -> Check:
 def _spread(first: torch.Tensor, top: dict[int, float]) -> float:
     """The largest difference in nats of a likely token's log-probability. Of a token that the server does not list it
     is known only that it is no likelier than those listed."""
-    likely = math.log(LIKELY)
-    listed = [abs(_logprob(first, i) - p) for i, p in top.items() if max(p, _logprob(first, i)) >= likely]
-    unlisted = [
-        float(first[i]) - min(top.values()) for i in (first >= likely).nonzero().flatten().tolist() if i not in top
-    ]
-    return max([0.0, *listed, *unlisted])
+    likely, least = math.log(LIKELY), min(top.values())
+    tokens = {i for i, p in top.items() if p >= likely} | set((first >= likely).nonzero().flatten().tolist())
+    differences = (abs(_logprob(first, i) - top[i]) if i in top else float(first[i]) - least for i in tokens)
+    return max([0.0, *differences])
 
 
 def _logprob(first: torch.Tensor, token: int) -> float:

@@ -8,7 +8,7 @@ from sft.runs.model_card import licence_of
 
 
 class PushError(UserError):
-    """The Hub refused it, or the name is none."""
+    """The Hub refuses the export, or the repository's name is invalid."""
 
 
 def push(folder: Path, repo: str, dry_run: bool = True) -> list[str]:

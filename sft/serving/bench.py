@@ -79,7 +79,7 @@ def bench_serve(
 
 
 def find_targets(urls: Sequence[str], models: Sequence[str]) -> list[Target]:
-    """The named models in the order of their names, or all served ones."""
+    """The named models in that order, or all served ones."""
     served = [Target(url, name) for url in urls for name in served_models(url)]
     names = [target.model for target in served]
     if missing := [name for name in models if name not in names]:
