@@ -9,8 +9,8 @@ import pytest
 from sklearn.metrics import confusion_matrix, f1_score, precision_recall_fscore_support
 
 from data.readers.newsgroups import NEWSGROUPS
+from eval.breakdown import question_word
 from eval.compare import compare
-from eval.compare_report import _question_word
 from eval.metrics import normalize_label
 from eval.stats import brier, cluster_interval, expected_calibration_error, mcnemar_exact, paired_cluster_bootstrap
 from tests.helpers.comparisons import SYSTEM, Row, answered, questions, samples, squad_runs, write
@@ -74,7 +74,7 @@ def test_every_number_of_squad_comes_from_the_samples(squad: list[Path], tmp_pat
             of = [
                 r
                 for r in rows
-                if part["value"] == (length(r) if part["by"] == "answer length" else _question_word(r["question"]))
+                if part["value"] == (length(r) if part["by"] == "answer length" else question_word(r["question"]))
             ]
             assert part["questions"] == len(of)
             for metric in ("exact", "f1"):

@@ -201,7 +201,7 @@ def test_a_failing_rung_is_named_and_the_rest_goes_on(tiny, tmp_path, fake, caps
     rows = ladder(write_recipe(tmp_path / "r.yaml", tiny), ["ia3", "lora"], [], tmp_path / "out")
     assert rows[0]["failed"] == "tune: no such modules [q_proj] in this base"
     assert rows[1]["failed"] is None
-    assert "failed: tune: no such modules [q_proj] in this base |" in (tmp_path / "out" / "ladder.md").read_text()
+    assert r"failed: tune: no such modules \[q_proj\] in this base |" in (tmp_path / "out" / "ladder.md").read_text()
     said = capsys.readouterr().out
     assert "    loading" in said  # its last lines
     assert "no such modules [q_proj]" in said.partition("lora:")[2]  # the table too, its brackets as they are
@@ -243,20 +243,20 @@ def test_it_goes_on_where_it_broke_off(tiny, tmp_path, fake, capsys):
     assert "ia3: finished before, EM 43.0" in capsys.readouterr().out
     assert [command[2:] for command in ran] == [
         ["--resume", str(out / "lora")],
-        ["sft.cli", "eval", str(out / "lora"), "--out", str(out / "lora" / "eval")],
+        ["-m", "sft.cli", "eval", str(out / "lora"), "--out", str(out / "lora" / "eval")],
         [str(out / "full.yaml")],
-        ["sft.cli", "eval", str(out / "full"), "--out", str(out / "full" / "eval")],
+        ["-m", "sft.cli", "eval", str(out / "full"), "--out", str(out / "full" / "eval")],
     ]
 
     shutil.rmtree(out / "full" / "eval")
     ran = fake()
     ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    assert [command[3] for command in ran] == ["eval"]  # what is trained is only scored
+    assert [command[4] for command in ran] == ["eval"]  # what is trained is only scored
     (out / "full" / "cost.json").unlink()
     shutil.rmtree(out / "full" / "eval")
     ran = fake()
     ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    assert [command[2] for command in ran] == [str(out / "full.yaml"), "sft.cli"]  # without a checkpoint, anew
+    assert [command[2] for command in ran] == [str(out / "full.yaml"), "-m"]  # without a checkpoint, anew
 
 
 def test_finished_rungs_of_other_settings_are_not_mixed_in(tiny, tmp_path, fake):
