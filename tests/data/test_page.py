@@ -2,7 +2,7 @@
 
 import pytest
 
-from data.page import number, place_on, share, ticks
+from data.page import markdown_table, number, place_on, plain_markdown, share, ticks
 
 
 @pytest.mark.parametrize(
@@ -30,3 +30,15 @@ def test_ticks_are_round_and_cover_the_largest_bar(most: int) -> None:
 @pytest.mark.parametrize(("value", "place"), [(0, 0), (5, 0.5), (10, 1), (25, 1.75), (30, 2), (31, None), (None, None)])
 def test_a_value_has_its_place_among_uneven_bins(value: int | None, place: float | None) -> None:
     assert place_on(value, [0, 10, 30]) == place
+
+
+def test_a_markdown_table_aligns_numbers_right_and_keeps_its_columns() -> None:
+    lines = markdown_table(["name", "score"], [["a|b\n<i>", "1.5 [1.0 - 2.0]"], ["c", "–"]]).splitlines()
+    assert lines[1] == "| --- | --: |"
+    assert lines[2] == r"| a\|b \<i\> | 1.5 \[1.0 - 2.0\] |"
+    assert markdown_table(["name"], []).splitlines() == ["| name |", "| --: |"]
+
+
+@pytest.mark.parametrize(("text", "shown"), [("linear_probe", "linear_probe"), ("_it_", r"\_it\_"), ("a_", r"a\_")])
+def test_underscores_are_escaped_where_they_mean_emphasis(text: str, shown: str) -> None:
+    assert plain_markdown(text) == shown

@@ -105,18 +105,8 @@ def test_page_says_what_is_not_there(sentence: str, tmp_path: Path) -> None:
 
 
 def test_nothing_found_is_told_apart_from_not_searched_for(tmp_path: Path) -> None:
-    none = {"exact_rows": 0, "near_rows": 0, "removed": 0, "texts": 9, "near_share": 1.0, "pairs": []}
-    clean = {
-        "checked": True,
-        "held_out_rows": 50,
-        "rows": 0,
-        "exact": 0,
-        "context": 0,
-        "near_share": 1.0,
-        "near": 0,
-        "removed": 0,
-        "pairs": [],
-    }
+    none = {"texts": 9}
+    clean = {"checked": True, "held_out_rows": 50}
     text = page(EMPTY | {"duplicates": none, "leaks": clean}, tmp_path).text
     assert "No duplicate rows." in text
     assert "No row is also among the 50 held-out rows." in text
@@ -186,9 +176,14 @@ def test_held_out_data_has_no_training_counts() -> None:
 
 
 def test_sources_without_an_example_have_no_lengths(tmp_path: Path) -> None:
-    assert (
-        page(EMPTY | {"lengths": {"example": {}, "answer": {}}}, tmp_path).text.count("No lengths were measured.") == 2
-    )
+    text = page(EMPTY | {"lengths": {"example": {}, "answer": {}}}, tmp_path).text
+    assert text.count("No lengths were measured.") == 2
+
+
+def test_trained_text_and_special_tokens_are_marked(tmp_path: Path) -> None:
+    parsed = page(FULL, tmp_path)
+    assert parsed.classed("trained") == ["span"] * 2  # the legend's and the answer
+    assert parsed.classed("special") == ["span"] * 3
 
 
 def test_long_contexts_fold_and_keep_their_text(tmp_path: Path) -> None:

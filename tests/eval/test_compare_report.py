@@ -1,7 +1,6 @@
 """graft compare: data cannot become markup, and results that do not fit are refused."""
 
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +46,12 @@ def test_page_is_well_formed_and_fetches_nothing(squad: list[Path], tmp_path: Pa
     assert "default-src 'none'" in html
 
 
-class Bars(HTMLParser):
-    """The widths of the bars of the main score."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.widths: list[str] = []
-        self.feed(html[html.index('<table class="bars">') : html.index("<h2>Scores")])
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if ("class", "within") in attrs:
-            self.widths.append(str(dict(attrs)["width"]))
-
-
 def test_bars_are_as_long_as_the_scores(squad: list[Path], tmp_path: Path):
     report = compare(squad, tmp_path / "out")
-    widths = Bars((tmp_path / "out" / "report.html").read_text()).widths
-    assert list(map(float, widths)) == [s["scores"]["total"]["exact"]["score"] for s in report["systems"]]
+    html = (tmp_path / "out" / "report.html").read_text()
+    bars = Page(html[html.index('<table class="bars">') : html.index("<h2>Scores")])
+    widths = [float(attributes["width"]) for _, attributes in bars.elements if attributes.get("class") == "within"]
+    assert widths == [s["scores"]["total"]["exact"]["score"] for s in report["systems"]]
 
 
 @pytest.mark.parametrize(

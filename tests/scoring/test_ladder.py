@@ -147,20 +147,11 @@ def test_ia3_names_modules_where_peft_does_not_know_the_architecture(tiny, tiny_
 
 def test_rates_follow_from_the_recipes_own_method(tiny, tiny_bert, tmp_path):
     lora = load_any_recipe(write_recipe(tmp_path / "l.yaml", tiny))  # 1e-3
-    assert [rate_of(m, lora) for m in ("lora", "dora", "full", "ia3", "prompt_tuning")] == [
-        1e-3,
-        1e-3,
-        1e-4,
-        8e-3,
-        3e-2,
-    ]
+    methods = ("lora", "dora", "full", "ia3", "prompt_tuning")
+    assert [rate_of(m, lora) for m in methods] == [1e-3, 1e-3, 1e-4, 8e-3, 3e-2]
     full = load_any_recipe(encoder_recipe(tmp_path / "e.yaml", tiny_bert))  # 1e-4
-    assert [rate_of(m, full) for m in ("full", "gradual_unfreezing", "lora", "linear_probe")] == [
-        1e-4,
-        1e-4,
-        1e-3,
-        3e-3,
-    ]
+    methods = ("full", "gradual_unfreezing", "lora", "linear_probe")
+    assert [rate_of(m, full) for m in methods] == [1e-4, 1e-4, 1e-3, 3e-3]
 
 
 @pytest.mark.slow
