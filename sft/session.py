@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from data.errors import ExitCode, UserError, is_disk_full
@@ -16,12 +17,16 @@ VISIBLE = (
     "the command line holds a token, key or password, which every user of this machine can read there; set it in the "
     "environment instead (HF_TOKEN for the Hub, VLLM_API_KEY for a server)"
 )
+ROOT = Path(__file__).parents[1]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """What a user can mend ends with its text on stderr and its own exit code (data/errors.py)."""
+    """End a mistake that a user can mend with one line on stderr and its own exit code (data/errors.py).
+
+    GRAFT_TRACEBACK=1 prints the traceback before that line.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -34,11 +39,14 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             raise SystemExit(ExitCode.INTERRUPTED) from None
         except Exception as error:
-            said = _what_to_do(error)
-            if said is None:
+            known = _what_to_do(error)
+            if known is None:
                 raise
-            print(f"error: {scrub(said[1])}", file=sys.stderr, flush=True)
-            raise SystemExit(said[0]) from None
+            if os.environ.get("GRAFT_TRACEBACK", "0") not in ("", "0"):
+                print_scrubbed(type(error), error, error.__traceback__)
+            code, text = known
+            print(f"error: {scrub(text)}", file=sys.stderr, flush=True)
+            raise SystemExit(code) from None
 
     return wrapped
 
@@ -79,6 +87,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def graft_command(*arguments: object) -> list[str]:
+    """The command line of a `graft` of its own. -P: a module of the current folder, such as eval.py, is not ours."""
+    return [sys.executable, "-P", "-m", "sft.cli", *map(str, arguments)]
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, in which a child finds our packages wherever it starts."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path}
 
 
 def shards_parameters() -> bool:

@@ -17,6 +17,7 @@ from sft.recipe.schema import (
     Section,
     Seed,
     Source,
+    Tracker,
     Tune,
     as_source,
     as_sources,
@@ -94,6 +95,8 @@ class BaselineTrain(Section):
     metric_for_best_model: Literal["loss", "accuracy", "macro_f1", "exact", "f1"] | None = None
     """The checkpoint with the best one is restored at the end; left out: the last one stays."""
     save_total_limit: Count = 2
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Trackers that get the metrics too, each by its installed package; [] for none."""
     seed: Seed = 42
     output_dir: Path | None = None
 

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -163,7 +164,10 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         raise RecipeError(f"tune: method {tune.method}: {error}") from error
 
 
-def _check_files(recipe: Recipe | BaselineRecipe) -> None:
+def _check_files(recipe: AnyRecipe) -> None:
+    """Raise RecipeError for what the recipe names and this machine does not have."""
+    if absent := [name for name in recipe.train.report_to if not find_spec(name)]:
+        raise RecipeError(f"train.report_to: {absent[0]} is not installed; run: pip install {absent[0]}")
     if recipe.train.output_dir:
         check_run_folder(recipe.train.output_dir, "train.output_dir")
     sources: list[tuple[str, Source]] = [

@@ -49,6 +49,9 @@ Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
 
 
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, frozen=True, use_attribute_docstrings=True)
 
@@ -227,6 +230,8 @@ class Train(Section):
     eval_strategy: Literal["no", "epoch", "steps"] = "no"
     """Held-out loss on eval.data during training."""
     eval_steps: Count = 100
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Trackers that get the metrics too, each by its installed package; [] for none."""
     seed: Seed = 42
     output_dir: Path | None = None
     """The run folder; left out: runs/NAME-OF-RECIPE, numbered if it exists."""

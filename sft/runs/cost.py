@@ -50,7 +50,7 @@ def system_of(run: Path, recipe: AnyRecipe, base: bool = False) -> dict[str, Any
     """What a comparison says of a run, or of its untrained base, beside its scores. recipe_sha256 leaves out the seed
     and the folder, so that runs which differ in nothing else are told as repetitions."""
     plain = recipe.model_dump(mode="json")
-    for key in ("seed", "output_dir"):
+    for key in ("seed", "output_dir", "report_to"):
         plain["train"].pop(key)
     if not plain["model"].get("embedder"):  # a key that came later: without it a recipe is the one that it was
         plain["model"].pop("embedder", None)

@@ -1,4 +1,4 @@
-"""What a user sees of a running training, and what stays of it: progress, metrics.jsonl, TensorBoard."""
+"""What a user sees of a running training, and what stays of it: progress, metrics.jsonl, trackers."""
 
 import json
 import statistics
@@ -35,6 +35,18 @@ class Spikes:
         return above / deviation if deviation and above > SPIKE_SIGMA * deviation else None
 
 
+def trackers(names: Sequence[str], run: Path, step: int) -> list[TrainerCallback]:
+    """transformers' callbacks of train.report_to. TensorBoard's files go to RUN/tensorboard, without the steps after
+    `step` that an earlier try logged; the others find their settings in the environment."""
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+    others = [kind() for kind in get_reporting_integration_callbacks([n for n in names if n != "tensorboard"])]
+    if "tensorboard" not in names:
+        return others
+    return [TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)), *others]
+
+
 class Monitor(TrainerCallback):
     """Main process only. A metrics.jsonl row for every logged step, flushed at once."""
 
@@ -49,10 +61,7 @@ class Monitor(TrainerCallback):
         self.open = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.bar = Bar("train", state.max_steps, state.global_step)
-        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=state.global_step + 1)
         self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
         now = time.monotonic()
         self.start = now - self.last.get("seconds", 0.0)
@@ -81,9 +90,6 @@ class Monitor(TrainerCallback):
         row["peak_memory_gib"] = round(peak_memory_gib(), 2)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for key, value in row.items():
-            if isinstance(value, float):
-                self.board.add_scalar(key, value, state.global_step)
 
     def _spikes(self, row: dict[str, Any]) -> dict[str, float]:
         """loss_spike, grad_norm_spike: standard deviations above the rows before; told, and training goes on."""
@@ -108,5 +114,4 @@ class Monitor(TrainerCallback):
             self.open = False
             threading.excepthook = self.hook
             self.bar.close()
-            self.board.close()
             self.file.close()

@@ -17,7 +17,11 @@ from sft.runs.folder import start_run
 from sft.runs.metrics import rewind_metrics
 
 KINDS = ("recipe", "data", "base")
-NO_MATTER = ("train.output_dir", "export.")  # of the recipe: where the run lies, and what follows training
+NO_MATTER = (
+    "train.output_dir",
+    "train.report_to",
+    "export.",
+)  # of the recipe: where the run lies, and what follows training
 
 
 @dataclass(frozen=True)

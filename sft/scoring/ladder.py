@@ -8,7 +8,6 @@ import json
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from sft.errors import RecipeError
 from sft.recipe.baseline_schema import MOVES_POSITIONS, AnyRecipe, BaselineRecipe
 from sft.recipe.load import dump_recipe, load_any_recipe, nearest
 from sft.recipe.schema import Model, Recipe
+from sft.session import child_environment, graft_command
 
 Row = dict[str, Any]
 
@@ -196,17 +196,15 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
     """Commands that train a rung, from the start or from its checkpoint, and score it."""
     if (run / "eval" / "results.json").is_file():
         return []
-    # -P: else an eval.py in the user's folder hides ours
-    score = [sys.executable, "-P", "-m", "sft.cli", "eval", str(run), "--out", str(run / "eval")]
+    score = graft_command("eval", run, "--out", run / "eval")
     if (run / "cost.json").is_file():
         return [score]
-    train = [sys.executable, str(Path(__file__).parents[1] / "train.py")]
     if any(run.glob("checkpoint-*/trainer_state.json")):
-        return [[*train, "--resume", str(run)], score]
+        return [graft_command("train", "--resume", run), score]
     if run.exists():  # it failed before its first checkpoint, and training writes into no folder that holds something
         shutil.rmtree(run)
     write_text(path, dump_recipe(rung))
-    return [[*train, str(path)], score]
+    return [graft_command("train", path), score]
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
@@ -214,7 +212,9 @@ def run_logged(command: Sequence[str], log: Path) -> int:
     has time to save its checkpoint until a second Ctrl-C."""
     with log.open("a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=child_environment()
+        )
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -11,13 +11,13 @@ from accelerate import PartialState
 from data.atomic import write_json
 from data.audit.report import DataReport
 from sft.recipe.baseline_schema import AnyRecipe
-from sft.runs.checkpoint import commit_folder, full_disk_told, last_checkpoint
+from sft.runs.checkpoint import commit_folder, full_disk_told, last_checkpoint, step_of
 from sft.runs.cost import COST, Stopwatch
 from sft.runs.folder import agree_on_folder
 from sft.runs.interrupt import CODES, SaveOnSignal, locked
 from sft.runs.manifest import manifest
 from sft.runs.metrics import plot_loss, read_metrics
-from sft.runs.monitor import Monitor
+from sft.runs.monitor import Monitor, trackers
 from sft.runs.resume import Resume, begin, note_changed_data
 from sft.session import keeps_pickles, use_all_cores
 from sft.training.durable_trainer import DurableTrainer
@@ -77,7 +77,9 @@ class OpenRun:
             trainer.made_from, more = self.begin()
             print(*lines, *more, sep="\n", flush=True)
             self.monitor = Monitor(self.folder, steps_per_epoch, read_metrics(self.folder))
-            trainer.add_callback(self.monitor)
+            step = step_of(self.checkpoint) if self.checkpoint else 0
+            for callback in (self.monitor, *trackers(self.recipe.train.report_to, self.folder, step)):
+                trainer.add_callback(callback)
         interrupt = SaveOnSignal()
         trainer.add_callback(interrupt)
         self.watch = Stopwatch()

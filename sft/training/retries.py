@@ -10,6 +10,7 @@ from typing import Any
 
 from data.errors import ExitCode
 from sft.errors import RecipeError
+from sft.session import child_environment, graft_command
 
 
 def supervise(first: Sequence[str], run: Path, going_on: Sequence[str], retries: int) -> int:
@@ -35,9 +36,9 @@ def supervise(first: Sequence[str], run: Path, going_on: Sequence[str], retries:
 
 
 def _run(arguments: Sequence[str]) -> int:
-    command = [sys.executable, "-m", "sft.cli", "train", *arguments]
+    command = graft_command("train", *arguments)
     # in a group of its own: a terminal's Ctrl-C then comes once, through us
-    process = subprocess.Popen(command, process_group=0)
+    process = subprocess.Popen(command, process_group=0, env=child_environment())
 
     asked: list[int] = []
 
