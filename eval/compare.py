@@ -257,20 +257,21 @@ def _slices(systems: Sequence[System]) -> list[Row]:
 
 def _over_seeds(systems: Sequence[System], scores: Sequence[Row]) -> list[Row]:
     """Mean and sd of the scores of each recipe that was trained with several seeds; of each seed its first system."""
-    recipes: dict[tuple[Any, ...], dict[Any, tuple[str, Row]]] = {}
-    for system, own in zip(systems, scores, strict=True):
+    recipes: dict[tuple[Any, ...], dict[Any, int]] = {}
+    for i, system in enumerate(systems):
         facts = system.results.system or {}
         if facts.get("recipe_sha256") and facts.get("seed") is not None:
             key = facts["recipe_sha256"], facts.get("method"), system.results.scorer
-            recipes.setdefault(key, {}).setdefault(facts["seed"], (system.name, own))
+            recipes.setdefault(key, {}).setdefault(facts["seed"], i)
     groups = []
     for (recipe, _, scorer), seeds in recipes.items():
         if len(seeds) > 1:
-            names, of = zip(*seeds.values(), strict=True)
-            spread = {m: dict(zip(("mean", "sd"), mean_sd([s[m]["score"] for s in of]), strict=True)) for m in of[0]}
-            groups.append(
-                {"recipe_sha256": recipe, "scorer": scorer, "seeds": list(seeds), "systems": list(names), **spread}
-            )
+            group: Row = {"recipe_sha256": recipe, "scorer": scorer, "seeds": list(seeds)}
+            group["systems"] = [systems[i].name for i in seeds.values()]
+            for metric in scores[0]:
+                mean, sd = mean_sd([scores[i][metric]["score"] for i in seeds.values()])
+                group[metric] = {"mean": mean, "sd": sd}
+            groups.append(group)
     return groups
 
 
