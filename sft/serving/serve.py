@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any, cast
 
 import httpx
 
+from data.errors import ExitCode
 from eval.client import ServerError, openai_client
 from sft.child_process import supervised
 from sft.models.load import default_device, is_quantized
@@ -26,11 +28,11 @@ from sft.models.resolve import resolve_base
 from sft.models.target import run_recipe
 from sft.serving.server_log import why_it_stopped
 from sft.serving.targets import Served, resolve_targets
+from sft.session import child_environment
 
 READY_WITHIN_S = 900
 QUESTION = "What is the capital of France?"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ROOT = Path(__file__).parents[2]
 # options of vLLM that would undo a promise of `graft serve`: what to do instead
 OURS = {
     "--host": "use --host of graft serve",
@@ -58,6 +60,45 @@ class Server:
         """Raise ServerDied once vLLM stops by itself; return if it still runs after `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             raise ServerDied(why_it_stopped(self.log, self.process.wait(seconds)))
+
+
+def serve_until_stopped(
+    targets: Sequence[str], host: str, port: int, options: Sequence[str], loras: Mapping[str, str], retries: int
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; restart vLLM up to `retries` times if it dies. The log goes to the first target's
+    folder, or the current one."""
+    log = (Path(targets[0]) if Path(targets[0]).is_dir() else Path()) / f"serve-{port}.log"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))  # unwinds, which stops the server
+    for attempt in range(retries + 1):
+        try:
+            return _serve_once(targets, host, port, log, options, loras)
+        except ServerDied as died:
+            if attempt == retries:
+                raise
+            old = log.with_suffix(f".{attempt + 1}.log")
+            log.rename(old)
+            line = f"{died}\nrestarting it, {attempt + 1} of {retries}; its log so far: {old}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _serve_once(
+    targets: Sequence[str], host: str, port: int, log: Path, options: Sequence[str], loras: Mapping[str, str]
+) -> None:
+    with server(targets, host, port, log, options, loras) as running:
+        url, name = running.url, running.names[0]
+        try:
+            answer = check_completion(url, name)
+        except ServerError:
+            running.wait(seconds=10)  # if it died of the question, that is the reason
+            raise
+        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
+        print(
+            f"{curl_line(url, name)}\n\nverify it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True
+        )
+        try:
+            running.wait()
+        except KeyboardInterrupt:
+            print("stopping", flush=True)
 
 
 @contextlib.contextmanager
@@ -167,8 +208,7 @@ def _environment() -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MAX_N_SEQUENCES": "64",  # answers of one request; by default 16,384
     }
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for the gatekeeper
-    return ours | dict(os.environ) | {"PYTHONPATH": path}
+    return ours | child_environment()  # vLLM imports the gatekeeper
 
 
 def _taken(host: str, port: int) -> bool:

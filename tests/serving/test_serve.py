@@ -334,7 +334,7 @@ def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_
     assert len(logs) == 2  # of each that died
     for log in logs:
         log.unlink()
-    assert "starting it again, 2 of 2" in shown
+    assert "restarting it, 2 of 2" in shown
     assert shown.count("out of memory; lower") == 3
     assert gone(processes(fake_vllm), 0)
 
