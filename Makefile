@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow test-serve lint docs audit serve-cpu clean
+.PHONY: quickstart test test-fast test-slow test-serve lint docs audit serve-cpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/graft quickstart

