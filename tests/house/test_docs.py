@@ -301,6 +301,13 @@ def test_page_names_what_there_is(page):
     assert list(problems(page.read_text(encoding="utf-8"), page)) == []
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda recipe: recipe.stem)
+def test_recipe_opens_with_the_command_that_trains_it(recipe):
+    comments = [line[1:].strip() for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    assert f"accelerate launch sft/train.py recipes/{recipe.name}" in comments[0]
+    assert list(block_problems("\n".join(comments))) == []
+
+
 @pytest.mark.parametrize(
     ("text", "named"),
     [
