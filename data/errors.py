@@ -9,7 +9,7 @@ CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class ExitCode(IntEnum):
-    """What a command's exit code says; the README's table of them is checked against this one."""
+    """What a command's exit code says; the table in docs/run-safely.md is checked against this one."""
 
     DONE = 0
     FAILED = 1  # an error of our own, with a traceback; or what was checked is not in order (check, ladder)

@@ -1,6 +1,6 @@
 """Combine several runs' adapters of one base into one, by PEFT's add_weighted_adapter.
 
-graft export RUN --with RUN2 --combine ties --weights 0.5,0.5
+graft combine RUN RUN2 --method ties --density 0.5 --weights 0.5,0.5
 """
 
 from collections.abc import Sequence
@@ -35,15 +35,15 @@ class Combination:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise RunError(f"--combine {self.method} is none of {', '.join(METHODS)}")
+            raise RunError(f"--method {self.method} is none of {', '.join(METHODS)}")
         if len(self.weights) != len(self.runs):
             raise RunError(f"--weights holds {len(self.weights)} numbers for {len(self.runs)} runs; give each run one")
         sparse = self.method.startswith(SPARSE)
         if sparse != (self.density is not None):
             raise RunError(
-                f"--combine {self.method} needs --density, the share of values that it keeps, such as 0.5"
+                f"--method {self.method} needs --density, the share of values that it keeps, such as 0.5"
                 if sparse
-                else f"--combine {self.method} keeps all values; leave --density out"
+                else f"--method {self.method} keeps all values; leave --density out"
             )
 
     def names(self) -> list[str]:
@@ -86,7 +86,7 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
             names, list(combination.weights), "default", combination_type=combination.method, **options
         )
     except ValueError as error:
-        raise RunError(f"--combine {combination.method}: {str(error).splitlines()[0]}") from error
+        raise RunError(f"--method {combination.method}: {str(error).splitlines()[0]}") from error
     tuned.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
 
 

@@ -1,6 +1,6 @@
 """Check that base, adapter, weights, chat template and end tokens of an export are those of its run.
 
-graft export RUN --check [--out DIR]
+graft verify EXPORT [--run RUN]
 """
 
 import json

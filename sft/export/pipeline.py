@@ -1,6 +1,6 @@
 """Merge a run into a plain model, and check that it answers like the run.
 
-graft export RUN [--out DIR] [--check]
+graft export RUN [--out DIR]
 """
 
 import dataclasses
@@ -149,7 +149,7 @@ def _combined(combination: Combination, trained: Trained, origin: dict[str, str]
     for run in combination.runs:
         other = read_trained(run)
         if trained.adapter is None or other.adapter is None:
-            raise RunError(f"{run}: --combine takes runs with adapters, not whole models")
+            raise RunError(f"{run}: combine takes runs with adapters, not whole models")
         ours, theirs = trained.recipe.model, other.recipe.model
         named_alike = (ours.base, ours.revision) == (theirs.base, theirs.revision)  # of a hub there are no digests
         if check_origin(run, other.recipe, other.adapter) != origin or not (origin or named_alike):
@@ -218,3 +218,12 @@ def _publish(folder: Path, out: Path) -> None:
     else:
         folder.rename(out)
     flush(out.parent)
+
+
+def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
+    """Re-verify a finished export against `run`, or the run whose folder it is in. Raises RunError without one."""
+    read_parity(out)
+    run = run or out.absolute().parent
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{out}: is in no run folder, so its run is not known; name it: --run RUN")
+    return check_export(run, out, data, allow_mismatch)

@@ -2,12 +2,16 @@
 
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from tests.helpers.exports import ADAPTERS, chatml_base, command, make_run, tune
+
+
+combine = partial(command, name="combine")
 
 
 @pytest.fixture(scope="module")
@@ -19,30 +23,29 @@ def plain(tmp_path_factory) -> Path:
 def test_runs_are_combined_and_compared_with_each(plain, tmp_path):
     other = make_run(tmp_path / "other", plain.parent / "base", seed=2, quantized=False)
     command(plain, "--out", tmp_path / "alone", "--no-parity")
-    command(plain, "--with", other, "--weights", "1,0", "--out", tmp_path / "first", "--no-parity")
+    combine(plain, other, "--weights", "1,0", "--out", tmp_path / "first", "--no-parity")
     alone, first = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "first"))
     assert all((value == first[name]).float().mean() > 0.99 for name, value in alone.items())
-    command(plain, "--with", other, "--combine", "ties", "--density", "0.5", "--out", tmp_path / "both")
+    combine(plain, other, "--method", "ties", "--density", "0.5", "--out", tmp_path / "both")
     told = json.loads((tmp_path / "both" / "parity.json").read_text())
     assert told["combination"] == {
         "runs": ["plain", "other"], "method": "ties", "weights": [0.5, 0.5], "density": 0.5
     }  # fmt: skip
     assert told["answer_argmax_agreement"] > 0.9  # with the combined adapter
     assert all(told["against"][name]["mean_kl_nats"] > 10 * told["mean_kl_nats"] for name in ("plain", "other"))
-    command(plain, "--check", "--out", tmp_path / "both")
+    command(tmp_path / "both", "--run", plain, name="verify")
 
 
 def test_runs_of_one_name_are_told_apart(plain, tmp_path):
     (tmp_path / "b").mkdir()
     other = make_run(tmp_path / "b" / "plain", plain.parent / "base", seed=2, quantized=False)
-    command(plain, "--with", other, "--out", tmp_path / "both", "--allow-mismatch")
+    combine(plain, other, "--out", tmp_path / "both", "--allow-mismatch")
     told = json.loads((tmp_path / "both" / "parity.json").read_text())
     assert list(told["against"]) == told["combination"]["runs"] == [str(plain), str(other)]
 
 
-@pytest.mark.parametrize("option", [("--combine", "ties"), ("--weights", "1"), ("--density", "0.5")])
-def test_way_to_combine_without_another_run_is_refused(option, plain, tmp_path):
-    assert "--with RUN" in command(plain, *option, "--out", tmp_path / "out", code=2).stderr
+def test_single_run_is_not_combined(plain, tmp_path):
+    assert "two runs or more" in combine(plain, "--out", tmp_path / "out", code=2).stderr
 
 
 @pytest.mark.parametrize("kind", ["dora", "rslora", "bias", "trainable_tokens", "ia3"])
@@ -50,7 +53,7 @@ def test_adapters_that_peft_would_combine_wrongly_are_refused(kind, plain, tmp_p
     base = plain.parent / "base"
     other = make_run(tmp_path / "other", base, quantized=False)
     tune(base, ADAPTERS[kind](), other / "adapter")
-    done = command(plain, "--with", other, "--weights", "1,0", "--out", tmp_path / "out", code=2)
+    done = combine(plain, other, "--weights", "1,0", "--out", tmp_path / "out", code=2)
     assert re.search("can't be combined|not IA3", " ".join(done.stderr.split())), done.stderr
     assert not (tmp_path / "out").exists()
 
@@ -60,11 +63,11 @@ def test_adapters_that_peft_would_combine_wrongly_are_refused(kind, plain, tmp_p
     [
         (("--weights", "1"), "--weights holds 1 numbers for 2 runs"),
         (("--weights", "a,b"), "write numbers with commas between"),
-        (("--combine", "mean"), "--combine mean is none of linear, cat"),
-        (("--combine", "ties"), "needs --density"),
+        (("--method", "mean"), "--method mean is none of linear, cat"),
+        (("--method", "ties"), "needs --density"),
         (("--density", "0.5"), "leave --density out"),
     ],
 )
 def test_combination_that_makes_no_sense_is_named(options, message, plain, tmp_path):
-    done = command(plain, "--with", plain, *options, "--out", tmp_path / "out", code=2)
+    done = combine(plain, plain, *options, "--out", tmp_path / "out", code=2)
     assert message in " ".join(done.stderr.split())

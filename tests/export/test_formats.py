@@ -69,10 +69,10 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
     assert f"next: graft serve {out}" in done.stdout.replace("\n", "")
     assert not (out / "recipe.yaml").exists()  # a folder with one is a run
     assert (out / "chat_template.jinja").read_text() != "{{ messages }}"  # the run's own stands there
-    assert "rounded them" in command(run, "--check", "--out", out).stdout
+    assert "rounded them" in command(out, "--run", run, name="verify").stdout
     weights = load_file(out / "model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, out / "model.safetensors", {"format": "pt"})
-    assert "w4a16 and adapter agree on" in command(run, "--check", "--out", out, code=2).stderr
+    assert "w4a16 and adapter agree on" in command(out, "--run", run, code=2, name="verify").stderr
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
             "w = load_file(out / 'model.safetensors')\n"
             "del w['model.layers.0.mlp.down_proj.weight']\n"
             "save_file(w, out / 'model.safetensors', {'format': 'pt'})\n",
-            "down_proj.weight, which its config.json asks for, is not there",
+            "down_proj.weight, which its config.json asks for, is missing",
         ),
     ],
 )
@@ -168,4 +168,4 @@ def test_gguf_holds_weights_template_and_stop_of_the_run(kind, smollm, tmp_path)
     made = json.loads((out / "parity.json").read_text())["format"]
     assert made["answer_argmax_agreement"] >= 0.95
     assert (made["bytes"] < 0.7 * made["merged_bytes"]) == (kind == "q8_0")
-    command(run, "--check", "--out", out)
+    command(out, "--run", run, name="verify")

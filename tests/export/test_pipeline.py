@@ -101,8 +101,8 @@ def test_card_names_base_licence_data_and_proof(run, record):
 
 def test_finished_export_is_proven_anew(run, record):
     before = {p: p.stat().st_mtime_ns for p in (run / "export").rglob("*")}
-    done = command(run, "--check")
-    assert "what was checked is that of" in done.stdout
+    done = command(run / "export", name="verify")
+    assert "answers like run run" in done.stdout
     assert {p: p.stat().st_mtime_ns for p in (run / "export").rglob("*")} == before
 
 
@@ -183,7 +183,7 @@ def test_planted_fault_is_caught(fault, run, record, tmp_path):
     out = tmp_path / "export"
     shutil.copytree(run / "export", out)
     plant(run, out)
-    assert message in " ".join(command(run, "--check", "--out", out, code=2).stderr.split())
+    assert message in " ".join(command(out, "--run", run, code=2, name="verify").stderr.split())
 
 
 def test_adapter_is_merged_into_no_other_base(run, record, tmp_path):
@@ -198,8 +198,8 @@ def test_adapter_is_merged_into_no_other_base(run, record, tmp_path):
     edit_json(copy / "adapter" / "adapter_config.json", base_model_name_or_path=str(tmp_path / "base"))
     shutil.copytree(run.parent / "base", tmp_path / "base")
     edit_weights(tmp_path / "base", lambda t: t["model.norm.weight"].add_(0.1))
-    for arguments in ((), ("--check", "--out", run / "export")):
-        assert "it is another base" in command(copy, *arguments, code=2).stderr
+    for done in (command(copy, code=2), command(run / "export", "--run", copy, code=2, name="verify")):
+        assert "it is another base" in done.stderr
     (copy / "recipe.yaml").write_text(recipe)
     assert "an adapter on another base answers at random" in command(copy, code=2).stderr
     assert not (copy / "export").exists()
@@ -313,26 +313,26 @@ def test_base_whose_experts_are_fused_is_merged_in_memory_and_says_so(tmp_path):
     assert told["merge"]["streamed"] is False
     assert told["merge"]["adapted"] == 14  # of two layers: q, k, v, o, the gate and both of the experts
     assert told["answer_argmax_agreement"] > 0.9
-    done = command(folder, "--check")
+    done = command(folder / "export", name="verify")
     assert "weights are not compared one by one" in done.stdout
     file = folder / "adapter" / "adapter_model.safetensors"
     save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in load_file(file).items()}, file)
     assert "equals its base" in command(folder, "--out", tmp_path / "o", code=2).stderr
 
 
-def test_push_is_dry_unless_told(run, record, monkeypatch):
+def test_push_sends_unless_told_to_run_dry(run, record, monkeypatch):
     sent = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: sent.append((a, k)))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: sent.append(k) or "address")
-    told = command(run, "--check", "--push", "someone/model").stdout
+    told = command(run / "export", "someone/model", "--dry-run", name="push").stdout
     assert "licence of the base: apache-2.0" in told
     assert "nothing was sent" in told
     assert not sent
-    told = command(run, "--check", "--push", "someone/model", "--no-dry-run").stdout
+    told = command(run / "export", "someone/model", name="push").stdout
     assert "sent: address" in told
     assert sent[0] == (("someone/model",), {"private": True, "exist_ok": True})
     assert sent[1]["folder_path"] == run / "export"
-    assert "write OWNER/NAME" in command(run, "--check", "--push", "model", code=2).stderr
+    assert "write OWNER/NAME" in command(run / "export", "model", code=2, name="push").stderr
 
 
 def test_run_with_added_tokens_is_exported_and_proven(plain, tmp_path):
@@ -343,4 +343,4 @@ def test_run_with_added_tokens_is_exported_and_proven(plain, tmp_path):
     tune(base, LoraConfig(**ALL, modules_to_save=["embed_tokens", "lm_head"]), copy / "adapter", rows=rows)
     command(copy)
     assert json.loads((copy / "export" / "config.json").read_text())["vocab_size"] == rows
-    command(copy, "--check")
+    command(copy / "export", name="verify")

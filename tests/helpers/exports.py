@@ -55,8 +55,8 @@ def tune(base: Path, config, folder: Path, rows: int | None = None, **saving) ->
     return tuned.eval()
 
 
-def command(*arguments: object, code: int = 0):
-    done = CliRunner().invoke(app, ["export", *(str(a) for a in arguments)])
+def command(*arguments: object, code: int = 0, name: str = "export"):
+    done = CliRunner().invoke(app, [name, *(str(a) for a in arguments)])
     assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
     return done
 
