@@ -14,7 +14,7 @@ import numpy as np
 
 from data.conversation import DataError
 from data.errors import UserError
-from data.readers.jsonl import parse_object
+from data.readers.strict_json import parse_object
 from eval.compare_report import breakdown, examples, markdown, over_seeds, page, slices
 from eval.metrics import gold_label, label_counts
 from eval.stats import approximate_randomisation, bootstrap_sums, cell, holm, items_to_settle, macro_f1, mcnemar_exact

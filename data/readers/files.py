@@ -2,7 +2,7 @@
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -106,6 +106,14 @@ def read_lines(path: Path, ledger: Ledger) -> Iterator[tuple[int, bytes | DataEr
                 crlf = True
                 ledger.note(str(path), "CRLF line ends", f"CRLF line ends from line {number}, read like LF")
             yield number, line
+
+
+def row_or_defect(check: Callable[..., Row], *values: Any) -> Row | DataError:
+    """What `check` returns, or the DataError that it raises."""
+    try:
+        return check(*values)
+    except DataError as error:
+        return error
 
 
 def not_utf8(byte: int, where: str, place: str = "") -> DataError:

@@ -14,13 +14,12 @@ from typing import Protocol
 
 from data.conversation import Conversation, DataError, Ledger
 from data.readers.fields import note_odd_characters, shown
-from data.readers.files import BOM, SUFFIXES, Row, Rows, check_encoding, data_suffix, open_bytes
-from data.readers.json_stream import read_list
-from data.readers.jsonl import read_jsonl
+from data.readers.files import SUFFIXES, Row, Rows, check_encoding, data_suffix
 from data.readers.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
 from data.readers.raw_text import read_paragraphs
 from data.readers.row_formats import check_names, refuse_unseen, renamed, row_conversation
-from data.readers.squad import holds_articles, read_articles
+from data.readers.squad import read_articles
+from data.readers.strict_json import json_layout, read_jsonl, read_list
 from data.readers.tables import read_csv, read_hub, read_parquet
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -197,19 +196,15 @@ def _file_rows(path: Path, in_group_folder: bool, ledger: Ledger, raw: bool) -> 
         raise DataError(str(path), f"suffix {suffix!r}; must be one of {allowed}, or that and .gz", "suffix")
     else:
         check_encoding(path, ledger)
-        if suffix == ".csv":
+        layout = json_layout(path) if suffix == ".json" else suffix
+        if layout == ".csv":
             yield from read_csv(path, ledger)
-        else:
-            yield from (read_jsonl(path, ledger) if suffix == ".jsonl" else _json_rows(path, ledger))
-
-
-def _json_rows(path: Path, ledger: Ledger) -> Rows:
-    """Of a .json file: a list, SQuAD's articles, or what many such files hold, one object a line."""
-    with open_bytes(path) as file:
-        start = file.peek(1).removeprefix(BOM).lstrip()[:1]
-    if start == b"[":
-        return read_list(path)
-    return read_articles(path) if holds_articles(path) else read_jsonl(path, ledger)
+        elif layout == "list":
+            yield from read_list(path)
+        elif layout == "articles":
+            yield from read_articles(path)
+        else:  # .jsonl, and .json files that hold the same
+            yield from read_jsonl(path, ledger)
 
 
 def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
