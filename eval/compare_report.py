@@ -17,10 +17,9 @@ from data.audit.report import INVISIBLE, number
 from eval.metrics import OTHER
 from eval.per_label import classes
 from eval.stats import (
-    bootstrap_sums,
     brier,
-    cell,
     expected_calibration_error,
+    mean_cells,
     mean_sd,
     reliability_bins,
     wilson_interval,
@@ -95,16 +94,10 @@ def slices(rows: Sequence[Found], scores: dict[str, np.ndarray]) -> list[Found]:
         for value in values:
             if indices := [i for i, held in enumerate(of) if held == value]:
                 clusters = [rows[i]["cluster"] for i in indices]
-                cells = {m: _mean_cells(all_[indices], clusters) for m, all_ in scores.items()}
+                cells = {m: mean_cells(all_[indices], clusters) for m, all_ in scores.items()}
                 systems = [dict(zip(cells, each, strict=True)) for each in zip(*cells.values(), strict=True)]
                 found.append({"by": by, "value": value, "questions": len(indices), "systems": systems})
     return found
-
-
-def _mean_cells(scores: np.ndarray, clusters: list[str]) -> list[Found]:
-    table = np.hstack([np.ones((len(scores), 1)), scores])
-    sums = np.vstack([table.sum(0), bootstrap_sums(table, clusters)])
-    return [cell(100 * column / sums[:, 0], len(set(clusters))) for column in sums[:, 1:].T]
 
 
 def _length(gold: Sequence[str]) -> str:

@@ -16,7 +16,7 @@ from data.redact import scrub_values
 from eval.metrics import gold_label, label_counts
 from eval.per_label import classes, plot_confusion
 from eval.prediction import Prediction
-from eval.stats import bootstrap_sums, cell, macro_f1, score_interval
+from eval.stats import bootstrap_sums, cell, macro_f1, mean_cells
 from eval.tasks import TASKS
 
 
@@ -121,18 +121,16 @@ def sample_row(scored: Scored) -> dict[str, Any]:
 
 
 def _summary(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
+    clusters, names = [s.conversation.cluster for s in scored], list(scored[0].scores)
+    cells = dict(
+        zip(names, mean_cells(np.array([[s.scores[n] for n in names] for s in scored]), clusters), strict=True)
+    )
+    if labels:
+        sums = bootstrap_sums(label_counts(_label_rows(scored), labels), clusters)
+        cells["macro_f1"] = cell(100 * macro_f1(sums), len(set(clusters)))
     summary: dict[str, Any] = {"questions": len(scored)}
-    clusters = [s.conversation.cluster for s in scored]
-    for name in scored[0].scores:
-        values = [s.scores[name] for s in scored]
-        low, high = score_interval(values, clusters)
-        summary[name] = round(100 * sum(values) / len(values), 2)
-        summary[f"{name}_95"] = [round(100 * low, 2), round(100 * high, 2)]
-    if labels:  # their mean F1
-        counts = label_counts(_label_rows(scored), labels)
-        sums = np.vstack([counts.sum(0), bootstrap_sums(counts, clusters)])
-        found = cell(100 * macro_f1(sums), len(set(clusters)))
-        summary |= {"macro_f1": found["score"], "macro_f1_95": [found["low"], found["high"]]}
+    for name, of in cells.items():
+        summary |= {name: of["score"], f"{name}_95": [of["low"], of["high"]]}
     return summary
 
 
