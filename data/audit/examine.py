@@ -173,7 +173,7 @@ class _Examination:
             task=rules.task,
             max_length=rules.max_length,
             stops=stops,
-            totals=totals(accounts, len(set(Examples(folder).contexts)), longest),
+            totals=totals(accounts, Examples(folder).count_contexts(), longest),
             sources=[account.report() for account in accounts],
             held_out=SourceReport.of(other.ledger) if other else None,
             lengths={

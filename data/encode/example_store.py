@@ -5,10 +5,12 @@ that exists is whole, two processes may build one at once, and a changed file, r
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data.encode.chat import Example
 
@@ -26,15 +28,25 @@ SCHEMA = pa.schema(
 
 
 class Examples(Sequence[Example]):
-    """The examples of a store, read one at a time. `contexts` and `weights` are columns in memory."""
+    """The examples of a store, read one at a time. `contexts` and `weights` are columns in memory, once asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).read_all()
-        self.contexts: list[str] = self.table["context"].to_pylist()
-        self.weights: list[float] = [round(w, 6) for w in self.table["weight"].to_pylist()]
 
     def __len__(self) -> int:
-        return len(self.contexts)
+        return int(self.table.num_rows)
+
+    @cached_property
+    def contexts(self) -> list[str]:
+        return list(self.table["context"].to_pylist())
+
+    @cached_property
+    def weights(self) -> list[float]:
+        return [round(w, 6) for w in self.table["weight"].to_pylist()]
+
+    def count_contexts(self) -> int:
+        """Distinct ones, counted without a Python object for each."""
+        return int(pc.count_distinct(self.table["context"]).as_py())
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
