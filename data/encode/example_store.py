@@ -7,7 +7,7 @@ that exists is whole, two processes may build one at once, and a changed file, r
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -48,16 +48,9 @@ class Examples(Sequence[Example]):
         """Distinct ones, counted without a Python object for each."""
         return int(pc.count_distinct(self.table["context"]).as_py())
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    def __getitem__(self, index: Any) -> Any:  # an Example, or a list of them for a slice
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
         ids, mask = (self.table[name][index].values.to_pylist() for name in ("ids", "loss_mask"))
         return Example(ids, mask, self.contexts[index], self.table["where"][index].as_py())
 

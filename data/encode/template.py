@@ -81,7 +81,7 @@ class _Budget:
         items: Any = [*value, *value.values()] if isinstance(value, dict) else value
         return 1 + sum(len(item) if isinstance(item, str) else self.size(item) for item in items)
 
-    def made(self, value: Any) -> Any:
+    def measured(self, value: Any) -> Any:
         """A new value, drawn on the budget: a text by its length, anything else by the number of values in it."""
         size = self.size(value)
         self.spend(size if isinstance(value, str | bytes) else 0)
@@ -171,7 +171,7 @@ def _environment() -> "_Environment":
     environment.globals["namespace"] = _Namespace
     environment.filters = {name: _bounded(name, function) for name, function in reference.filters.items()}
     # names with a space: no template can use them
-    environment.filters |= {"counted items": _counted, "joined text": _joined, "made value": _made}
+    environment.filters |= {"counted items": _counted, "joined text": _joined, "measured value": _measured}
     return environment
 
 
@@ -199,7 +199,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         elif __obj.__name__ in GROWING:
             args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
             budget.allow(__obj.__name__, owner, [*args, *kwargs.values()])
-        return budget.made(super().call(__context, __obj, *args, **kwargs))
+        return budget.measured(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         budget = _budget.get()
@@ -211,7 +211,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             budget.allow("*", *((right, [left]) if isinstance(left, int) else (left, [right])))
         elif operator == "%":
             budget.allow("%", left, [right])
-        return budget.made(super().call_binop(context, operator, left, right))
+        return budget.measured(super().call_binop(context, operator, left, right))
 
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
         texts = list(pieces)
@@ -230,15 +230,15 @@ class _Counting(NodeTransformer):
             return _filtered("joined text", nodes.List(node.nodes, lineno=node.lineno))
         is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
         is_value = isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
-        return _filtered("made value", node) if is_slice or is_value else node
+        return _filtered("measured value", node) if is_slice or is_value else node
 
 
 def _filtered(name: str, node: nodes.Node) -> nodes.Filter:
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-def _made(value: Any) -> Any:
-    return _budget.get().made(value)
+def _measured(value: Any) -> Any:
+    return _budget.get().measured(value)
 
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
@@ -273,7 +273,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise _OverLimit(f"asks `{name}` for more than {budget.characters:,} characters")
         if name in GROWING:
             budget.allow(name, args[first], [*args[first + 1 :], *kwargs.values()])
-        return budget.made(function(*args, **kwargs))
+        return budget.measured(function(*args, **kwargs))
 
     return bounded
 

@@ -92,14 +92,8 @@ def posts_of(folder: Path) -> list[Path]:
 
     Hidden files (.DS_Store) and folders further down are no posts.
     """
-    groups = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not any(group.name in NEWSGROUPS for group in groups):
-        return []
-    return [post for group in groups for post in sorted(group.iterdir()) if _is_post(post)]
-
-
-def _is_post(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+    visible = [path for path in folder.glob("[!.]*/[!.]*") if path.is_file()]
+    return sorted(visible) if {path.parent.name for path in visible} & {*NEWSGROUPS} else []
 
 
 def read_post(path: Path) -> Rows:

@@ -144,33 +144,29 @@ def hub_revision(name: str, revision: str | None) -> str | None:
 
 
 def _rows(source: SourceLike, ledger: Ledger, raw: bool) -> Rows:
-    """Rows of all files, one after the other, of each up to where it can't be read on."""
+    """Rows of all files, one file after the other, each up to where it can't be read on; the ledger says where that is
+    and how many rows come before."""
     files = files_of(source)
     _refuse_settings(source, files)
-    if source.path == SKLEARN:
-        yield from _until_broken(SKLEARN, read_sklearn(source.split), ledger)
-    elif not files:
-        rows = read_hub(source.path, source.config, source.split, source.revision)
-        yield from _until_broken(source.path, rows, ledger)
     _note_left_files(Path(source.path), files, ledger)
-    for path in files:
-        in_group_folder = path.parent.parent == Path(source.path)
-        yield from _until_broken(str(path), _file_rows(path, in_group_folder, ledger, raw), ledger)
-
-
-def _until_broken(name: str, rows: Rows, ledger: Ledger) -> Rows:
-    """The rows up to where they can't be read on; the ledger is told how many they were and that the rest is unread."""
-    count = 0
-    try:
-        for row in rows:
-            count += 1
-            yield row
-    except DataError as error:
-        read = f"after {count:,} row{'s' if count > 1 else ''}, the rest is unread" if count else "no row is read"
-        ledger.break_off(DataError(error.where, f"{error.problem} ({read})", error.kind))
+    if source.path == SKLEARN:
+        parts = [(SKLEARN, read_sklearn(source.split))]
+    elif not files:
+        parts = [(source.path, read_hub(source.path, source.config, source.split, source.revision))]
     else:
-        if not count:
-            ledger.break_off(DataError(name, "holds no row; give one with data or leave it out", "no row"))
+        parts = [(str(p), _file_rows(p, p.parent.parent == Path(source.path), ledger, raw)) for p in files]
+    for name, rows in parts:
+        count = 0
+        try:
+            for row in rows:
+                count += 1
+                yield row
+        except DataError as error:
+            read = f"after {count:,} row{'s' if count > 1 else ''}, the rest is unread" if count else "no row is read"
+            ledger.break_off(DataError(error.where, f"{error.problem} ({read})", error.kind))
+        else:
+            if not count:
+                ledger.break_off(DataError(name, "holds no row; give one with data or leave it out", "no row"))
 
 
 def _refuse_settings(source: SourceLike, files: list[Path]) -> None:
