@@ -67,7 +67,7 @@ def approximate_randomisation(
 def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> tuple[float, int, int]:
     """Two-sided exact p on paired 0/1 scores, how many items only a has right, and how many only b.
 
-    1 where no item is discordant. It takes items as independent: where several share a cluster it finds differences
+    1 if no item is discordant. It takes items as independent: if several share a cluster it finds differences
     that are none, see `approximate_randomisation`. Source: McNemar (1947), in its exact binomial form; Edwards' (1948)
     correction approximates that one.
     """
@@ -94,7 +94,7 @@ def items_to_settle(
 ) -> int | None:
     """About how many items in all, clustered alike, would show the seen difference at `alpha` (two-sided) with `power`.
 
-    None where there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
+    None if there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
     2411.00640), clustered standard error of the paired differences, and power analysis.
     """
     differences = _paired(a, b)

@@ -1,6 +1,6 @@
 """Exact and near duplicates among many texts: inside the training data, and between it and what is held out.
 
-A text is known by a 64-bit hash of its normalised form; it nearly equals another where most of their runs of five
+A text is known by a 64-bit hash of its normalised form; it nearly equals another if most of their runs of five
 words are the same ones. Candidates for the second come from MinHash and locality-sensitive hashing (Broder, On the
 resemblance and containment of documents, 1997; Leskovec et al., Mining of Massive Datasets, chapter 3), and every
 candidate is compared by its runs of words before it is reported.
@@ -49,7 +49,7 @@ class _Kept:
 class TextIndex:
     """Texts of one side, train or held-out. `near=False` looks for exact duplicates only.
 
-    Takes about 170 MB for a million texts of any length (80 of them for the names of places, which indexes may share),
+    Takes about 170 MB for a million texts of any length (80 of them are the names of places, which indexes may share),
     and about 3 KB more for each of the `near_limit` texts that are kept for comparison by their words.
     """
 
@@ -67,7 +67,7 @@ class TextIndex:
 
     @property
     def near_share(self) -> float:
-        """The share of its texts that are compared by their words: below 1 where there are more than `near_limit`."""
+        """The share of its texts that are compared by their words: below 1 if there are more than `near_limit`."""
         return len(self._kept) / self._long if self._long else 1.0
 
     def find(self, text: str) -> Match | None:
@@ -120,7 +120,7 @@ def normalize(text: str) -> str:
 
 
 def similarity(a: Runs, b: Runs) -> float:
-    """Shared runs of words over those of the shorter text where that is a passage, else over those of both (Jaccard).
+    """Shared runs of words over those of the shorter text if that is a passage, else over those of both (Jaccard).
 
     A passage cut short or embedded is still a copy; in a short text one more word makes another question.
     """

@@ -143,7 +143,7 @@ class _Examination:
         return None
 
     def hold_out(self, conversation: Conversation, ledger: Ledger) -> None:
-        """Remember a held-out row, and tell where it can't be encoded: prompts are scored all the same."""
+        """Remember a held-out row, and note if it can't be encoded: prompts are scored all the same."""
         self.comparison.hold_out(conversation)
         try:
             encode_turns(conversation, self.tokenizer, self.rules.max_length)

@@ -75,7 +75,7 @@ class Comparison:
             self.held_out_texts.add(text, conversation.where)
 
     def leaves_out(self, conversation: Conversation, ledger: Ledger) -> bool:
-        """Whether the row is not trained on, because it or its text stands elsewhere; counted in any case. Only rows
+        """Whether the row is not trained on, because it or its text occurs elsewhere; counted in any case. Only rows
         that are trained on are remembered: of two copies, one stays."""
         where, row, text = conversation.where, _row_text(conversation), normalize(conversation.context)
         if not text:

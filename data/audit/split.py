@@ -28,7 +28,7 @@ def count_contexts(conversations: Iterable[Conversation]) -> dict[str, Counts]:
 def chosen_contexts(
     contexts: Mapping[str, Counts], count: int, seed: int, unanswerable_share: float | None = None
 ) -> set[str]:
-    """`count` contexts drawn at random; all of them where there are no more.
+    """`count` contexts drawn at random; all of them if there are no more.
 
     unanswerable_share: how many of their conversations have no answer, as nearly as the data allows, by drawing more
     or fewer contexts that hold such ones. Raises DataError where the data has too few.

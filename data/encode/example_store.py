@@ -1,7 +1,6 @@
 """Encoded examples on disk: an Arrow file that is mapped, not read, so that memory stays flat whatever its size.
 
-A store is a folder under a key that names everything its content depends on. It is written aside and renamed: a folder
-that exists is whole, two processes may build one at once, and a changed file, recipe, template or code has another key.
+A store is a folder of data/cache.py: one that exists is whole, and its key names everything that it depends on.
 """
 
 from collections.abc import Sequence

@@ -112,7 +112,7 @@ def render(
 ) -> str:
     """Text of the messages; `generation` adds what starts the assistant's answer.
 
-    Raises DataError, naming model.chat_template, where the template refuses the messages, fails or exceeds a limit.
+    Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
     """
     text = str(tokenizer.get_chat_template())
     budget = _Budget(seconds, characters + 100 * sum(len(m["content"]) for m in messages))
@@ -144,7 +144,7 @@ def render(
 
 @lru_cache(maxsize=16)
 def literals(template: str) -> tuple[str, ...]:
-    """The texts that stand in a template, those of its conditions too."""
+    """The texts that are written in a template, those of its conditions too."""
     tree = _environment().parse(template)
     data = [str(node.data) for node in tree.find_all(nodes.TemplateData)]
     return (*data, *(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)))
@@ -261,7 +261,7 @@ def _finalize(value: Any) -> Any:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, drawing on the budget; wraps keeps what tells Jinja to pass the context first."""
+    """The filter, drawing on the budget; wraps keeps the mark by which Jinja passes the context first."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)

@@ -8,7 +8,7 @@ from data.conversation import Conversation, DataError, Ledger
 
 SHOWN = 60  # characters of a value in a message: enough to find it, too few to publish it
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# told, not refused: real posts hold form feeds and terminal escapes, and a tokenizer takes them all
+# noted, not refused: real posts hold form feeds and terminal escapes, and a tokenizer takes them all
 ODD_CHARACTERS = {
     "control characters": re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"),
     "U+2028 or U+2029, which some tools take for a line end": re.compile("[\u2028\u2029]"),
@@ -80,7 +80,7 @@ def type_name(value: Any) -> str:
 
 
 def note_odd_characters(conversation: Conversation, ledger: Ledger) -> None:
-    """Tells the ledger of characters that are seldom meant."""
+    """Note characters that are seldom meant in the ledger."""
     for i, message in enumerate(conversation.messages):
         for kind, pattern in ODD_CHARACTERS.items():
             if found := pattern.search(message["content"]):

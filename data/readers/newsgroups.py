@@ -88,12 +88,13 @@ def thread(raw: str) -> str:
 
 
 def posts_of(folder: Path) -> list[Path]:
-    """Posts of a folder whose subfolders are named after the groups, sorted; empty where no subfolder is.
+    """Posts of a folder whose subfolders are named after the groups, sorted; empty if no subfolder is.
 
     Hidden files (.DS_Store) and folders further down are no posts.
     """
-    visible = [path for path in folder.glob("[!.]*/[!.]*") if path.is_file()]
-    return sorted(visible) if {path.parent.name for path in visible} & {*NEWSGROUPS} else []
+    if not any((folder / group).is_dir() for group in NEWSGROUPS):
+        return []
+    return sorted(path for path in folder.glob("[!.]*/[!.]*") if path.is_file())
 
 
 def read_post(path: Path) -> Rows:

@@ -1,7 +1,7 @@
 """A source of the recipe -> conversations, one after the other, whatever its format and the size of its files.
 
-A source is a file, a glob, a folder, a Hub dataset `owner/name`, or sklearn:20newsgroups. Its rows' format is told by
-their keys.
+A source is a file, a glob, a folder, a Hub dataset `owner/name`, or sklearn:20newsgroups. Its rows' format is
+recognised by their keys.
 """
 
 import glob
@@ -68,12 +68,12 @@ def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledg
 
 
 def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Conversation]:
-    """The source's conversations in order; rows that can't be used are told to the ledger and left out, and so is the
+    """The source's conversations in order; rows that can't be used go to the ledger and are left out, and so is the
     rest of a file that can't be read on.
 
     task: squad_v1, squad_v2, newsgroups or instruct; it only decides what rows leave open, see squad_version. Of task
     text a row's text is all that is read.
-    Raises DataError where the source itself is wrong: no such file, a setting that it has not, a column in no row.
+    Raises DataError if the source itself is wrong: no such file, a setting that does not apply, a column in no row.
     """
     check_names(source.format, source.columns, source.path)
     unseen, first = dict(source.columns), Row()
@@ -131,7 +131,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_revision(name: str, revision: str | None) -> str | None:
-    """The commit that `revision` of a Hub dataset stands for; None where the Hub can't be asked."""
+    """The commit that `revision` of a Hub dataset means now; None if the Hub can't be asked."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -139,7 +139,7 @@ def hub_revision(name: str, revision: str | None) -> str | None:
         return revision
     try:
         return HfApi().dataset_info(name, revision=revision).sha
-    except (HTTPError, OSError, ValueError):  # no connection or no such dataset: reading it will tell
+    except (HTTPError, OSError, ValueError):  # no connection or no such dataset: reading it raises
         return None
 
 
@@ -170,7 +170,7 @@ def _rows(source: SourceLike, ledger: Ledger, raw: bool) -> Rows:
 
 
 def _refuse_settings(source: SourceLike, files: list[Path]) -> None:
-    """Raises DataError for a setting that this kind of source has not."""
+    """Raises DataError for a setting that this kind of source does not take."""
     if not files and source.path != SKLEARN:
         return
     settings = {"config": source.config, "revision": source.revision} | ({"split": source.split} if files else {})
@@ -206,9 +206,7 @@ def _file_rows(path: Path, in_group_folder: bool, ledger: Ledger, raw: bool) -> 
 
 
 def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
-    """Says what lies in a folder and in those of its groups and is not read; hidden files of the folder itself go
-    without saying.
-    """
+    """Note what is not read of a folder and of those of its groups, except hidden files of the folder itself."""
     if folder.is_dir():
         groups = {path.parent for path in files} - {folder}
         left = {path for path in folder.iterdir() if not path.name.startswith(".")}
@@ -220,7 +218,7 @@ def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
 def _with_own_id(conversation: Conversation, row: Row, ids: set[int], ledger: Ledger) -> Conversation:
     """The conversation under the id that its row has, if it has one and it is the first.
 
-    Raises DataError where a SQuAD question's id occurs twice, since answers are scored by it.
+    Raises DataError if a SQuAD question's id occurs twice, since answers are scored by it.
     """
     id = row.get("id")
     if id is None or id == "":

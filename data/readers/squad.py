@@ -53,7 +53,7 @@ def _questions(path: Path, where: str, article: Any, common: Row) -> Rows:
 
 
 def _list(parent: Any, key: str) -> list[Any]:
-    """The list under the key; where there is none, one DataError without a place instead."""
+    """The list under the key; if there is none, one DataError without a place instead."""
     if isinstance(parent, dict) and isinstance(parent.get(key), list):
         return parent[key]
     found = f"keys {shown_names(parent)}" if isinstance(parent, dict) else f"{type_name(parent)} {shown(parent)}"
@@ -62,8 +62,8 @@ def _list(parent: Any, key: str) -> list[Any]:
 
 
 def squad_version(row: Row, format: str | None, task: str) -> int:
-    """1 or 2. What the recipe names holds for all its data, so that training and evaluation ask alike; where it names
-    neither, the file says it."""
+    """1 or 2. What the recipe names holds for all its data, so that training and evaluation ask alike; if it names
+    neither, the file decides."""
     for name in (format, task):
         if name in ("squad_v1", "squad_v2"):
             return int(name[-1])

@@ -149,7 +149,7 @@ class JsonText:
 
 
 def parse_object(line: bytes, where: str) -> Row:
-    """The object that the line is. Raises DataError that says what stands in its place."""
+    """The object that the line is. Raises DataError that says what is there instead."""
     try:
         text = line.decode().strip(" \t\r\n")
     except UnicodeDecodeError as error:
@@ -179,7 +179,7 @@ def checked_object(value: Any, flaw: DataError | None, where: str) -> Row:
 def decode(text: str, start: int, where: str) -> tuple[Any, int, DataError | None]:
     """The JSON value at `start`, where it ends, and the first thing that the decoder takes though JSON forbids it.
 
-    Raises json.JSONDecodeError where it is malformed or goes on after the text, and DataError where it can't be read.
+    Raises json.JSONDecodeError if it is malformed or goes on after the text, and DataError if it can't be read.
     """
     flaws: list[DataError] = []
 
