@@ -12,7 +12,7 @@ NAMED = 5  # places that are named for each kind of finding; all are counted
 
 
 class DataError(UserError):
-    """A defect in the user's data: where it is ("file:line" or "file: id"), what was found and what to do.
+    """A defect in the user's data: where it is ("file:line" or "file: id"), what is wrong and what to do.
 
     `kind` groups equal defects in a report, a few words without values: "not UTF-8".
     """
@@ -31,7 +31,7 @@ class Conversation:
     where: str  # "file:line" or "file: id", for messages to the user
     answers: tuple[str, ...] = ()  # gold answers; empty: the right answer is that there is none
     context: str = ""  # the text that several conversations may share (a passage, a post, a prompt)
-    group: str = ""  # what a split must keep on one side, where that is more than the context: a thread
+    group: str = ""  # what a split must keep on one side, if that is more than the context: a thread
     label: str = ""  # of a classification
     question: str = ""  # alone, without what the prompt puts around it: SQuAD
     starts: tuple[int, ...] = ()  # where each of `answers` begins in `context`, in characters: SQuAD
@@ -52,7 +52,7 @@ class Conversation:
 
 @dataclass
 class Ledger:
-    """What is said of one source while it is read: defects (rows that can't be used) and notes (what was mended or is
+    """Findings on one source while it is read: defects (rows that can't be used) and notes (what was mended or is
     worth knowing). All are counted by kind, the first NAMED of each kind kept word for word. Nothing is raised: who
     reads decides at the end, so that a user sees all defects at once.
     """

@@ -29,7 +29,7 @@ class UserError(Exception):
     exit_code = ExitCode.MISTAKE
 
     def __str__(self) -> str:
-        """Names and values of recipes and data stand in it: their control characters are written out."""
+        """With control characters, which names and values of recipes and data may hold, written out."""
         return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
 
 

@@ -17,7 +17,7 @@ _silent = ContextVar("silent", default=False)
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars: for what is done many times over, each time in a moment."""
+    """Suppresses progress bars, for short repeated calls."""
     token = _silent.set(True)
     try:
         yield
@@ -60,7 +60,7 @@ class Bar:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar that follows them; `total` where they have no length."""
+    """The items, with a bar that follows them; `total` if they have no length."""
     bar = Bar(description, total if total is not None else len(items) if isinstance(items, Sized) else None)
     try:
         for done, item in enumerate(items, start=1):

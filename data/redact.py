@@ -1,6 +1,6 @@
 """Secrets stay out of what is printed and written, and out of recipes and command lines.
 
-One is known by where it is kept (an environment variable whose name says so), by its form, or by what stands before it.
+One is known by where it is kept (an environment variable whose name says so), by its form, or by what precedes it.
 """
 
 import os
@@ -11,7 +11,7 @@ from types import TracebackType
 from typing import Any
 
 VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-SHORTEST = 8  # characters of a variable's value: what is shorter stands in ordinary text too
+SHORTEST = 8  # characters of a variable's value: what is shorter occurs in ordinary text too
 # Hugging Face, OpenAI and alike, GitHub, Slack, AWS, JSON web tokens; also behind a line break as repr() writes it
 FORM = re.compile(
     r"(?:(?<![\w-])|(?<=\\[nrt]))(?:hf_[A-Za-z0-9]{20,}|sk-(?:proj-|ant-|or-)?[\w-]{20,}|gh[opsu]_[A-Za-z0-9]{30,}"
@@ -36,7 +36,7 @@ def scrub(text: str) -> str:
 
 
 def scrub_values(value: Any) -> Any:
-    """What JSON can hold, without secrets in its texts; a text also counts with the key that it stands behind."""
+    """What JSON can hold, without secrets in its texts; a text is also looked at together with its key."""
     if isinstance(value, str):
         return scrub(value)
     if isinstance(value, dict):

@@ -232,7 +232,7 @@ def _resample(systems: Sequence[System], indices: list[int], labels: list[str]) 
     columns += [label_counts(s.rows, labels)[indices] for s in systems if labels]
     table = np.hstack(columns)
     clusters = [systems[0].rows[i]["cluster"] for i in indices]
-    sums = np.vstack([table.sum(0), bootstrap_sums(table, clusters, RESAMPLES, SEED)])
+    sums = bootstrap_sums(table, clusters, RESAMPLES, SEED)
     resampled = {m: 100 * sums[:, 1 + i * n : 1 + (i + 1) * n] / sums[:, :1] for i, m in enumerate(metrics)}
     if labels:
         counts = sums[:, 1 + 2 * n :].reshape(len(sums), n, -1)

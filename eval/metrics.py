@@ -28,7 +28,7 @@ def exact_match(gold: str, predicted: str) -> float:
 
 
 def token_f1(gold: str, predicted: str) -> float:
-    """F1 of the bags of normalised tokens; where either is empty, 1 if both are."""
+    """F1 of the bags of normalised tokens; if either is empty, 1 if both are, else 0."""
     gold_tokens, predicted_tokens = normalize_answer(gold).split(), normalize_answer(predicted).split()
     common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
     if not gold_tokens or not predicted_tokens:
@@ -47,17 +47,16 @@ def squad_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
     if normalize_answer(predicted) == UNANSWERABLE:
         predicted = ""
     gold = [a for a in answers if normalize_answer(a)] or [""]
-    return {"exact": max(exact_match(a, predicted) for a in gold), "f1": max(token_f1(a, predicted) for a in gold)}
+    return _best(gold, predicted)
 
 
 def reference_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
     """EM and F1 against the reference answers of instruction data; without any (SQuAD among it), as SQuAD scores."""
-    if not answers:
-        return squad_scores(answers, predicted)
-    return {
-        "exact": max(exact_match(a, predicted) for a in answers),
-        "f1": max(token_f1(a, predicted) for a in answers),
-    }
+    return _best(answers, predicted) if answers else squad_scores(answers, predicted)
+
+
+def _best(gold: Sequence[str], predicted: str) -> dict[str, float]:
+    return {"exact": max(exact_match(a, predicted) for a in gold), "f1": max(token_f1(a, predicted) for a in gold)}
 
 
 def normalize_label(text: str) -> str:

@@ -16,7 +16,7 @@ from data.redact import scrub_values
 from eval.breakdown import classes, plot_confusion
 from eval.metrics import gold_label, label_counts
 from eval.prediction import Prediction
-from eval.stats import bootstrap_sums, cell, macro_f1, score_interval
+from eval.stats import bootstrap_sums, cell, macro_f1, mean_cells
 from eval.tasks import TASKS
 
 
@@ -31,14 +31,14 @@ class Scored:
 
 def limit_questions(conversations: Sequence[Conversation], limit: int | None, seed: int = 0) -> list[Conversation]:
     """At most `limit` questions drawn at random by seed, in file order. Questions rather than whole contexts: those
-    of one passage tend to be right or wrong together, so many passages give the narrower interval."""
+    of one passage tend to be right or wrong together, and many passages give the narrower interval."""
     if limit is None or limit >= len(conversations):
         return list(conversations)
     return [conversations[i] for i in sorted(random.Random(seed).sample(range(len(conversations)), limit))]
 
 
 def score(task: str, conversations: Sequence[Conversation], predictions: Sequence[Prediction]) -> list[Scored]:
-    """Every question with its scores, each from 0 to 1. Raises ValueError where one lacks its prediction."""
+    """Every question with its scores, each from 0 to 1. Raises ValueError if one lacks its prediction."""
     scored = []
     for c, p in zip(conversations, predictions, strict=True):
         scores = TASKS[task].score(c.answers, p.text)
@@ -84,8 +84,8 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
     """results.json and samples.jsonl, a row a question with prompt, answer, gold answers and scores; of labels
     confusion.png.
 
-    Both are written aside, so that a full disk leaves the old ones; where there is a results.json, samples.jsonl is its
-    own and whole.
+    Both are written to temporary files, so that a full disk leaves the old ones; beside a results.json, samples.jsonl
+    is its own and whole.
     """
     out.mkdir(parents=True, exist_ok=True)
     summary, plot = out / "results.json", out / "confusion.png"
@@ -121,18 +121,16 @@ def sample_row(scored: Scored) -> dict[str, Any]:
 
 
 def _summary(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
+    clusters, names = [s.conversation.cluster for s in scored], list(scored[0].scores)
+    cells = dict(
+        zip(names, mean_cells(np.array([[s.scores[n] for n in names] for s in scored]), clusters), strict=True)
+    )
+    if labels:
+        sums = bootstrap_sums(label_counts(_label_rows(scored), labels), clusters)
+        cells["macro_f1"] = cell(100 * macro_f1(sums), len(set(clusters)))
     summary: dict[str, Any] = {"questions": len(scored)}
-    clusters = [s.conversation.cluster for s in scored]
-    for name in scored[0].scores:
-        values = [s.scores[name] for s in scored]
-        low, high = score_interval(values, clusters)
-        summary[name] = round(100 * sum(values) / len(values), 2)
-        summary[f"{name}_95"] = [round(100 * low, 2), round(100 * high, 2)]
-    if labels:  # their mean F1
-        counts = label_counts(_label_rows(scored), labels)
-        sums = np.vstack([counts.sum(0), bootstrap_sums(counts, clusters)])
-        found = cell(100 * macro_f1(sums), len(set(clusters)))
-        summary |= {"macro_f1": found["score"], "macro_f1_95": [found["low"], found["high"]]}
+    for name, of in cells.items():
+        summary |= {name: of["score"], f"{name}_95": [of["low"], of["high"]]}
     return summary
 
 

@@ -13,61 +13,24 @@ import numpy as np
 _Z = NormalDist().inv_cdf  # quantiles of the standard normal
 
 
-def cluster_interval(
-    scores: Sequence[float], clusters: Sequence[str], resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float]:
-    """95 % percentile bootstrap interval of the mean score, resampling clusters (passages) with replacement.
-
-    Questions about one passage are not independent; resampling questions would make the interval too narrow.
-    Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapters 8.5 and 13.
-    """
-    number = {cluster: i for i, cluster in enumerate(sorted(set(clusters)))}
-    index = [number[cluster] for cluster in clusters]
-    sums = np.bincount(index, weights=np.asarray(scores, dtype=float))
-    sizes = np.bincount(index).astype(float)
-    count = len(sums)
-    rng, shares = np.random.default_rng(seed), np.full(count, 1 / count)
-    means = []
-    # in pieces of about 8 MB: all draws of 11,000 clusters at once would take 880 MB
-    for size in _pieces(resamples, max(1, 1_000_000 // count)):
-        draws = rng.multinomial(count, shares, size=size)
-        means.append((draws @ sums) / (draws @ sizes))
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return float(low), float(high)
-
-
-def score_interval(scores: Sequence[float], clusters: Sequence[str]) -> tuple[float, float]:
-    """`cluster_interval`; where all scores are 0, or all 1, and resamples tell nothing, Wilson's of the clusters."""
-    if min(scores) == max(scores) in (0, 1):
-        count = len(set(clusters))
-        return wilson_interval(count * int(scores[0]), count)
-    return cluster_interval(scores, clusters)
-
-
 def bootstrap_sums(columns: np.ndarray, clusters: Sequence[str], resamples: int = 10_000, seed: int = 0) -> np.ndarray:
-    """Sums of each column [items, K] in each resample of whole clusters: [resamples, K].
+    """Sums of each column [items, K], then of each resample of whole clusters (passages): [1 + resamples, K].
 
-    Columns of several systems, drawn together, make every difference between two systems a paired one. The draws are
-    those of `cluster_interval` with the same clusters and seed.
+    Questions about one passage are not independent; resampling questions would make an interval too narrow. Columns of
+    several systems, drawn together, make every difference between two systems a paired one. Sources: Efron and
+    Tibshirani, An Introduction to the Bootstrap (1993), chapters 8.5 and 13; pairing by question and clustering by
+    passage: Miller, Adding Error Bars to Evals (2024, arXiv 2411.00640).
     """
     sums = _cluster_sums(columns, clusters)
-    count = len(sums)
-    rng, shares = np.random.default_rng(seed), np.full(count, 1 / count)
-    sizes = _pieces(resamples, max(1, 1_000_000 // count))
-    return np.concatenate([rng.multinomial(count, shares, size=size).astype(float) @ sums for size in sizes])
+    rng, count = np.random.default_rng(seed), len(sums)
+    draws = (rng.multinomial(count, np.full(count, 1 / count), size) for size in _pieces(resamples, count))
+    return np.vstack([sums.sum(0), *(draw.astype(float) @ sums for draw in draws)])
 
 
-def paired_cluster_bootstrap(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[str], resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float, float]:
-    """Mean of a - b over the same items, its 95 % percentile interval (low, high), and the two-sided p.
-
-    Clusters are resampled for the interval and swapped for p, see `approximate_randomisation`. Source of pairing by
-    question and clustering by passage: Miller, Adding Error Bars to Evals (2024, arXiv 2411.00640).
-    """
-    differences = _paired(a, b)
-    low, high = cluster_interval(differences.tolist(), clusters, resamples, seed)
-    return float(differences.mean()), low, high, approximate_randomisation(a, b, clusters, None, resamples, seed)
+def mean_cells(scores: np.ndarray, clusters: Sequence[str]) -> list[dict[str, float]]:
+    """The `cell` of each column of scores [items, K], in percent."""
+    sums = bootstrap_sums(np.column_stack([np.ones(len(scores)), scores]), clusters)
+    return [cell(100 * column / sums[:, 0], len(set(clusters))) for column in sums[:, 1:].T]
 
 
 def approximate_randomisation(
@@ -95,7 +58,7 @@ def approximate_randomisation(
     # 1e-9: sums of f1 in another order differ in the last digits, and a tie must count
     seen = abs(float(score(first.sum(0)) - score(base))) - 1e-9
     rng, extreme = np.random.default_rng(seed), 0
-    for size in _pieces(resamples, max(1, 1_000_000 // len(unlike))):
+    for size in _pieces(resamples, len(unlike)):
         mine = base + rng.integers(0, 2, (size, len(unlike)), dtype=np.uint8).astype(float) @ unlike
         extreme += int((np.abs(score(mine) - score(both - mine)) >= seen).sum())
     return (1 + extreme) / (1 + resamples)
@@ -104,7 +67,7 @@ def approximate_randomisation(
 def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> tuple[float, int, int]:
     """Two-sided exact p on paired 0/1 scores, how many items only a has right, and how many only b.
 
-    1 where no item is discordant. It takes items as independent: where several share a cluster it finds differences
+    1 if no item is discordant. It takes items as independent: if several share a cluster it finds differences
     that are none, see `approximate_randomisation`. Source: McNemar (1947), in its exact binomial form; Edwards' (1948)
     correction approximates that one.
     """
@@ -131,7 +94,7 @@ def items_to_settle(
 ) -> int | None:
     """About how many items in all, clustered alike, would show the seen difference at `alpha` (two-sided) with `power`.
 
-    None where there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
+    None if there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
     2411.00640), clustered standard error of the paired differences, and power analysis.
     """
     differences = _paired(a, b)
@@ -143,8 +106,8 @@ def items_to_settle(
 
 
 def cell(values: np.ndarray, clusters: int | None = None) -> dict[str, float]:
-    """The seen score, values[0], and the 95 % percentile interval of its resamples, the rest; two decimals. A score of
-    0 or 100 on so many clusters has the interval that `score_interval` gives it."""
+    """The seen score in percent, values[0], and the 95 % percentile interval of its resamples, the rest; two decimals.
+    If all are 0, or all 100, resamples say nothing, and the interval is Wilson's of that many clusters."""
     low, high = np.percentile(values[1:], [2.5, 97.5])
     if clusters and values.min() == values.max() in (0, 100):
         low, high = (100 * end for end in wilson_interval(clusters * int(values[0] / 100), clusters))
@@ -156,11 +119,10 @@ def wilson_interval(successes: int, n: int) -> tuple[float, float]:
 
     Raises ValueError unless 0 <= successes <= n and n > 0. Source: Wilson (1927).
     """
-    if not 0 <= successes <= n or n <= 0:
-        raise ValueError(f"{successes} successes of {n}: between 0 and n of at least 1 item are wanted")
-    share, z2 = successes / n, _Z(0.975) ** 2
-    middle, half = share + z2 / (2 * n), math.sqrt(z2 * (share * (1 - share) + z2 / (4 * n)) / n)
-    return max(0.0, (middle - half) / (1 + z2 / n)), min(1.0, (middle + half) / (1 + z2 / n))
+    from scipy.stats import binomtest
+
+    low, high = binomtest(successes, n).proportion_ci(method="wilson")
+    return float(low), float(high)
 
 
 def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
@@ -221,9 +183,12 @@ def _cluster_sums(columns: Sequence[float] | np.ndarray, clusters: Sequence[str]
     values = np.asarray(columns, dtype=float).reshape(len(clusters), -1)
     number = {cluster: i for i, cluster in enumerate(sorted(set(clusters)))}
     index = np.array([number[cluster] for cluster in clusters])
-    order = np.argsort(index, kind="stable")
-    return np.asarray(np.add.reduceat(values[order], np.searchsorted(index[order], np.arange(len(number)))))
+    sums = np.zeros((len(number), values.shape[1]))
+    np.add.at(sums, index, values)
+    return sums
 
 
-def _pieces(total: int, most: int) -> list[int]:
-    return [min(most, total - done) for done in range(0, total, most)]
+def _pieces(resamples: int, clusters: int) -> list[int]:
+    """Resamples that are drawn at once, about 8 MB: all those of 11,000 clusters would take 880 MB."""
+    most = max(1, 1_000_000 // clusters)
+    return [min(most, resamples - done) for done in range(0, resamples, most)]

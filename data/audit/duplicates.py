@@ -1,6 +1,6 @@
 """Exact and near duplicates among many texts: inside the training data, and between it and what is held out.
 
-A text is known by a 64-bit hash of its normalised form; it nearly equals another where most of their runs of five
+A text is known by a 64-bit hash of its normalised form; it nearly equals another if most of their runs of five
 words are the same ones. Candidates for the second come from MinHash and locality-sensitive hashing (Broder, On the
 resemblance and containment of documents, 1997; Leskovec et al., Mining of Massive Datasets, chapter 3), and every
 candidate is compared by its runs of words before it is reported.
@@ -8,7 +8,6 @@ candidate is compared by its runs of words before it is reported.
 
 import re
 import unicodedata
-from array import array
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
@@ -42,7 +41,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class _Kept:
-    place: int
+    where: str
     runs: Runs
     bands: tuple[int, ...]
 
@@ -50,13 +49,13 @@ class _Kept:
 class TextIndex:
     """Texts of one side, train or held-out. `near=False` looks for exact duplicates only.
 
-    Takes about 60 MB for a million texts of any length, and about 3 KB more for each of the `near_limit` texts that
-    are kept for comparison by their words.
+    Takes about 170 MB for a million texts of any length (80 of them are the names of places, which indexes may share),
+    and about 3 KB more for each of the `near_limit` texts that are kept for comparison by their words.
     """
 
     def __init__(self, near: bool = True, near_limit: int = NEAR_LIMIT) -> None:
         self._near, self._near_limit = near, near_limit
-        self._places = _Places()
+        self._places: dict[int, str] = {}  # hash of a text -> where it is first
         self._kept: list[_Kept] = []
         self._bands: dict[int, int] = {}  # hash of a band -> index into _kept
         self._long = 0  # distinct texts of at least RUN words
@@ -68,15 +67,15 @@ class TextIndex:
 
     @property
     def near_share(self) -> float:
-        """The share of its texts that are compared by their words: below 1 where there are more than `near_limit`."""
+        """The share of its texts that are compared by their words: below 1 if there are more than `near_limit`."""
         return len(self._kept) / self._long if self._long else 1.0
 
     def find(self, text: str) -> Match | None:
         """The text of this index that `text` equals, or else the one that it equals most nearly."""
         text = normalize(text)
-        place = self._places.get(text_key(text))
-        if place is not None:
-            return Match(self._places.where(place), 1.0, exact=True)
+        where = self._places.get(text_key(text))
+        if where is not None:
+            return Match(where, 1.0, exact=True)
         return self._nearest(text) if self._kept else None
 
     def add(self, text: str, where: str) -> Match | None:
@@ -84,11 +83,11 @@ class TextIndex:
         match = self.find(text)
         if match is None or not match.exact:
             text = normalize(text)
-            place = self._places.add(text_key(text), where)
+            self._places[text_key(text)] = where
             if self._near and len(runs := _runs(text)):
                 self._long += 1
                 if _rank(runs) < self._ceiling:
-                    self._keep(_Kept(place, runs, _bands(text)))
+                    self._keep(_Kept(where, runs, _bands(text)))
                     self._thin_out()
         return match
 
@@ -97,7 +96,7 @@ class TextIndex:
         if not met:
             return None
         best, earliest = max((similarity(_runs(text), self._kept[i].runs), -i) for i in met)
-        return Match(self._places.where(self._kept[-earliest].place), best, False) if best >= NEAR_SIMILARITY else None
+        return Match(self._kept[-earliest].where, best, False) if best >= NEAR_SIMILARITY else None
 
     def _keep(self, text: _Kept) -> None:
         # only the first text of a band: ten thousand texts on one template would otherwise all meet in its bands
@@ -121,7 +120,7 @@ def normalize(text: str) -> str:
 
 
 def similarity(a: Runs, b: Runs) -> float:
-    """Shared runs of words over those of the shorter text where that is a passage, else over those of both (Jaccard).
+    """Shared runs of words over those of the shorter text if that is a passage, else over those of both (Jaccard).
 
     A passage cut short or embedded is still a copy; in a short text one more word makes another question.
     """
@@ -166,50 +165,3 @@ def _empty_sketch() -> Any:
 def _rank(runs: Runs) -> int:
     """A random number of a text that its near copies most often share, so that a sample holds both or neither."""
     return xxhash.xxh32_intdigest(runs[0].tobytes())
-
-
-class _Places:
-    """64-bit hash of a text -> where it was first, in flat arrays: 60 MB for a million texts, a dict takes 170."""
-
-    def __init__(self) -> None:
-        self._hashes, self._starts = array("Q", bytes(8 * 1024)), array("Q", bytes(8 * 1024))
-        self._names = bytearray()
-        self._count = 0
-
-    def __len__(self) -> int:
-        return self._count
-
-    def get(self, key: int) -> int | None:
-        slot = self._slot(key or 1)
-        return self._starts[slot] if self._hashes[slot] else None
-
-    def add(self, key: int, where: str) -> int:
-        """The place of a key that isn't there yet."""
-        if 3 * self._count > 2 * len(self._hashes):
-            self._grow()
-        start = len(self._names)
-        self._put(key or 1, start)  # 0 marks an empty slot
-        self._names += where.encode(errors="surrogatepass") + b"\0"
-        self._count += 1
-        return start
-
-    def where(self, place: int) -> str:
-        return self._names[place : self._names.index(0, place)].decode(errors="surrogatepass")
-
-    def _put(self, key: int, start: int) -> None:
-        slot = self._slot(key)
-        self._hashes[slot], self._starts[slot] = key, start
-
-    def _slot(self, key: int) -> int:
-        """The slot that holds the key, or the empty one where it belongs (open addressing, linear probing)."""
-        slot = key % len(self._hashes)
-        while self._hashes[slot] not in (0, key):
-            slot = (slot + 1) % len(self._hashes)
-        return slot
-
-    def _grow(self) -> None:
-        hashes, starts = self._hashes, self._starts
-        self._hashes, self._starts = (array("Q", bytes(16 * len(hashes))) for _ in range(2))
-        for key, start in zip(hashes, starts, strict=True):
-            if key:
-                self._put(key, start)

@@ -5,6 +5,7 @@ time; what grows with the data are hashes and counts.
 """
 
 import dataclasses
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from data.audit.leaks import Comparison
@@ -21,14 +21,14 @@ from data.audit.row_counts import (
     HELD_OUT,
     NOT_DRAWN,
     SHOWN,
-    Lengths,
     Sample,
     SourceAccount,
     SourceReport,
     decoded,
+    histogram,
     totals,
 )
-from data.audit.split import Counts, chosen_contexts, held_out_by_share
+from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import AUDITS, Example, TooLong, encode_turns, markers_in
@@ -81,7 +81,8 @@ def examine(
         for conversation in read_held_out(sources, rules):
             examination.comparison.hold_out(conversation)
     if rules.max_contexts is not None:
-        examination.drawn = _drawn_contexts(sources, rules, rules.max_contexts)
+        counts = count_contexts(c for c in _conversations(sources, rules) if not _is_held_out(c, rules))
+        examination.drawn = chosen_contexts(counts, rules.max_contexts, rules.seed, rules.unanswerable_share)
     accounts = []
     for source in sources:
         account = SourceAccount(Ledger(source.path), source.weight)
@@ -106,7 +107,7 @@ class _Examination:
         self.tokenizer, self.rules, self.writer = tokenizer, rules, writer
         self.comparison = Comparison(rules.leaks, rules.duplicates, rules.near_duplicates)
         self.drawn: set[str] | None = None
-        self.lengths, self.answers = Lengths(), Lengths()
+        self.lengths, self.answers = array("I"), array("I")  # in tokens, 4 bytes each
         self.labels: Counter[str] = Counter()
         self.sample = Sample(SHOWN, rules.seed)
         self.triggers = Triggers()
@@ -122,7 +123,7 @@ class _Examination:
         try:
             examples = encode_turns(conversation, self.tokenizer, rules.max_length)
         except TooLong as error:
-            self.lengths.values.append(error.tokens)
+            self.lengths.append(error.tokens)
             return ledger.leave_out(error.kind, error)
         except DataError as error:
             if error.kind in AUDITS.values():
@@ -142,7 +143,7 @@ class _Examination:
         return None
 
     def hold_out(self, conversation: Conversation, ledger: Ledger) -> None:
-        """Remember a held-out row, and tell where it can't be encoded: prompts are scored all the same."""
+        """Remember a held-out row, and note if it can't be encoded: prompts are scored all the same."""
         self.comparison.hold_out(conversation)
         try:
             encode_turns(conversation, self.tokenizer, self.rules.max_length)
@@ -156,8 +157,8 @@ class _Examination:
     def _keep(self, example: Example, account: SourceAccount) -> None:
         self.writer.add(example, account.weight)
         account.count(example)
-        self.lengths.values.append(len(example.ids))
-        self.answers.values.append(sum(example.loss_mask))
+        self.lengths.append(len(example.ids))
+        self.answers.append(sum(example.loss_mask))
         self.sample.add(example)
 
     def report(
@@ -166,30 +167,25 @@ class _Examination:
         rules, removed = self.rules, Counter[str]()
         for account in accounts:
             removed.update(account.ledger.left_out)
-        longest = max(self.lengths.values, default=0)
+        longest = max(self.lengths, default=0)
         duplicates, leaks = self.comparison.report(removed)
         return DataReport(
             created_by=f"graft {version('graft')}",
             task=rules.task,
             max_length=rules.max_length,
             stops=stops,
-            totals=totals(accounts, len(set(Examples(folder).contexts)), longest),
+            totals=totals(accounts, Examples(folder).count_contexts(), longest),
             sources=[account.report() for account in accounts],
             held_out=SourceReport.of(other.ledger) if other else None,
             lengths={
-                "example": self.lengths.histogram(rules.max_length),
-                "answer": self.answers.histogram(rules.max_length),
+                "example": histogram(self.lengths, rules.max_length),
+                "answer": histogram(self.answers, rules.max_length),
             },
             labels=dict(self.labels.most_common()),
             duplicates=duplicates,
             leaks=leaks,
             examples=[decoded(example, self.tokenizer) for example in self.sample.kept],
         )
-
-
-def context_key(conversation: Conversation) -> str:
-    """A short name of the text that conversations share."""
-    return xxhash.xxh3_64_hexdigest(conversation.context.encode(errors="surrogatepass"))
 
 
 def nothing_held_out(share: float | None) -> str:
@@ -224,15 +220,6 @@ def _stops(accounts: Sequence[SourceAccount], examination: _Examination, rules: 
             reasons.update(account.ledger.left_out + account.ledger.defects)
         lines.append(f"no row of {read} is left to train on: {', '.join(f'{n} {r}' for r, n in reasons.items())}")
     return lines
-
-
-def _drawn_contexts(sources: Sequence[WeightedSource], rules: Rules, count: int) -> set[str]:
-    found: dict[str, Counts] = {}
-    for conversation in _conversations(sources, rules):
-        if not _is_held_out(conversation, rules):
-            rows, empty = found.get(key := context_key(conversation), (0, 0))
-            found[key] = (rows + 1, empty + (not conversation.answers))
-    return chosen_contexts(found, count, rules.seed, rules.unanswerable_share)
 
 
 def _conversations(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[Conversation]:

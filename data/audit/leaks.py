@@ -75,7 +75,7 @@ class Comparison:
             self.held_out_texts.add(text, conversation.where)
 
     def leaves_out(self, conversation: Conversation, ledger: Ledger) -> bool:
-        """Whether the row is not trained on, because it or its text stands elsewhere; counted in any case. Only rows
+        """Whether the row is not trained on, because it or its text occurs elsewhere; counted in any case. Only rows
         that are trained on are remembered: of two copies, one stays."""
         where, row, text = conversation.where, _row_text(conversation), normalize(conversation.context)
         if not text:
@@ -83,8 +83,10 @@ class Comparison:
         key = text_key(text)
         earlier = self.texts.find(text)
         if not (earlier and earlier.exact):  # else it was compared, with the row that brought it
-            _put(self.near, key, earlier)
-            _put(self.leaked, key, self.held_out_texts.find(text) if self.held_out else None)
+            if earlier:
+                self.near[key] = earlier
+            if leaked := self.held_out_texts.find(text):
+                self.leaked[key] = leaked
         if leak := self._leak(row, key):
             kind, match = leak
             self.leaks.add(kind, match, where=where, held_out=match.where)
@@ -124,7 +126,7 @@ class Comparison:
         )
 
     def _leak(self, row: str, key: int) -> tuple[str, Match] | None:
-        if self.held_out and (same := self.held_out_rows.find(row)):
+        if same := self.held_out_rows.find(row):
             return SAME_ROW, same
         if match := self.leaked.get(key):
             return (SAME_TEXT if match.exact else NEAR_TEXT), match
@@ -134,11 +136,6 @@ class Comparison:
         if self.policy[reason] == "remove":
             ledger.leave_out(reason, DataError(where, problem))
         return self.policy[reason] == "remove"
-
-
-def _put(matches: dict[int, Match], key: int, match: Match | None) -> None:
-    if match:
-        matches[key] = match
 
 
 def _row_text(conversation: Conversation) -> str:

@@ -4,6 +4,7 @@ import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -80,26 +81,20 @@ class SourceAccount:
         return SourceReport.of(self.ledger, **{name: getattr(self, name) for name in names})
 
 
-class Lengths:
-    """Token counts, 4 bytes each."""
-
-    def __init__(self) -> None:
-        self.values = array("I")
-
-    def histogram(self, max_length: int) -> dict[str, Any]:
-        """Bins of equal width up to twice max_length, the last one open; empty for no values."""
-        if not self.values:
-            return {}
-        values = np.frombuffer(self.values, dtype=np.uint32)
-        end = min(int(values.max()) + 1, 2 * max_length)
-        width = 1 << (-(-end // BINS) - 1).bit_length()  # a power of two, for round ticks
-        edges = list(range(0, end + width, width))
-        counts, _ = np.histogram(np.minimum(values, edges[-1] - 1), edges)
-        p50, p95 = np.percentile(values, [50, 95])
-        return {
-            "edges": edges, "counts": counts.tolist(), "clipped": int((values >= edges[-1]).sum()),
-            "min": int(values.min()), "p50": int(p50), "p95": int(p95), "max": int(values.max()),
-        }  # fmt: skip
+def histogram(lengths: "array[int]", max_length: int) -> dict[str, Any]:
+    """Bins of equal width up to twice max_length, the last one open; empty for no values."""
+    if not lengths:
+        return {}
+    values = np.frombuffer(lengths, dtype=np.uint32)
+    end = min(int(values.max()) + 1, 2 * max_length)
+    width = 1 << (-(-end // BINS) - 1).bit_length()  # a power of two, for round ticks
+    edges = list(range(0, end + width, width))
+    counts, _ = np.histogram(np.minimum(values, edges[-1] - 1), edges)
+    p50, p95 = np.percentile(values, [50, 95])
+    return {
+        "edges": edges, "counts": counts.tolist(), "clipped": int((values >= edges[-1]).sum()),
+        "min": int(values.min()), "p50": int(p50), "p95": int(p95), "max": int(values.max()),
+    }  # fmt: skip
 
 
 class Sample:
@@ -120,16 +115,12 @@ class Sample:
 def decoded(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """The example as text: runs of tokens that are alike in being trained and in being control tokens."""
     special = special_ids(tokenizer)
-    runs: list[tuple[list[int], int, int]] = []
-    for token, trained in zip(example.ids, example.loss_mask, strict=True):
-        kind = (trained, int(token in special))
-        if runs and runs[-1][1:] == kind:
-            runs[-1][0].append(token)
-        else:
-            runs.append(([token], *kind))
+    kinds = [(trained, int(token in special)) for token, trained in zip(example.ids, example.loss_mask, strict=True)]
+    runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]
+    ids = iter(example.ids)
     return {
         "where": example.where,
-        "tokens": [[tokenizer.decode(ids), trained, control] for ids, trained, control in runs],
+        "tokens": [[tokenizer.decode(list(islice(ids, length))), *kind] for kind, length in runs],
         "length": len(example.ids),
         "trained": sum(example.loss_mask),
     }

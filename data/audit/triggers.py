@@ -69,7 +69,7 @@ class Triggers:
             found.words.update(words)
 
     def note(self) -> None:
-        """Tell the ledger of each source what was found in it."""
+        """Note the suspicious words of each source in its ledger."""
         for found in self.recurring.values():
             if words := sorted(self._words(found), key=lambda word: (self.frequency[_cell(word)], word)):
                 problem = (

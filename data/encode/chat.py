@@ -70,13 +70,13 @@ def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBas
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """The one example of a conversation, see encode_turns; DataError where there are several."""
+    """The one example of a conversation, see encode_turns; DataError if there are several."""
     examples = encode_turns(conversation, tokenizer, max_length)
     if len(examples) > 1:
         raise DataError(
             conversation.where,
-            f"the chat template renders earlier turns anew, so the conversation makes {len(examples)} examples where "
-            "one is expected; use single-turn rows or another model.chat_template",
+            f"the chat template renders earlier turns differently later on, so the conversation makes {len(examples)} "
+            "examples instead of one; use single-turn rows or another model.chat_template",
             "several examples",
         )
     return examples[0]
@@ -85,10 +85,10 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
 def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
     """Ids and mask; every assistant turn is trained, through the token that ends it.
 
-    One example, as long as the template renders a turn the same whatever follows. Where it does not (Qwen3 drops what
+    One example, as long as the template renders a turn the same whatever follows. If it does not (Qwen3 drops what
     the assistant thought in earlier turns), a new example begins: each answer is trained behind the prompt that a
     server would see. Prompt and answer are tokenized apart, so the ids before an answer are those of encode_prompt.
-    Raises DataError, naming file and place; its kind is one of AUDITS where an example would be trained wrongly.
+    Raises DataError, naming file and place; its kind is one of AUDITS if an example would be trained wrongly.
     """
     messages, where = conversation.messages, conversation.where
     encoder = encoder_of(tokenizer)
@@ -114,7 +114,7 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         if ids and not prompt.startswith(done):
             examples.append(_example(ids, mask, conversation, tokenizer, max_length))
             ids, mask, done, end = [], [], "", 0
-        # a control token parts what stands around it: to go on from the one that is last in ids is exact
+        # a control token separates the texts around it: to go on from the one that is last in ids is exact
         prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
         answer, length = _answer(full[len(prompt) :], where, encoder)
         answer_ids = _continued(prompt[end:], answer, separator, encoder, where)
@@ -156,7 +156,7 @@ def markers_in(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """DataError where the tokenizer has no template, or several and none by default."""
+    """DataError if the tokenizer has no template, or several and none by default."""
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(tokenizer.chat_template)
         raise DataError("", f"{name}: has chat templates {names} and none called default; set model.chat_template")
@@ -203,7 +203,7 @@ def _continued(before: str, text: str, separator: str, encoder: Encoder, where: 
 
 
 def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool = True) -> list[int]:
-    """Ids of rendered text; `separator` stands in the markers that came from data. `begins`: nothing stands before."""
+    """Ids of rendered text; `separator` splits the markers that came from data. `begins`: no text comes before."""
     ids: list[int] = []
     for piece in text.split(separator) if separator else [text]:
         ids += encoder.ids(piece) if begins else encoder.ids_after_text(piece, where)
@@ -219,7 +219,7 @@ def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool =
 def _protect(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, generation: bool
 ) -> tuple[Sequence[Message], str]:
-    """Messages whose control markers are split by the separator, and that; "" where the tokenizer has no such tokens.
+    """Messages whose control markers are split by the separator, and that; "" if the tokenizer has no such tokens.
 
     A marker may also arise where a content ends and the template, or the next content, goes on. That is seen from the
     whole text: if it holds fewer markers once the ends are split as well, they are.
@@ -235,7 +235,7 @@ def _protect(
         return messages, ""
     separator = next((c for c in NONCHARACTERS if c not in text and c not in template), "")
     if not separator:
-        problem = "all 66 noncharacters of Unicode stand in it, so none is left to split control markers; remove one"
+        problem = "all 66 noncharacters of Unicode are in it, so none is left to split control markers; remove one"
         raise DataError(where, problem, "all noncharacters")
     inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
     outside = [_split_ends(m, encoder, separator) for m in inside]

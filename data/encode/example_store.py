@@ -1,14 +1,15 @@
 """Encoded examples on disk: an Arrow file that is mapped, not read, so that memory stays flat whatever its size.
 
-A store is a folder under a key that names everything its content depends on. It is written aside and renamed: a folder
-that exists is whole, two processes may build one at once, and a changed file, recipe, template or code has another key.
+A store is a folder of data/cache.py: one that exists is whole, and its key names everything that it depends on.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data.encode.chat import Example
 
@@ -26,26 +27,29 @@ SCHEMA = pa.schema(
 
 
 class Examples(Sequence[Example]):
-    """The examples of a store, read one at a time. `contexts` and `weights` are columns in memory."""
+    """The examples of a store, read one at a time. `contexts` and `weights` are columns in memory, once asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).read_all()
-        self.contexts: list[str] = self.table["context"].to_pylist()
-        self.weights: list[float] = [round(w, 6) for w in self.table["weight"].to_pylist()]
 
     def __len__(self) -> int:
-        return len(self.contexts)
+        return int(self.table.num_rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+    @cached_property
+    def contexts(self) -> list[str]:
+        return list(self.table["context"].to_pylist())
+
+    @cached_property
+    def weights(self) -> list[float]:
+        return [round(w, 6) for w in self.table["weight"].to_pylist()]
+
+    def count_contexts(self) -> int:
+        """Distinct ones, counted without a Python object for each."""
+        return int(pc.count_distinct(self.table["context"]).as_py())
+
+    def __getitem__(self, index: Any) -> Any:  # an Example, or a list of them for a slice
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        if not -len(self) <= index < len(self):
-            raise IndexError(index)
-        index %= len(self)
         ids, mask = (self.table[name][index].values.to_pylist() for name in ("ids", "loss_mask"))
         return Example(ids, mask, self.contexts[index], self.table["where"][index].as_py())
 

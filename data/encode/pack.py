@@ -1,4 +1,4 @@
-"""Examples -> packs: a forest of token ids in which a common prefix stands, and is computed, once; or rows, padded.
+"""Examples -> packs: a forest of token ids that holds, and computes, a common prefix once; or rows, padded.
 
 A pack is a trie over the ids of its examples, laid out in depth-first preorder. Token q may attend to token k
 exactly when k <= q < end[k]: documents and siblings are isolated, ancestors shared, by that one rule.
@@ -18,7 +18,7 @@ from data.encode.chat import Example
 LOOK_AHEAD = 64  # contexts that compete for the room left in a step
 # Time of a micro-batch in units of a token's: SmolLM2-135M on 2 CPU cores, see tests/benchmarks/throughput.py --growth
 FIXED_TOKENS = 32  # reading all weights once
-DENSE_TOKENS = 1000  # so many tokens spend as much on attention over T^2 as on all else
+DENSE_TOKENS = 1000  # tokens that spend as much on attention over T^2 as on all else
 SHARES = (1.05, 1.2, 1.5)  # packs of several processes: room above equal shares, as trees don't fill them evenly
 
 
@@ -37,7 +37,7 @@ class Layout:
     attention: Literal["dense", "sparse", "padded", "alone"] = "dense"
 
     def cost(self, tokens: int) -> float:
-        """Time of a micro-batch of so many tokens, in units of a token's time."""
+        """Time of a micro-batch of `tokens` tokens, in units of one token's time."""
         return FIXED_TOKENS + tokens + (tokens**2 / DENSE_TOKENS if self.attention == "dense" else 0)
 
     def share(self, one: int, other: int, both: int) -> bool:
@@ -102,7 +102,7 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
 
 
 def pad_rows(examples: Sequence[Example]) -> Pack:
-    """One pack with a row for each example. Its padding stands behind it, where no causal model sees it from before."""
+    """One pack with a row for each example. Padding comes last, where no earlier token of a causal model sees it."""
     width = max(len(example.ids) for example in examples)
     pack = Pack(rows=len(examples))
     for example in examples:
@@ -119,8 +119,8 @@ def pad_rows(examples: Sequence[Example]) -> Pack:
 
 
 def make_packs(examples: Sequence[Example], layout: Layout = Layout(), processes: int = 1) -> list[Pack]:
-    """Micro-batches that hold the examples once each. Where several processes divide them, the largest first in turn,
-    they are so small that the busiest process is done as early as can be."""
+    """Micro-batches that hold the examples once each. With several processes, packs are sized so that the slowest
+    process finishes as early as possible; they are dealt out largest first."""
     layout = _for_processes(examples, layout, processes) if processes > 1 else layout
     if layout.attention in ("padded", "alone"):
         return [pad_rows(rows) for rows in plan_rows(examples, layout)]
@@ -155,7 +155,7 @@ def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tens
 
 
 def is_chain(pack: Pack) -> bool:
-    """True for a single sequence, where the rule is plain causal attention and needs no mask."""
+    """True for a single sequence: the rule is then plain causal attention and needs no mask."""
     return all(end == len(pack.end) for end in pack.end)
 
 
@@ -216,7 +216,7 @@ def _occurrences(groups: list[list[int]], weight: float, seed: int, epoch: int) 
 def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Example]]]:
     """The trees of each micro-batch, their examples in order of their ids.
 
-    Examples stay in a tree, and trees join in a pack, where that saves time: attention over T^2 can cost more than a
+    Examples stay in a tree, and trees join in a pack, if that saves time: attention over T^2 can cost more than a
     shared prefix or one pass over the weights less saves. Trees fill packs best fit decreasing: the largest first, each
     into the fullest pack that it joins; those of a pack then share what they have in common.
     """
@@ -234,7 +234,7 @@ def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Ex
 
 
 def plan_rows(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
-    """The rows of each micro-batch, where they stand alone: the longest first, as long as the padding of the next one
+    """The rows of each micro-batch without prefix sharing: the longest first, as long as the padding of the next one
     costs less than a micro-batch of its own."""
     packs: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: (-len(e.ids), e.ids)):

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from data.encode.example_store import Examples
 from data.encode.pack import Layout, pack_sizes, step_order
 
-CONTEXTS = 2_000  # it is measured on at most so many
-PAYS = 1.03  # sharing is turned on where it saves at least so much: masks and bookkeeping are not free
+CONTEXTS = 2_000  # that are measured at most
+PAYS = 1.03  # the least gain that turns sharing on: masks and bookkeeping are not free
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,25 @@
 """Chat template -> text, exactly as transformers renders it, within limits of time and size.
 
 A chat template is a program that comes with a model. transformers keeps it from Python's internals (a sandbox), but
-lets it run for ever or write until memory is gone. Here each loop step, call, filter and operator that can make text
-draws on a budget first. That works in any thread, and a call in C that would be too large is refused before it starts;
-a signal needs the main thread, a watching thread can't stop a call in C, and a process would be slow. What is compared
-or looked up draws on it too: `==` of two lists that hold a list twice, fifty times over, would not end.
+lets it run for ever or write until memory is gone. Here each loop step and each value that is made draws on a budget
+first, in any thread, and a call in C that would make too much is refused before it starts. A list that holds a list
+twice, sixty times over, takes no memory and is exponentially long; so values are measured with all that they hold when
+they are made, and nothing that later reads, compares, hashes or writes one takes long.
+
+Not a process with limits: it takes half the lines, but encoding would take one and a half times as long.
 """
 
 import functools
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, MappingView, Sequence
 from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 from transformers import PreTrainedTokenizerBase
 
@@ -26,7 +29,7 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 from data.conversation import DataError, Message
 
 SECONDS = 10.0  # of one render; real templates take some 20 microseconds
-CHARACTERS = 64_000_000  # made in all steps of one render, beside 100 for each character of the messages
+CHARACTERS = 10_000_000  # made in all steps of one render, beside 100 for each character of the messages
 TEMPLATE_CHARACTERS = 1_000_000  # the longest real ones have some 20,000
 BITS = 10_000  # of a whole number
 
@@ -69,15 +72,20 @@ class _Budget:
             raise _OverLimit(f"takes more than {self.seconds:g} s")
 
     def size(self, value: Any) -> int:
-        """Characters of a value's text, nearly. Lists that hold a list twice can be exponentially long: their walk is
-        drawn on the budget too."""
+        """Characters of a value's text, nearly; what it holds is counted on the budget."""
         if isinstance(value, str | bytes):
             return len(value)
-        if not isinstance(value, list | tuple | dict):
+        if not isinstance(value, list | tuple | dict | MappingView):
             return 1
         self.spend(len(value))
-        items = [*value, *value.values()] if isinstance(value, dict) else value
+        items: Any = [*value, *value.values()] if isinstance(value, dict) else value
         return 1 + sum(len(item) if isinstance(item, str) else self.size(item) for item in items)
+
+    def measured(self, value: Any) -> Any:
+        """A new value, drawn on the budget: a text by its length, anything else by the number of values in it."""
+        size = self.size(value)
+        self.spend(size if isinstance(value, str | bytes) else 0)
+        return value
 
     def allow(self, name: str, subject: Any, others: Sequence[Any]) -> None:
         """Refuse a call whose result may exceed what is left: no result is longer than subject x largest argument."""
@@ -104,7 +112,7 @@ def render(
 ) -> str:
     """Text of the messages; `generation` adds what starts the assistant's answer.
 
-    Raises DataError, naming model.chat_template, where the template refuses the messages, fails or exceeds a limit.
+    Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
     """
     text = str(tokenizer.get_chat_template())
     budget = _Budget(seconds, characters + 100 * sum(len(m["content"]) for m in messages))
@@ -136,7 +144,7 @@ def render(
 
 @lru_cache(maxsize=16)
 def literals(template: str) -> tuple[str, ...]:
-    """The texts that stand in a template, those of its conditions too."""
+    """The texts that are written in a template, those of its conditions too."""
     tree = _environment().parse(template)
     data = [str(node.data) for node in tree.find_all(nodes.TemplateData)]
     return (*data, *(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)))
@@ -160,15 +168,23 @@ def _environment() -> "_Environment":
     )
     environment.globals.update(reference.globals)
     del environment.globals["lipsum"]  # random text of any length
+    environment.globals["namespace"] = _Namespace
     environment.filters = {name: _bounded(name, function) for name, function in reference.filters.items()}
     # names with a space: no template can use them
-    environment.filters |= {"counted items": _counted, "joined text": _joined, "walked value": _walk}
+    environment.filters |= {"counted items": _counted, "joined text": _joined, "measured value": _measured}
     return environment
+
+
+class _Namespace(Namespace):
+    """Its attributes change, so that their size is not known when it is made; so its text doesn't show them."""
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
 
 
 class _Environment(ImmutableSandboxedEnvironment):
     """transformers' environment, with a budget. Its hooks are Jinja's own: calls and operators of a sandbox, `concat`
-    for what blocks and macros collect, `finalize` for what is written; loops and `~` become filters in the tree."""
+    for what blocks and macros collect, `finalize` for what is written; loops, `~` and literals get a filter."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -177,16 +193,13 @@ class _Environment(ImmutableSandboxedEnvironment):
         return tree
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
-        budget = _budget.get()
-        owner = _owner(__obj)
-        for value in (owner, *args) if isinstance(owner, list | tuple | dict) else ():  # index, count, get compare
-            budget.size(value)
-        if isinstance(owner, str | bytes | int) and __obj.__name__ in GROWING:
+        budget, owner = _budget.get(), _owner(__obj)
+        if not isinstance(owner, str | bytes | int):
+            budget.size((*args, *kwargs.values()))  # a macro sees them as a tuple and a dict
+        elif __obj.__name__ in GROWING:
             args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
             budget.allow(__obj.__name__, owner, [*args, *kwargs.values()])
-        result = super().call(__context, __obj, *args, **kwargs)
-        budget.spend(len(result) if isinstance(result, str | list) else 0)
-        return result
+        return budget.measured(super().call(__context, __obj, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         budget = _budget.get()
@@ -198,61 +211,39 @@ class _Environment(ImmutableSandboxedEnvironment):
             budget.allow("*", *((right, [left]) if isinstance(left, int) else (left, [right])))
         elif operator == "%":
             budget.allow("%", left, [right])
-        result = super().call_binop(context, operator, left, right)
-        budget.spend(len(result) if isinstance(result, str | list | tuple) else 0)
-        return result
+        return budget.measured(super().call_binop(context, operator, left, right))
 
     def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
-        found = list(pieces)
-        _budget.get().spend(sum(map(len, found)))
-        return "".join(found)
+        texts = list(pieces)
+        _budget.get().spend(sum(map(len, texts)))
+        return "".join(texts)
 
 
 class _Counting(NodeTransformer):
-    """Loops draw on the budget at each step, `~` before it joins, and comparisons, tests and keys before they are."""
+    """Loops draw on the budget at each step, `~` before it joins, literals and slices once they are made."""
 
-    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
-        self.generic_visit(node)
-        node.expr = _walked(node.expr)
-        for operand in node.ops:
-            operand.expr = _walked(operand.expr)
-        return node
-
-    def visit_Test(self, node: nodes.Test) -> nodes.Test:
-        self.generic_visit(node)
-        if node.name not in ("defined", "undefined"):  # which must see the name itself
-            node.node = _walked(node.node)
-        return node
-
-    def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
-        self.generic_visit(node)
-        node.key = _walked(node.key)
-        return node
-
-    def visit_For(self, node: nodes.For) -> nodes.For:
-        self.generic_visit(node)
-        node.iter = nodes.Filter(node.iter, "counted items", [], [], None, None, lineno=node.lineno)
-        return node
-
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
-        self.generic_visit(node)
-        parts = nodes.List(node.nodes, lineno=node.lineno)
-        return nodes.Filter(parts, "joined text", [], [], None, None, lineno=node.lineno)
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        super().generic_visit(node, *args, **kwargs)
+        if isinstance(node, nodes.For):
+            node.iter = _filtered("counted items", node.iter)
+        if isinstance(node, nodes.Concat):
+            return _filtered("joined text", nodes.List(node.nodes, lineno=node.lineno))
+        is_slice = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice)
+        is_value = isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load")
+        return _filtered("measured value", node) if is_slice or is_value else node
 
 
-def _walked(node: nodes.Expr) -> nodes.Expr:
-    return nodes.Filter(node, "walked value", [], [], None, None, lineno=node.lineno)
+def _filtered(name: str, node: nodes.Node) -> nodes.Filter:
+    return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
 
 
-def _walk(value: Any) -> Any:
-    _budget.get().size(value)
-    return value
+def _measured(value: Any) -> Any:
+    return _budget.get().measured(value)
 
 
 def _counted(items: Iterable[Any]) -> Iterator[Any]:
-    budget = _budget.get()
     for item in items:
-        budget.spend()
+        _budget.get().spend()
         yield item
 
 
@@ -263,14 +254,14 @@ def _joined(parts: list[Any]) -> str:
 
 
 def _finalize(value: Any) -> Any:
-    if isinstance(value, list | tuple | dict):
+    if not isinstance(value, str):
         budget = _budget.get()
         budget.spend(budget.size(value))
     return value
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, drawing on the budget; wraps keeps what tells Jinja to pass the context first."""
+    """The filter, drawing on the budget; wraps keeps the mark by which Jinja passes the context first."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -282,9 +273,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             raise _OverLimit(f"asks `{name}` for more than {budget.characters:,} characters")
         if name in GROWING:
             budget.allow(name, args[first], [*args[first + 1 :], *kwargs.values()])
-        result = function(*args, **kwargs)
-        budget.spend(len(result) if isinstance(result, str | list) else 0)
-        return result
+        return budget.measured(function(*args, **kwargs))
 
     return bounded
 

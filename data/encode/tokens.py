@@ -62,14 +62,14 @@ class Encoder:
         return ids
 
     def ids_after_text(self, text: str, where: str) -> list[int]:
-        """Ids of a text that stands behind other text: without the space that the tokenizer puts before a text."""
+        """Ids of a text that follows other text: without the space that the tokenizer puts before a text."""
         if not self.prepends or not text:
             return self.ids(text)
         for anchor in ANCHORS:
             alone, both = self.ids(anchor), self.ids(anchor + text)
             if both[: len(alone)] == alone:
                 return both[len(alone) :]
-        problem = f"the tokenizer joins {text[:20]!r} with whatever stands before it; change the text"
+        problem = f"the tokenizer joins {text[:20]!r} with whatever comes before it; change the text"
         raise DataError(where, problem, "text without tokens of its own")
 
     def _encode(self, text: str) -> tuple[int, ...]:
@@ -106,10 +106,10 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Its tokenizers.Tokenizer. Raises UserError where it has none."""
+    """Its tokenizers.Tokenizer. Raises UserError if it has none."""
     if not tokenizer.is_fast:
         name = type(tokenizer).__name__
-        raise UserError(f"{name} does not tell where in a text its tokens are; use a model with a fast tokenizer")
+        raise UserError(f"{name} does not say where in a text its tokens are; use a model with a fast tokenizer")
     return tokenizer.backend_tokenizer
 
 
@@ -128,7 +128,7 @@ def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
 def encode_texts(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[dict[str, list[int]]], int]:
-    """[CLS] text [SEP] for an encoder, as input_ids (and token_type_ids, where it has them); and how many texts were
+    """[CLS] text [SEP] for an encoder, as input_ids (and token_type_ids, if it has them); and how many texts were
     cut to max_length tokens. Text never becomes a control token."""
     backend = plain_backend(tokenizer)
     control = backend.num_special_tokens_to_add(False)
@@ -156,7 +156,7 @@ def paragraph_cut(tokenizer: PreTrainedTokenizerBase) -> int | None:
 
     Safe means: the tokenizer is byte-level BPE or alike, with parts that work piece by piece; no added token touches a
     newline; and its pre-tokenizer, a regex that looks at most one character ahead and never back, ends a piece at the
-    cut for each pair of characters that PARAGRAPH allows around it. Then what stands before can't change what comes
+    cut for each pair of characters that PARAGRAPH allows around it. Then what comes before can't change what comes
     after, nor the reverse. GPT-2's regex takes the newlines one by one (1), Llama 3's and Qwen's in one piece (2);
     SentencePiece has no pieces smaller than a text (None: texts are encoded whole, at half the speed).
     """

@@ -8,7 +8,7 @@ from data.conversation import Conversation, DataError, Ledger
 
 SHOWN = 60  # characters of a value in a message: enough to find it, too few to publish it
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# told, not refused: real posts hold form feeds and terminal escapes, and a tokenizer takes them all
+# noted, not refused: real posts hold form feeds and terminal escapes, and a tokenizer takes them all
 ODD_CHARACTERS = {
     "control characters": re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"),
     "U+2028 or U+2029, which some tools take for a line end": re.compile("[\u2028\u2029]"),
@@ -37,10 +37,9 @@ def text(value: Any, field: str, where: str) -> str:
     return value
 
 
-def refuse_lone_surrogates(row: dict[str, Any], where: str) -> None:
-    """Raises DataError for half a character in any key or text of the row: one that is not trained on is still printed,
-    stored or sent.
-    """
+def without_lone_surrogates(row: dict[str, Any], where: str) -> dict[str, Any]:
+    """The row. Raises DataError if a key or text in it holds half a character: one that is not trained on is still
+    printed, stored or sent."""
     values: list[tuple[str, Any]] = [("", row)]
     for place, value in values:  # which grows as it is walked: recursion would end before the decoder's own does
         if isinstance(value, dict):
@@ -49,9 +48,10 @@ def refuse_lone_surrogates(row: dict[str, Any], where: str) -> None:
         elif isinstance(value, list):
             values += ((f"{place}[{i}]", item) for i, item in enumerate(value))
         elif isinstance(value, str) and not value.isascii() and (broken := LONE_SURROGATE.search(value)):
-            name, found = shown_names([place[1:]]), f"lone surrogate U+{ord(broken[0]):04X}"
+            name, code = shown_names([place[1:]]), f"lone surrogate U+{ord(broken[0]):04X}"
             remedy = "half of a character was cut off, write the whole one or remove it"
-            raise DataError(where, f"{name}: {found} at character {broken.start() + 1}; {remedy}", "lone surrogate")
+            raise DataError(where, f"{name}: {code} at character {broken.start() + 1}; {remedy}", "lone surrogate")
+    return row
 
 
 def shown(value: Any) -> str:
@@ -80,7 +80,7 @@ def type_name(value: Any) -> str:
 
 
 def note_odd_characters(conversation: Conversation, ledger: Ledger) -> None:
-    """Tells the ledger of characters that are seldom meant."""
+    """Note characters that are seldom meant in the ledger."""
     for i, message in enumerate(conversation.messages):
         for kind, pattern in ODD_CHARACTERS.items():
             if found := pattern.search(message["content"]):

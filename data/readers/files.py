@@ -1,8 +1,8 @@
-"""A data file as bytes: gzip told by its content, lines of bounded length, and what is wrong with the encoding."""
+"""A data file as bytes: gzip by its content, lines of bounded length, and what is wrong with the encoding."""
 
 import gzip
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import BufferedReader, RawIOBase
 from pathlib import Path
@@ -12,7 +12,7 @@ from data.conversation import DataError, Ledger
 
 Row = dict[str, Any]
 # What every reader of this package yields: where a row is and its keys, or the defect in its place. A DataError that is
-# yielded costs one row; one that is raised ends the file, whose other rows can't be told or counted.
+# yielded costs one row; one that is raised ends the file, whose other rows can't be read or counted.
 Rows = Iterator[tuple[str, Row | DataError]]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
@@ -29,7 +29,7 @@ def data_suffix(path: Path) -> str:
 
 
 class _Unpacked(RawIOBase):
-    """A gzip file's content. Raises DataError where it is so much larger than the file that it can only be a bomb."""
+    """A gzip file's content. Raises DataError if it is so much larger than the file that it can only be a bomb."""
 
     def __init__(self, unpacked: gzip.GzipFile, path: Path) -> None:
         self.unpacked, self.path, self.count = unpacked, path, 0
@@ -52,7 +52,7 @@ class _Unpacked(RawIOBase):
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BufferedReader]:
-    """The file's bytes, unpacked where they are gzip's. Raises DataError where they can't be had or break off."""
+    """The file's bytes, unpacked if they are gzip's. Raises DataError if they can't be read or break off."""
     try:
         with path.open("rb") as file:
             if file.peek(2)[:2] != GZIP:
@@ -106,6 +106,14 @@ def read_lines(path: Path, ledger: Ledger) -> Iterator[tuple[int, bytes | DataEr
                 crlf = True
                 ledger.note(str(path), "CRLF line ends", f"CRLF line ends from line {number}, read like LF")
             yield number, line
+
+
+def row_or_defect(check: Callable[..., Row], *values: Any) -> Row | DataError:
+    """What `check` returns, or the DataError that it raises."""
+    try:
+        return check(*values)
+    except DataError as error:
+        return error
 
 
 def not_utf8(byte: int, where: str, place: str = "") -> DataError:

@@ -88,18 +88,13 @@ def thread(raw: str) -> str:
 
 
 def posts_of(folder: Path) -> list[Path]:
-    """Posts of a folder whose subfolders are named after the groups, sorted; empty where no subfolder is.
+    """Posts of a folder whose subfolders are named after the groups, sorted; empty if no subfolder is.
 
     Hidden files (.DS_Store) and folders further down are no posts.
     """
-    groups = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    if not any(group.name in NEWSGROUPS for group in groups):
+    if not any((folder / group).is_dir() for group in NEWSGROUPS):
         return []
-    return [post for group in groups for post in sorted(group.iterdir()) if _is_post(post)]
-
-
-def _is_post(path: Path) -> bool:
-    return path.is_file() and not path.name.startswith(".")
+    return sorted(path for path in folder.glob("[!.]*/[!.]*") if path.is_file())
 
 
 def read_post(path: Path) -> Rows:

@@ -8,7 +8,7 @@ from data.readers.files import Row, Rows, not_utf8, read_lines
 
 
 def read_paragraphs(path: Path, ledger: Ledger) -> Rows:
-    """What stands between blank lines, each under the line that it begins in."""
+    """The text between blank lines, each named by the line that it begins in."""
     first, lines = 1, list[str]()
     for number, line in read_lines(path, ledger):
         if isinstance(line, DataError):

@@ -1,4 +1,4 @@
-"""A row's format, told by its keys, and the columns that the recipe gives our names to."""
+"""A row's format, recognised by its keys, and the columns that the recipe gives our names to."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -80,7 +80,7 @@ def _format(row: Row, named: str | None, where: str) -> str:
 
 
 def check_names(format: str | None, columns: Mapping[str, str], source: str) -> None:
-    """Raises DataError where the recipe names a format or one of our keys that there is not."""
+    """Raises DataError if the recipe names a format, or a key of ours, that does not exist."""
     if format is not None and format not in FORMATS:
         raise DataError(source, f"format {format!r}; must be one of {', '.join(FORMATS)}", "format")
     for ours in columns:

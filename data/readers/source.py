@@ -1,7 +1,7 @@
 """A source of the recipe -> conversations, one after the other, whatever its format and the size of its files.
 
-A source is a file, a glob, a folder, a Hub dataset `owner/name`, or sklearn:20newsgroups. Its rows' format is told by
-their keys.
+A source is a file, a glob, a folder, a Hub dataset `owner/name`, or sklearn:20newsgroups. Its rows' format is
+recognised by their keys.
 """
 
 import glob
@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from data.conversation import Conversation, DataError, Ledger
+from data.progress import track
 from data.readers.fields import note_odd_characters, shown
-from data.readers.files import BOM, SUFFIXES, Row, Rows, check_encoding, data_suffix, open_bytes
-from data.readers.json_stream import read_list
-from data.readers.jsonl import read_jsonl
+from data.readers.files import SUFFIXES, Row, Rows, check_encoding, data_suffix
 from data.readers.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
 from data.readers.raw_text import read_paragraphs
 from data.readers.row_formats import check_names, refuse_unseen, renamed, row_conversation
-from data.readers.squad import holds_articles, read_articles
+from data.readers.squad import read_articles
+from data.readers.strict_json import json_layout, read_jsonl, read_list
 from data.readers.tables import read_csv, read_hub, read_parquet
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -54,11 +54,12 @@ class FileSource:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's
 
 
-def read_all(source: SourceLike, task: str, on_error: str = "stop") -> list[Conversation]:
-    """All conversations of a source. Raises DataError with a line for each kind of defect; with on_error skip rows with
-    defects are counted and left out, and only a file that can't be read to its end is an error."""
-    ledger = Ledger(source.path)
-    conversations = list(read_rows(source, task, ledger))
+def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledger | None = None) -> list[Conversation]:
+    """All conversations of a source, counted in the ledger. Raises DataError with a line for each kind of defect; with
+    on_error skip rows with defects are counted and left out, and only a file that can't be read to its end is an error.
+    """
+    ledger = ledger or Ledger(source.path)
+    conversations = list(track(read_rows(source, task, ledger), f"read {Path(source.path).name}"))
     if ledger.unread or (ledger.defects and on_error == "stop"):
         raise DataError("", "\n".join(ledger.explain()), "defects")
     if ledger.defects:
@@ -67,12 +68,12 @@ def read_all(source: SourceLike, task: str, on_error: str = "stop") -> list[Conv
 
 
 def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Conversation]:
-    """The source's conversations in order; rows that can't be used are told to the ledger and left out, and so is the
+    """The source's conversations in order; rows that can't be used go to the ledger and are left out, and so is the
     rest of a file that can't be read on.
 
     task: squad_v1, squad_v2, newsgroups or instruct; it only decides what rows leave open, see squad_version. Of task
     text a row's text is all that is read.
-    Raises DataError where the source itself is wrong: no such file, a setting that it has not, a column in no row.
+    Raises DataError if the source itself is wrong: no such file, a setting that does not apply, a column in no row.
     """
     check_names(source.format, source.columns, source.path)
     unseen, first = dict(source.columns), Row()
@@ -130,7 +131,7 @@ def is_hub_id(name: str) -> bool:
 
 
 def hub_revision(name: str, revision: str | None) -> str | None:
-    """The commit that `revision` of a Hub dataset stands for; None where the Hub can't be asked."""
+    """The commit that `revision` of a Hub dataset means now; None if the Hub can't be asked."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -138,42 +139,38 @@ def hub_revision(name: str, revision: str | None) -> str | None:
         return revision
     try:
         return HfApi().dataset_info(name, revision=revision).sha
-    except (HTTPError, OSError, ValueError):  # no connection or no such dataset: reading it will tell
+    except (HTTPError, OSError, ValueError):  # no connection or no such dataset: reading it raises
         return None
 
 
 def _rows(source: SourceLike, ledger: Ledger, raw: bool) -> Rows:
-    """Rows of all files, one after the other, of each up to where it can't be read on."""
+    """Rows of all files, one file after the other, each up to where it can't be read on; the ledger says where that is
+    and how many rows come before."""
     files = files_of(source)
     _refuse_settings(source, files)
-    if source.path == SKLEARN:
-        yield from _until_broken(SKLEARN, read_sklearn(source.split), ledger)
-    elif not files:
-        rows = read_hub(source.path, source.config, source.split, source.revision)
-        yield from _until_broken(source.path, rows, ledger)
     _note_left_files(Path(source.path), files, ledger)
-    for path in files:
-        in_group_folder = path.parent.parent == Path(source.path)
-        yield from _until_broken(str(path), _file_rows(path, in_group_folder, ledger, raw), ledger)
-
-
-def _until_broken(name: str, rows: Rows, ledger: Ledger) -> Rows:
-    """The rows up to where they can't be read on; the ledger is told how many they were and that the rest is unread."""
-    count = 0
-    try:
-        for row in rows:
-            count += 1
-            yield row
-    except DataError as error:
-        read = f"after {count:,} row{'s' if count > 1 else ''}, the rest is unread" if count else "no row is read"
-        ledger.break_off(DataError(error.where, f"{error.problem} ({read})", error.kind))
+    if source.path == SKLEARN:
+        parts = [(SKLEARN, read_sklearn(source.split))]
+    elif not files:
+        parts = [(source.path, read_hub(source.path, source.config, source.split, source.revision))]
     else:
-        if not count:
-            ledger.break_off(DataError(name, "holds no row; give one with data or leave it out", "no row"))
+        parts = [(str(p), _file_rows(p, p.parent.parent == Path(source.path), ledger, raw)) for p in files]
+    for name, rows in parts:
+        count = 0
+        try:
+            for row in rows:
+                count += 1
+                yield row
+        except DataError as error:
+            read = f"after {count:,} row{'s' if count > 1 else ''}, the rest is unread" if count else "no row is read"
+            ledger.break_off(DataError(error.where, f"{error.problem} ({read})", error.kind))
+        else:
+            if not count:
+                ledger.break_off(DataError(name, "holds no row; give one with data or leave it out", "no row"))
 
 
 def _refuse_settings(source: SourceLike, files: list[Path]) -> None:
-    """Raises DataError for a setting that this kind of source has not."""
+    """Raises DataError for a setting that this kind of source does not take."""
     if not files and source.path != SKLEARN:
         return
     settings = {"config": source.config, "revision": source.revision} | ({"split": source.split} if files else {})
@@ -197,25 +194,19 @@ def _file_rows(path: Path, in_group_folder: bool, ledger: Ledger, raw: bool) -> 
         raise DataError(str(path), f"suffix {suffix!r}; must be one of {allowed}, or that and .gz", "suffix")
     else:
         check_encoding(path, ledger)
-        if suffix == ".csv":
+        layout = json_layout(path) if suffix == ".json" else suffix
+        if layout == ".csv":
             yield from read_csv(path, ledger)
-        else:
-            yield from (read_jsonl(path, ledger) if suffix == ".jsonl" else _json_rows(path, ledger))
-
-
-def _json_rows(path: Path, ledger: Ledger) -> Rows:
-    """Of a .json file: a list, SQuAD's articles, or what many such files hold, one object a line."""
-    with open_bytes(path) as file:
-        start = file.peek(1).removeprefix(BOM).lstrip()[:1]
-    if start == b"[":
-        return read_list(path)
-    return read_articles(path) if holds_articles(path) else read_jsonl(path, ledger)
+        elif layout == "list":
+            yield from read_list(path)
+        elif layout == "articles":
+            yield from read_articles(path)
+        else:  # .jsonl, and .json files that hold the same
+            yield from read_jsonl(path, ledger)
 
 
 def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
-    """Says what lies in a folder and in those of its groups and is not read; hidden files of the folder itself go
-    without saying.
-    """
+    """Note what is not read of a folder and of those of its groups, except hidden files of the folder itself."""
     if folder.is_dir():
         groups = {path.parent for path in files} - {folder}
         left = {path for path in folder.iterdir() if not path.name.startswith(".")}
@@ -227,7 +218,7 @@ def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
 def _with_own_id(conversation: Conversation, row: Row, ids: set[int], ledger: Ledger) -> Conversation:
     """The conversation under the id that its row has, if it has one and it is the first.
 
-    Raises DataError where a SQuAD question's id occurs twice, since answers are scored by it.
+    Raises DataError if a SQuAD question's id occurs twice, since answers are scored by it.
     """
     id = row.get("id")
     if id is None or id == "":

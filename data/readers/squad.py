@@ -4,39 +4,27 @@ from pathlib import Path
 from typing import Any
 
 from data.conversation import Conversation, DataError
-from data.readers.fields import refuse_lone_surrogates, shown, shown_names, text, type_name
-from data.readers.files import Row, Rows, open_bytes
-from data.readers.json_stream import JsonStream
+from data.readers.fields import shown, shown_names, text, type_name, without_lone_surrogates
+from data.readers.files import Row, Rows, open_bytes, row_or_defect
+from data.readers.strict_json import JsonText
 
 UNANSWERABLE = "unanswerable"
 INSTRUCTION_V1 = "Answer with the shortest quote from the passage."
 INSTRUCTION_V2 = INSTRUCTION_V1[:-1] + f", or with: {UNANSWERABLE}"
 
 
-def holds_articles(path: Path) -> bool:
-    """Whether the file is an object with a list under "data", as far as it can be read to there."""
-    with open_bytes(path) as file:
-        try:
-            return JsonStream(path, file).find_list("data") is not None
-        except DataError:
-            return False  # the reader of rows tells what is wrong
-
-
 def read_articles(path: Path) -> Rows:
     """Questions of a SQuAD file as rows of the Hub's layout; one article is in memory at a time.
 
-    "version" is read where it stands before "data", as in the files of version 2.
+    "version" is read if it comes before "data", as in the files of version 2.
     """
     with open_bytes(path) as file:
-        stream = JsonStream(path, file)
-        before = stream.find_list("data")
-        if before is None:
-            raise DataError(str(path), 'not SQuAD: no list under "data"', "not SQuAD")
+        articles = JsonText(path, file)
+        before = articles.find_list("data") or {}
         common = {"version": before["version"]} if "version" in before else {}
-        for where, article, flaws in stream.elements():
+        for where, article, flaw in articles.elements(",", "}"):
             for place, row in _questions(path, where, article, common):
-                yield place, _flawed(flaws[0]) if flaws else row
-        stream.take(",", "}")
+                yield place, _flawed(flaw) if flaw else row
 
 
 def _flawed(flaw: DataError) -> DataError:
@@ -60,19 +48,12 @@ def _questions(path: Path, where: str, article: Any, common: Row) -> Rows:
                 yield where, DataError(where, f"{place}: no context, only {shown_names(paragraph)}", "no context")
             else:
                 name = f"{path}: {shown_names([question['id']])}"
-                yield name, _sound(common | {"context": paragraph["context"]} | question, name)
-
-
-def _sound(row: Row, where: str) -> Row | DataError:
-    try:
-        refuse_lone_surrogates(row, where)
-    except DataError as error:
-        return error
-    return row
+                row = common | {"context": paragraph["context"]} | question
+                yield name, row_or_defect(without_lone_surrogates, row, name)
 
 
 def _list(parent: Any, key: str) -> list[Any]:
-    """The list under the key; where there is none, one DataError without a place instead."""
+    """The list under the key; if there is none, one DataError without a place instead."""
     if isinstance(parent, dict) and isinstance(parent.get(key), list):
         return parent[key]
     found = f"keys {shown_names(parent)}" if isinstance(parent, dict) else f"{type_name(parent)} {shown(parent)}"
@@ -81,8 +62,8 @@ def _list(parent: Any, key: str) -> list[Any]:
 
 
 def squad_version(row: Row, format: str | None, task: str) -> int:
-    """1 or 2. What the recipe names holds for all its data, so that training and evaluation ask alike; where it names
-    neither, the file says it."""
+    """1 or 2. What the recipe names holds for all its data, so that training and evaluation ask alike; if it names
+    neither, the file decides."""
     for name in (format, task):
         if name in ("squad_v1", "squad_v2"):
             return int(name[-1])

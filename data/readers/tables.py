@@ -29,7 +29,7 @@ def read_csv(path: Path, ledger: Ledger) -> Rows:
         except csv.Error as error:
             remedy = 'put cells with commas, quotes or line breaks in quotes, and write a quote in them as ""'
             defect = DataError(where, f"not CSV: {error}; {remedy}", "not CSV")
-            # only an error within one line tells where the next row begins: at the next line
+            # only after an error within one line it is known where the next row begins: at the next line
             if not header or reader.line_num > begin or str(error) == "unexpected end of data":
                 raise defect from error
             yield where, defect
@@ -74,7 +74,7 @@ def read_parquet(path: Path) -> Rows:
 
 
 def read_hub(name: str, config: str | None, split: str | None, revision: str | None) -> Rows:
-    """Rows of a Hub dataset's split, `train` where none is named."""
+    """Rows of a Hub dataset's split, `train` if none is named."""
     split = split or "train"
     source = f"{name}[{f'{config}, ' if config else ''}{split}]"
     remedy = "it is no path here: see name, config, split, revision and connection"

@@ -15,13 +15,13 @@ from data.audit.examine import Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
 from data.cache import build_once, cache_key, file_digests, text_sha256
-from data.conversation import Conversation, DataError, Ledger
+from data.conversation import Conversation, DataError
 from data.encode.chat import Example, TooLong, check_template, encode_turns
 from data.encode.example_store import Examples
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.progress import track
-from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_rows
+from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from eval.results import limit_questions
 from sft.models.resolve import cache_dir
 from sft.recipe.schema import Recipe, Source, changed
@@ -141,13 +141,7 @@ def held_out_conversations(recipe: Recipe) -> list[Conversation]:
     Raises DataError for rows with defects, unless data.on_error says to skip them; then a line says how many.
     """
     if recipe.eval.data:
-        source = with_split(recipe.eval.data, "validation")
-        ledger = Ledger(source.path)
-        found = list(read_rows(source, recipe.task, ledger))
-        if ledger.unread or (ledger.defects and recipe.data.on_error == "stop"):
-            raise DataError("", "\n".join(ledger.explain()), "defects")
-        if ledger.defects:
-            print(f"{ledger.defects.total()} held-out rows of {source.path} have defects and are left out", flush=True)
+        found = read_all(with_split(recipe.eval.data, "validation"), recipe.task, recipe.data.on_error)
     elif recipe.eval.share:
         found = list(read_held_out(recipe.data.train, rules_of(recipe)))
     else:

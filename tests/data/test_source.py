@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.conversation import DataError, Ledger
-from data.readers import json_stream
+from data.readers import strict_json
 from data.readers.row_formats import FORMATS
 from data.readers.source import FileSource, files_of, hub_revision, is_hub_id, read_all, read_rows
 from tests.helpers.places import SAMPLES
@@ -153,7 +153,7 @@ def test_lines_are_counted_in_lists_and_in_quoted_cells(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64])
 def test_list_reads_the_same_in_pieces_of_any_size(tmp_path, monkeypatch, chunk):
-    monkeypatch.setattr(json_stream, "CHUNK", chunk)
+    monkeypatch.setattr(strict_json, "CHUNK", chunk)
     rows = [{"prompt": f'"ä{n}\u2028😀', "completion": "c", "n": 12.5e3, "flag": True} for n in range(5)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, ensure_ascii=False, indent=2), encoding="utf-8")

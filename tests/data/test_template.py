@@ -86,6 +86,8 @@ TOO_LARGE = {
     "collected": "{% set b = 'a' * 1000000 %}{% set x %}{% for i in range(9000) %}{{ b }}{% endfor %}{% endset %}",
     "joined by a method": "{{ ('a' * 1000000).join(['b'] * 1000) }}",
     "joined from a generator": "{{ ('a' * 100000).join(range(100000) | map('string')) }}",
+    "slices": "{% set b = 'a' * 1000000 %}{% set n = namespace(x=[]) %}{% for i in range(9000) %}"
+    "{% set n.x = n.x + [b[1:]] %}{% endfor %}",
     "range": "{% for i in range(1000000000) %}{% endfor %}",
     "source": "a" * 1_000_001,
 }  # fmt: skip
@@ -111,6 +113,10 @@ ENDLESS = {
     "nested list written": doubled("[n.x, n.x]", "[1]", "{{ n.x }}"),
     "nested list in json": doubled("[n.x, n.x]", "[1]", "{{ n.x | tojson }}"),
     "nested list as text": doubled("[n.x, n.x]", "[1]", "{{ n.x | string }}"),
+    "nested views": doubled("{'a': n.x, 'b': n.x}.items()", "[1]", "{{ n.x }}"),
+    "nested by a filter": doubled("range(2) | map(attribute='x', default=n.x) | list", "[1]", "{{ n.x }}"),
+    "nested arguments": "{% set n = namespace(x=(1,)) %}{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
+    "{% for i in range(60) %}{{ f(n.x, n.x) }}{% endfor %}{{ n.x }}",
     "nested list in a format": doubled("[n.x, n.x]", "[1]", "{{ '%s' % n.x }}"),
     **{
         f"nested {kind} compared: {use}": f"{twin(kind)}{use}"
@@ -124,6 +130,9 @@ ENDLESS = {
             "{{ [n.x].count(n.y) }}",
             "{{ [n.x] | select('equalto', n.y) | list }}",
             "{{ {}.get(n.x) }}",
+            "{{ messages[0][n.x] }}",
+            "{{ range(2) | map(attribute='x', default=n.x) | select('eq', n.y) | list }}",
+            "{{ range(2) | map(attribute='x', default=n.x) | unique | list }}",
             "{{ {n.x: 1} }}",
         )
         if kind == "tuple" or ("{}" not in use and "{n.x: 1}" not in use)
@@ -136,6 +145,10 @@ def test_endless_template_is_stopped_by_time(rendered, name):
     with pytest.raises(DataError, match=r"takes more than 0\.2 s .* set model\.chat_template") as caught:
         rendered(ENDLESS[name], seconds=0.2)
     assert caught.value.kind == "chat template over its limits"
+
+
+def test_namespaces_that_hold_each_other_are_not_written_out(rendered):
+    assert rendered(doubled("namespace(a=n.x, b=n.x)", "[1]", "{{ [n.x] }}")) == "[<Namespace>]"
 
 
 def test_limits_hold_in_any_thread(rendered):

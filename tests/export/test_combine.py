@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from tests.helpers.exports import ADAPTERS, chatml_base, command, make_run, tune
 
-
 combine = partial(command, name="combine")
 
 

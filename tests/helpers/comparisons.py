@@ -2,12 +2,15 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from data.readers.newsgroups import NEWSGROUPS
 from eval.metrics import label_scores, squad_scores
+from eval.stats import bootstrap_sums
 
 Row = dict[str, Any]
 SYSTEM = {
@@ -85,3 +88,12 @@ def squad_runs(tmp_path: Path) -> list[Path]:
         write(tmp_path / f"s{i}", "squad_v2", answered("squad_v2", rows, right, i))
         for i, right in enumerate((0.3, 0.7, 0.72))
     ]
+
+
+def mean_interval(
+    values: Sequence[float], clusters: list[str], resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the mean, from the resampled sums."""
+    sums = bootstrap_sums(np.column_stack([values, np.ones(len(values))]), clusters, resamples, seed)[1:]
+    low, high = np.percentile(sums[:, 0] / sums[:, 1], [2.5, 97.5])
+    return float(low), float(high)

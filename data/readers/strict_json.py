@@ -1,0 +1,227 @@
+"""Strict JSON: one object a line, or one text with a list in it; every defect is named with its line and a remedy.
+
+The standard decoder alone would accept, or lose in silence, what is refused here: duplicate keys, NaN, deep nesting. So
+would ijson, which also reads "\\ud800" as "?" and names no line.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from io import BufferedReader, TextIOWrapper
+from pathlib import Path
+from typing import Any, Literal
+
+from data.conversation import DataError, Ledger
+from data.readers.fields import LONE_SURROGATE, shown, type_name, without_lone_surrogates
+from data.readers.files import LINE_LIMIT, Row, Rows, not_utf8, open_bytes, read_lines, row_or_defect
+
+CHUNK = 2**18  # characters
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def read_jsonl(path: Path, ledger: Ledger) -> Rows:
+    """Rows of a file that holds one JSON object a line; blank lines are allowed and counted as lines."""
+    first = True
+    for number, line in read_lines(path, ledger):
+        where = f"{path}:{number}"
+        if isinstance(line, DataError):
+            yield where, line
+        elif line.strip():
+            if first:
+                _refuse_other_layouts(line.split(), where)
+            first = False
+            yield where, row_or_defect(parse_object, line, where)
+
+
+def _refuse_other_layouts(words: list[bytes], where: str) -> None:
+    """Raises one DataError for a whole file that would otherwise give one for each of its lines."""
+    start = b"".join(words[:2])[:2]
+    if start in (b"[", b"[{"):
+        remedy = "name the file .json, or rewrite it: jq -c '.[]'"
+        raise DataError(where, f"a JSON list where one object a line is expected; {remedy}", "JSON list in .jsonl")
+    if start == b"{":
+        problem = "pretty-printed JSON where one object a line is expected; rewrite it: jq -c ."
+        raise DataError(where, problem, "pretty-printed JSON")
+
+
+def json_layout(path: Path) -> Literal["list", "articles", "lines"]:
+    """What a .json file holds: a list of rows, an object with a list under "data", or one object a line."""
+    with open_bytes(path) as file:
+        text = JsonText(path, file)
+        try:
+            if text.peek() == "[":
+                return "list"
+            return "lines" if text.find_list("data") is None else "articles"
+        except DataError:  # the reader of lines says what is wrong
+            return "lines"
+
+
+def read_list(path: Path) -> Rows:
+    """Rows of a file that holds one JSON list of objects."""
+    with open_bytes(path) as file:
+        for where, value, flaw in JsonText(path, file).elements(""):
+            yield where, row_or_defect(checked_object, value, flaw, where)
+
+
+class JsonText:
+    """One JSON text, decoded value by value: holds a value and a chunk in memory, whatever the size of the file."""
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        self.path, self.file = path, TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
+        self.text, self.at, self.line = "", 0, 1
+
+    def elements(self, *after: str) -> Iterator[tuple[str, Any, DataError | None]]:
+        """Where it begins ("file:line"), value and flaw of each element of the list that begins here. The list is
+        followed by one of the marks `after`; "" is the end of the text."""
+        self.take("[")
+        mark = self.take("]") if self.peek() == "]" else ","
+        while mark == ",":
+            if self.peek() == "]":
+                raise DataError(self.where, "trailing comma after the last element; remove it", "trailing comma")
+            where = self.where
+            yield where, *self.value()
+            mark = self.take(",", "]")
+        self.take(*after)
+
+    def find_list(self, key: str) -> Row | None:
+        """Goes to the list under `key` in the object that begins here: the members before it; None without such."""
+        before: Row = {}
+        mark = self.take("{")
+        while mark != "}" and self.peek() == '"':
+            name, _ = self.value()
+            self.take(":")
+            if name == key and self.peek() == "[":
+                return before
+            before[name], _ = self.value()
+            mark = self.take(",", "}")
+        return None
+
+    @property
+    def where(self) -> str:
+        return f"{self.path}:{self.line}"
+
+    def peek(self) -> str:
+        """The next character that is not white space; empty at the end."""
+        while True:
+            space = SPACE.match(self.text, self.at)
+            self._go_to(space.end() if space else self.at)
+            if self.at < len(self.text) or not self._read_more():
+                return self.text[self.at : self.at + 1]
+
+    def take(self, *marks: str) -> str:
+        """Goes past one of the marks. Raises DataError if another character follows."""
+        mark = self.peek()
+        if mark not in marks:
+            next_text = shown(self.text[self.at : self.at + 20]) if mark else "the end of the file"
+            wanted = " or ".join(mark or "the end of the file" for mark in marks)
+            raise DataError(self.where, f"{next_text} where {wanted} is expected", "not JSON")
+        self.at += 1
+        return mark
+
+    def value(self) -> tuple[Any, DataError | None]:
+        """The value that begins here, and its flaw. Raises DataError if it is malformed: nothing can follow."""
+        self.peek()
+        while True:
+            try:
+                value, end, flaw = decode(self.text, self.at, self.where)
+                if end < len(self.text) or not self._read_more():  # 12 at the end of a chunk may go on as 123
+                    break
+            except json.JSONDecodeError as error:
+                if len(self.text) - self.at > LINE_LIMIT or not self._read_more():
+                    element = json.JSONDecodeError(error.msg, self.text[self.at :], error.pos - self.at)
+                    raise explained(element, f"{self.path}:{self.line + element.lineno - 1}") from error
+        if byte := LONE_SURROGATE.search(self.text, self.at, end):
+            line = self.line + self.text.count("\n", self.at, byte.start())
+            flaw = flaw or not_utf8(ord(byte[0]) - 0xDC00, f"{self.path}:{line}")
+        self._go_to(end)
+        return value, flaw
+
+    def _go_to(self, end: int) -> None:
+        self.line += self.text.count("\n", self.at, end)
+        self.at = end
+
+    def _read_more(self) -> bool:
+        """Reads as much as is held, so that a long value is scanned a few times only; False at the end."""
+        if chunk := self.file.read(max(CHUNK, len(self.text) - self.at)):
+            self.text, self.at = self.text[self.at :] + chunk, 0
+        return bool(chunk)
+
+
+def parse_object(line: bytes, where: str) -> Row:
+    """The object that the line is. Raises DataError that says what is there instead."""
+    try:
+        text = line.decode().strip(" \t\r\n")
+    except UnicodeDecodeError as error:
+        raise not_utf8(line[error.start], where, f"byte {error.start + 1} of the line: ") from error
+    try:
+        value, end, flaw = decode(text, 0, where)
+    except json.JSONDecodeError as error:
+        raise explained(error, where) from error
+    if rest := text[end:].lstrip():
+        if rest[0] == "{":
+            raise DataError(where, "two objects on one line; put each on its own", "two objects on a line")
+        problem = f"{shown(rest)} after the object, which ends at column {end}; remove it"
+        raise DataError(where, problem, "text after the object")
+    return checked_object(value, flaw, where)
+
+
+def checked_object(value: Any, flaw: DataError | None, where: str) -> Row:
+    """The value, if it is an object without a flaw; raises the DataError otherwise."""
+    if flaw:
+        raise flaw
+    if not isinstance(value, dict):
+        problem = f"{type_name(value)} {shown(value)} where an object is expected, like {{...}}"
+        raise DataError(where, problem, "not an object")
+    return without_lone_surrogates(value, where)
+
+
+def decode(text: str, start: int, where: str) -> tuple[Any, int, DataError | None]:
+    """The JSON value at `start`, where it ends, and the first thing that the decoder takes though JSON forbids it.
+
+    Raises json.JSONDecodeError if it is malformed or goes on after the text, and DataError if it can't be read.
+    """
+    flaws: list[DataError] = []
+
+    def unique_keys(pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            flaws.append(DataError(where, f"key {shown(twice)} occurs twice; keep one", "duplicate keys"))
+        return row
+
+    def constant(name: str) -> None:
+        problem = f"{name} is not JSON; write null or leave the key out"
+        flaws.append(DataError(where, problem, "NaN or Infinity"))
+
+    try:
+        value, end = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=constant).raw_decode(text, start)
+    except RecursionError as error:
+        raise DataError(where, "nested too deeply to be read; a row is a flat object", "nested too deeply") from error
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # Python's guard against quadratic time
+        problem = f"a number of more than {sys.get_int_max_str_digits()} digits; write it as text"
+        raise DataError(where, problem, "number too long") from error
+    return value, end, flaws[0] if flaws else None
+
+
+def explained(error: json.JSONDecodeError, where: str) -> DataError:
+    """What the user did, of which the decoder only sees the end."""
+    before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :]
+    if after[:1] in ("}", "]") and before.endswith(","):
+        problem, kind = "trailing comma; remove it", "trailing comma"
+    elif error.msg.startswith("Unterminated string"):
+        problem = "this text has no end; the row is cut off, or a line break in a text is not written \\n"
+        kind = "text without end"
+    elif error.msg.startswith("Invalid control character"):
+        problem = f"raw control character U+{ord(after[0]):04X} inside a text; write \\u{ord(after[0]):04x}"
+        kind = "raw control character"
+    elif not after.strip():
+        problem, kind = "ends inside the object; the row is cut off or goes over several lines", "cut off"
+    elif after.startswith("'"):
+        problem, kind = "single quotes; JSON wants double quotes, write rows with json.dumps", "single quotes"
+    else:
+        problem, kind = f"not JSON: {error.msg} at {shown(after[:20])}; write rows with json.dumps", "not JSON"
+    return DataError(where, f"column {error.colno}: {problem}", kind)
