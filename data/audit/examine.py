@@ -12,7 +12,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Protocol
 
-import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from data.audit.leaks import Comparison
@@ -28,7 +27,7 @@ from data.audit.row_counts import (
     decoded,
     totals,
 )
-from data.audit.split import Counts, chosen_contexts, held_out_by_share
+from data.audit.split import context_key, draw_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import AUDITS, Example, TooLong, encode_turns, markers_in
@@ -81,7 +80,8 @@ def examine(
         for conversation in read_held_out(sources, rules):
             examination.comparison.hold_out(conversation)
     if rules.max_contexts is not None:
-        examination.drawn = _drawn_contexts(sources, rules, rules.max_contexts)
+        trained_on = (c for c in _conversations(sources, rules) if not _is_held_out(c, rules))
+        examination.drawn = draw_contexts(trained_on, rules.max_contexts, rules.seed, rules.unanswerable_share)
     accounts = []
     for source in sources:
         account = SourceAccount(Ledger(source.path), source.weight)
@@ -187,11 +187,6 @@ class _Examination:
         )
 
 
-def context_key(conversation: Conversation) -> str:
-    """A short name of the text that conversations share."""
-    return xxhash.xxh3_64_hexdigest(conversation.context.encode(errors="surrogatepass"))
-
-
 def nothing_held_out(share: float | None) -> str:
     return f"eval.share {share} holds out nothing; raise it, or name eval.data" if share else "eval.data holds no row"
 
@@ -224,15 +219,6 @@ def _stops(accounts: Sequence[SourceAccount], examination: _Examination, rules: 
             reasons.update(account.ledger.left_out + account.ledger.defects)
         lines.append(f"no row of {read} is left to train on: {', '.join(f'{n} {r}' for r, n in reasons.items())}")
     return lines
-
-
-def _drawn_contexts(sources: Sequence[WeightedSource], rules: Rules, count: int) -> set[str]:
-    found: dict[str, Counts] = {}
-    for conversation in _conversations(sources, rules):
-        if not _is_held_out(conversation, rules):
-            rows, empty = found.get(key := context_key(conversation), (0, 0))
-            found[key] = (rows + 1, empty + (not conversation.answers))
-    return chosen_contexts(found, count, rules.seed, rules.unanswerable_share)
 
 
 def _conversations(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[Conversation]:

@@ -1,13 +1,29 @@
 """Which contexts are trained on, and which are held out. Contexts and threads stay whole."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import xxhash
 
-from data.conversation import DataError
+from data.conversation import Conversation, DataError
 
 Counts = tuple[int, int]  # conversations of a context, and how many of them have no answer
+
+
+def context_key(conversation: Conversation) -> str:
+    """A short name of the text that conversations share."""
+    return xxhash.xxh3_64_hexdigest(conversation.context.encode(errors="surrogatepass"))
+
+
+def draw_contexts(
+    conversations: Iterable[Conversation], count: int, seed: int, unanswerable_share: float | None = None
+) -> set[str]:
+    """Keys of `count` contexts of the conversations, see chosen_contexts."""
+    contexts: dict[str, Counts] = {}
+    for conversation in conversations:
+        rows, empty = contexts.get(key := context_key(conversation), (0, 0))
+        contexts[key] = (rows + 1, empty + (not conversation.answers))
+    return chosen_contexts(contexts, count, seed, unanswerable_share)
 
 
 def chosen_contexts(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from data.conversation import Conversation, DataError, Ledger
+from data.progress import track
 from data.readers.fields import note_odd_characters, shown
 from data.readers.files import BOM, SUFFIXES, Row, Rows, check_encoding, data_suffix, open_bytes
 from data.readers.json_stream import read_list
@@ -54,11 +55,11 @@ class FileSource:
     columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's
 
 
-def read_all(source: SourceLike, task: str, on_error: str = "stop") -> list[Conversation]:
+def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledger | None = None) -> list[Conversation]:
     """All conversations of a source. Raises DataError with a line for each kind of defect; with on_error skip rows with
     defects are counted and left out, and only a file that can't be read to its end is an error."""
-    ledger = Ledger(source.path)
-    conversations = list(read_rows(source, task, ledger))
+    ledger = ledger or Ledger(source.path)
+    conversations = list(track(read_rows(source, task, ledger), f"read {Path(source.path).name}"))
     if ledger.unread or (ledger.defects and on_error == "stop"):
         raise DataError("", "\n".join(ledger.explain()), "defects")
     if ledger.defects:

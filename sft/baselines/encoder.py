@@ -4,7 +4,7 @@ The heads are transformers' own: AutoModelForSequenceClassification, ...ForQuest
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,17 +12,11 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from data.progress import Bar
+from data.progress import track
 from sft.errors import RecipeError
+from sft.models.load import load_config
 from sft.models.resolve import readable, resolve_base, stored_config
 from sft.models.tune import peft_settings, train_matching
 from sft.recipe.baseline_schema import PEFT_TASKS, BaselineTune, EncoderModel
@@ -36,16 +30,22 @@ HEADS = {
     "nsp": "BertForPreTraining",
     "features": "AutoModel",
 }
+PER_TOKEN = ("start_logits", "end_logits")
 BATCH_TOKENS = 8192  # of a batch of predictions, padding included
+Row = dict[str, Any]  # a model's inputs by name, and perhaps its targets
 
 
 def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
-    """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for."""
+    """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for, or can't pad."""
     with readable(f"model.base: {model.base}: the tokenizer"):
         folder = resolve_base(model.base)
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise RecipeError(f"model.base: {model.base}: no fast tokenizer, which maps tokens to characters; convert it")
+    if tokenizer.pad_token is None:
+        raise RecipeError(
+            f"model.base: {model.base}: no padding token; name an encoder, as google-bert/bert-base-uncased"
+        )
     return cast(PreTrainedTokenizerBase, tokenizer)
 
 
@@ -86,8 +86,7 @@ def _set_attention_dropout(config: PretrainedConfig, model: EncoderModel) -> Non
 
 def positions_of(model: EncoderModel) -> int | None:
     """Tokens of the longest input; None where the config sets no limit."""
-    with readable(f"model.base: {model.base}"):
-        config = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
+    config = load_config(model)
     most: int | None = config.to_dict().get("max_position_embeddings")
     if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         most -= 2  # their positions begin behind that of padding
@@ -162,44 +161,27 @@ def load_trained(
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_id: int, outputs: Sequence[str], bf16: bool
+    model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, outputs: Sequence[str], bf16: bool
 ) -> list[tuple[np.ndarray, ...]]:
     """The named outputs of each row (float32), in order; per token ones without padding. Rows of like length share a
     batch of at most BATCH_TOKENS."""
     model.eval()
     device = next(model.parameters()).device
-    found: list[tuple[np.ndarray, ...]] = [()] * len(rows)
-    bar = Bar("predict", len(rows))
-    done = 0
-    for batch in _batches([len(r["input_ids"]) for r in rows]):
-        padded = pad([rows[i] for i in batch], pad_id)
+    lengths = [len(row["input_ids"]) for row in rows]
+    predictions: list[tuple[np.ndarray, ...]] = [()] * len(lengths)
+    for batch in track(list(_batches(lengths)), "predict, in batches"):
+        inputs = pad([rows[i] for i in batch], tokenizer)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(**{name: tensor.to(device) for name, tensor in padded.items()})
-        values = [output[name].float().cpu().numpy() for name in outputs]
+            output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        values = {name: output[name].float().cpu().numpy() for name in outputs}
         for j, i in enumerate(batch):
-            length = len(rows[i]["input_ids"])
-            per_token = (name in ("start_logits", "end_logits") for name in outputs)
-            found[i] = tuple(v[j, :length] if each else v[j] for v, each in zip(values, per_token, strict=True))
-        done += len(batch)
-        bar.update(done)
-    bar.close()
-    return found
+            predictions[i] = tuple(v[j, : lengths[i]] if n in PER_TOKEN else v[j] for n, v in values.items())
+    return predictions
 
 
-def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows of token ids as tensors (rows, longest), padded on the right, with their attention mask."""
-    longest = max(len(r["input_ids"]) for r in rows)
-
-    def tensor(name: str, fill: int) -> torch.Tensor:
-        return torch.tensor([[*r[name], *[fill] * (longest - len(r[name]))] for r in rows])
-
-    batch = {"input_ids": tensor("input_ids", pad_id)}
-    batch["attention_mask"] = torch.tensor(
-        [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
-    )
-    if "token_type_ids" in rows[0]:
-        batch["token_type_ids"] = tensor("token_type_ids", 0)
-    return batch
+def pad(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Rows as tensors (rows, longest), padded on the right, with their attention mask; a target as a tensor (rows)."""
+    return dict(tokenizer.pad(list(rows), padding_side="right", return_attention_mask=True, return_tensors="pt"))
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -63,7 +63,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
         arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
         # coef_ is in column order, whose bytes safetensors would write as if they were rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
-        facts |= {"labels": [str(c) for c in classifier.classes_], "words": _in_order(vectorizer.vocabulary_)}
+        facts |= {"labels": [str(c) for c in classifier.classes_], "words": vectorizer.get_feature_names_out().tolist()}
     (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
     return fitted
 
@@ -135,7 +135,3 @@ def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
 
 def _words(text: str) -> list[str]:
     return [m.group().lower() for m in WORD.finditer(text)]
-
-
-def _in_order(vocabulary: dict[str, int]) -> list[str]:
-    return sorted(vocabulary, key=vocabulary.__getitem__)

@@ -15,21 +15,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation
 from data.encode.tokens import plain_backend
 from data.progress import track
 from sft.baselines.data import Split
-from sft.baselines.encoder import load_encoder, load_tokenizer
+from sft.baselines.encoder import Row, load_encoder, load_tokenizer
 from sft.errors import RecipeError
-from sft.models.load import default_device
-from sft.models.resolve import readable, resolve_base
+from sft.models.load import default_device, load_config
 from sft.recipe.baseline_schema import BaselineRecipe, EncoderModel
 
 SCORED_ROWS = 8  # held-out rows of a batch: of 512 tokens over 30,522 words, their float32 logits take 0.5 GB
 TARGETS = ("labels", "next_sentence_label")
-Row = dict[str, Any]
 Block = list[int]  # token ids of consecutive text, without control tokens
 
 
@@ -59,7 +57,7 @@ class MaskedLM:
         self.dev = [mask(in_order[i : i + SCORED_ROWS], once) for i in range(0, len(in_order), SCORED_ROWS)]
 
     def load(self) -> PreTrainedModel:
-        base, bf16 = self.recipe.model, bool(self.recipe.train.bf16)
+        base = self.recipe.model
         model = load_encoder(base, "nsp" if self.pairs else "mlm", self.recipe.train.seed)
         if is_drawn(model):
             self.notes.append(
@@ -67,7 +65,7 @@ class MaskedLM:
                 "and the perplexity before training is that of a random head, not of what the encoder knows"
             )
         if self.dev:
-            scores = self.score_dev(cast(torch.nn.Module, model).to(default_device()), bf16)
+            scores = self.score_dev(cast(torch.nn.Module, model).to(default_device()))
             self.perplexity_before = scores["perplexity"]
             masked = sum(int((batch["labels"] != -100).sum()) for batch in self.dev)
             self.notes.append(f"perplexity before training {scores['perplexity']:.1f}, on {masked} held-out tokens")
@@ -79,14 +77,14 @@ class MaskedLM:
         )  # no seed: from PyTorch's generator, which checkpoints keep (encoder_trainer.py)
 
     @torch.inference_mode()
-    def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:
+    def score_dev(self, model: torch.nn.Module) -> dict[str, float]:
         """ "loss": mean negative log-likelihood of the masked tokens, in nats; "perplexity": its exponential, no
         percentage; with next_sentence "next_sentence_accuracy" from 0 to 100."""
         model.eval()
         device = next(model.parameters()).device
         nll, asked, right = 0.0, 0, 0
         for batch in track(self.dev, "fill masks in"):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.recipe.train.bf16)):
                 output = model(**{name: t.to(device) for name, t in batch.items() if name not in TARGETS})
             labels = batch["labels"].to(device)
             chosen = labels != -100
@@ -99,8 +97,8 @@ class MaskedLM:
         scores = {"loss": nll / asked, "perplexity": float(np.exp(nll / asked))}
         return scores | ({"next_sentence_accuracy": 100 * right / len(self.dev_rows)} if self.pairs else {})
 
-    def choose(self, model: torch.nn.Module, bf16: bool) -> dict[str, Any]:
-        after = self.score_dev(model, bf16)["perplexity"] if self.dev else None
+    def choose(self, model: torch.nn.Module) -> dict[str, Any]:
+        after = self.score_dev(model)["perplexity"] if self.dev else None
         return {"perplexity_before": self.perplexity_before, "perplexity_after": after}
 
     def _read(self, conversations: Sequence[Conversation], name: str) -> list[Row]:
@@ -125,9 +123,7 @@ class MaskedLM:
 
 
 def check_next_sentence(model: EncoderModel) -> None:
-    with readable(f"model.base: {model.base}"):
-        folder = resolve_base(model.base)
-        kind = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False).model_type
+    kind = load_config(model).model_type
     if kind != "bert":
         raise RecipeError(
             f"pretraining.next_sentence: {model.base} is of type {kind}, and BERT alone has a head for it; "

@@ -52,10 +52,10 @@ class EncoderTrainer(DurableTrainer):
     def chosen(self) -> dict[str, Any]:
         """What the head chose, the step of the weights that stay, and its scores on the slice that chose it."""
         best = self.state.best_model_checkpoint
-        model, bf16 = cast(nn.Module, self.model), self.args.bf16
+        model = cast(nn.Module, self.model)
         step = int(best.rsplit("-", 1)[1]) if best else self.state.global_step
-        scores = self.head.score_dev(model, bf16) if self.recipe.data.dev_share else {}
-        return {**self.head.choose(model, bf16), "step": step, "dev": scores}
+        scores = self.head.score_dev(model) if self.recipe.data.dev_share else {}
+        return {**self.head.choose(model), "step": step, "dev": scores}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         inputs = self.head.collate(inputs["rows"])
@@ -72,7 +72,7 @@ class EncoderTrainer(DurableTrainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The head's slice of the training data; each process scores all of it, so that all choose alike."""
-        scores = self.head.score_dev(cast(nn.Module, self.model), self.args.bf16)
+        scores = self.head.score_dev(cast(nn.Module, self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)

@@ -1,22 +1,19 @@
 """One question or one text, from the command line: `graft ask`, `graft classify`."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from data.conversation import Conversation
-from data.encode.qa_windows import make_windows
 from data.encode.tokens import encode_texts
 from data.readers.newsgroups import HEADERS, INSTRUCTION, NEWSGROUPS, strip_post
 from data.readers.squad import INSTRUCTION_V1, squad_conversation
 from eval.likelihood import answer_logprobs
 from eval.predict import generate
-from sft.baselines.encoder import load_encoder, load_tokenizer, load_trained, predict
-from sft.baselines.heads import CHOSEN, read_spans
+from sft.baselines.heads import class_logits, load_run, read_spans
 from sft.errors import RecipeError
 from sft.models.target import load_target, run_any_recipe
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
@@ -71,38 +68,24 @@ def _generated(run: Path, recipe: Recipe, asked: Conversation, base: bool) -> st
 
 
 def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int) -> Iterator[str]:
-    if not (run / CHOSEN).is_file():
-        raise RecipeError(f"{run}: is not finished; go on with `graft train --resume {run}`")
-    tokenizer, data = load_tokenizer(recipe.model), recipe.data
-    windows = make_windows([asked], tokenizer, data.max_seq_length, data.doc_stride, data.max_query_length)
-    before = load_encoder(recipe.model, recipe.objective, recipe.train.seed)
-    chosen = json.loads((run / CHOSEN).read_text())
-    for name, model in (
-        ("before", before),
-        ("after", load_trained(run, recipe.objective, recipe.model, recipe.train.seed)),
-    ):
-        (answer,), _ = read_spans(model, recipe, [asked], windows, tokenizer, False)
+    for name, base in (("before", True), ("after", False)):
+        model, tokenizer, chosen = load_run(run, recipe, base)
+        (answer,), _ = read_spans(model, recipe, [asked], tokenizer)
         yield f"{name} training: {answer.text}"
-        if name == "after":
-            threshold = chosen["null_threshold"]
-            if threshold is not None and recipe.task == "squad_v2" and answer.null_difference > threshold:
-                yield "by the threshold chosen in training: unanswerable"
-            for text, probability in answer.n_best[:n_best]:
-                yield f"  {probability:.3f}  {text or '(no answer)'}"
+    threshold = chosen["null_threshold"]
+    if threshold is not None and recipe.task == "squad_v2" and answer.null_difference > threshold:
+        yield "by the threshold chosen in training: unanswerable"
+    for text, probability in answer.n_best[:n_best]:
+        yield f"  {probability:.3f}  {text or '(no answer)'}"
 
 
 def _label_probabilities(run: Path, recipe: AnyRecipe, text: str) -> tuple[list[str], np.ndarray]:
-    if isinstance(recipe, Recipe):
-        loaded = load_target(str(run))
-        prompt = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
-        tokens = recipe.eval.batch_tokens
-        found = answer_logprobs(loaded.model, loaded.tokenizer, [prompt], [NEWSGROUPS], tokens, loaded.packed)
-        return list(NEWSGROUPS), softmax(np.array(found[0]))
-    if not (run / CHOSEN).is_file():
-        raise RecipeError(f"{run}: is not finished; go on with `graft train --resume {run}`")
-    labels = json.loads((run / CHOSEN).read_text())["labels"]
-    tokenizer = load_tokenizer(recipe.model)
-    rows, _ = encode_texts([text], tokenizer, recipe.data.max_seq_length)
-    model = load_trained(run, recipe.objective, recipe.model, recipe.train.seed, labels)
-    (logits,) = predict(model, rows, tokenizer.pad_token_id, ("logits",), False)[0]
-    return labels, np.exp(log_softmax(logits))
+    if isinstance(recipe, BaselineRecipe):
+        model, tokenizer, chosen = load_run(run, recipe)
+        rows, _ = encode_texts([text], tokenizer, recipe.data.max_seq_length)
+        return chosen["labels"], softmax(class_logits(model, recipe, rows, tokenizer)[0])
+    loaded = load_target(str(run))
+    prompt = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
+    tokens = recipe.eval.batch_tokens
+    scores = answer_logprobs(loaded.model, loaded.tokenizer, [prompt], [NEWSGROUPS], tokens, loaded.packed)
+    return list(NEWSGROUPS), softmax(np.array(scores[0]))
