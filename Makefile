@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-slow test-serve lint audit serve-cpu clean
+.PHONY: quickstart test test-slow test-serve lint docs audit serve-cpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/graft quickstart
@@ -22,6 +22,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the pages of docs/ as a site in site/; a broken link or a page without a place is an error
+docs: $(VENV)/.installed
+	$(BIN)/python docs/recipe_keys.py
+	$(BIN)/mkdocs build --strict --quiet
 
 audit: $(VENV)/.installed
 	$(BIN)/python .ci/audit.py
@@ -43,4 +48,4 @@ $(VENV)/.serve-cpu: $(VENV)/.installed
 	@touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+	rm -rf $(VENV) site .pytest_cache .ruff_cache .mypy_cache *.egg-info

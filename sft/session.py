@@ -1,4 +1,4 @@
-"""How a command starts and ends: library noise off, the user's mistakes as one line and an exit code."""
+"""How a command starts and ends: quiet libraries, and a user's mistake as one line and an exit code."""
 
 import functools
 import logging
@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 from data.errors import ExitCode, UserError, is_disk_full
@@ -16,12 +17,16 @@ VISIBLE = (
     "the command line holds a token, key or password, which every user of this machine can read there; set it in the "
     "environment instead (HF_TOKEN for the Hub, VLLM_API_KEY for a server)"
 )
+ROOT = Path(__file__).parents[1]
 P = ParamSpec("P")
 R = TypeVar("R")
 
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
-    """What a user can mend ends with its text on stderr and its own exit code (data/errors.py)."""
+    """End a mistake that the user can fix with one line on stderr and its own exit code (data/errors.py).
+
+    GRAFT_TRACEBACK=1 prints the traceback before that line.
+    """
 
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -34,17 +39,20 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         except KeyboardInterrupt:
             raise SystemExit(ExitCode.INTERRUPTED) from None
         except Exception as error:
-            said = _what_to_do(error)
-            if said is None:
+            known = _what_to_do(error)
+            if known is None:
                 raise
-            print(f"error: {scrub(said[1])}", file=sys.stderr, flush=True)
-            raise SystemExit(said[0]) from None
+            if os.environ.get("GRAFT_TRACEBACK", "0") not in ("", "0"):
+                print_scrubbed(type(error), error, error.__traceback__)
+            code, text = known
+            print(f"error: {scrub(text)}", file=sys.stderr, flush=True)
+            raise SystemExit(code) from None
 
     return wrapped
 
 
 def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
-    """Exit code and text of what a user can mend; None for an error of our own."""
+    """Exit code and text for what a user can fix; None for an error of our own."""
     first = str(error).splitlines()[0] if str(error) else repr(error)
     if isinstance(error, UserError):
         return error.exit_code, str(error)
@@ -54,17 +62,17 @@ def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
         return ExitCode.MISTAKE, first
     if is_out_of_memory(error):
         return ExitCode.OUT_OF_MEMORY, (
-            f"{first} Lower data.pack_tokens or data.max_length (eval.batch_tokens where it answered), "
+            f"{first} Lower data.pack_tokens or data.max_length (eval.batch_tokens when answering), "
             "or set train.gradient_checkpointing: true"
         )
     return None
 
 
 def quiet_libraries() -> None:
-    """Only what a user can act on stays on the screen. Before the libraries are imported, which read these."""
+    """Leave on the screen only what a user can act on; call it before the libraries are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else a line for every retry without a network
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise a line for every retry without a network
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -73,7 +81,7 @@ def quiet_libraries() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Of a GPU, or of the CPU, whose allocator says so in words alone."""
+    """Whether a GPU, or the CPU's allocator (which says so only in its text), ran out of memory."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -81,31 +89,42 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
 
 
+def graft_command(*arguments: object) -> list[str]:
+    """The command line of another `graft` process; -P keeps modules of the current folder, such as eval.py, out."""
+    return [sys.executable, "-P", "-m", "sft.cli", *map(str, arguments)]
+
+
+def child_environment() -> dict[str, str]:
+    """This process's environment, with our packages on the path of a child wherever it starts."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path}
+
+
 def shards_parameters() -> bool:
-    """Whether accelerate was told to shard them, which wants one dtype for all."""
+    """Whether accelerate shards the parameters, which requires one dtype for all."""
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return fsdp or os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3"
 
 
 def keeps_pickles() -> bool:
-    """Whether accelerate was told to use FSDP or DeepSpeed, whose checkpoints hold pickles."""
+    """Whether accelerate uses FSDP or DeepSpeed, whose checkpoints hold pickles."""
     return any(os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true" for name in ("FSDP", "DEEPSPEED"))
 
 
 def tune_allocator() -> None:
-    """Start this process once more with glibc's cache of small blocks off, which can't be set in a running one.
+    """Restart this process with glibc's cache of small blocks off, which can't be changed while it runs.
 
     The cached blocks lie between activations, so that the holes which one micro-batch leaves don't fit the next:
     training on a CPU grew to 2.4 - 2.5 GiB with them and to 2.2 - 2.3 without (SmolLM2-135M, packs of 512 tokens).
     """
     if os.environ.get("GLIBC_TUNABLES") == TUNABLES:
-        del os.environ["GLIBC_TUNABLES"]  # they are in force; what this process starts is not concerned
+        del os.environ["GLIBC_TUNABLES"]  # in force now; children need not inherit it
     elif sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": TUNABLES})  # noqa: S606
 
 
 def use_all_cores() -> None:
-    """This process's share of the cores; launchers leave it one thread (of two: 115 instead of 204 tokens/s)."""
+    """Use this process's share of the cores; launchers leave it one thread (of two: 115 instead of 204 tokens/s)."""
     import torch
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -41,7 +41,7 @@ def main(
     retries: Retries = 0,
 ) -> None:
     """Train a recipe; the run folder holds the weights and everything that later steps need."""
-    from sft.runs.folder import agree_on_folder
+    from sft.runs.folder import choose_folder
     from sft.runs.resume import resume_of
 
     if (recipe is None) == (resume is None):
@@ -53,14 +53,14 @@ def main(
         if not isinstance(loaded, Recipe):
             raise RecipeError("--dry-run: estimates the training of an adapter; leave it out for a baseline")
         if not resume:
-            agree_on_folder(loaded, path, probe=True)
+            choose_folder(loaded, path)
         from sft.training.dry_run import print_plan
 
         print_plan(loaded)
     elif retries:
         from sft.training.retries import supervise
 
-        folder = resume or agree_on_folder(loaded, path, probe=True)
+        folder = resume or choose_folder(loaded, path)
         first = [str(path), *(word for text in overrides or [] for word in ("--set", text))]
         allowed = ["--allow-changed", allow_changed] if allow_changed else []
         again = ["--resume", str(folder), *allowed, *(["--elastic"] if elastic else [])]

@@ -1,9 +1,9 @@
-"""What a model, adapter or recipe from elsewhere may not hold, checked before a library opens it.
+"""What an untrusted model, adapter or recipe may not hold, checked before a library opens it.
 
-Weights are safetensors, no code of a repository is run, and no file of a folder names another file outside it.
-transformers and PEFT hold most of that by themselves; here it is said in one line, and what they leave open is closed:
-shards of an index (transformers joins whatever path stands there), kernels that a config names (they are code), and
-what PEFT opens because a config names it.
+Weights are safetensors, no code of a repository runs, and no file of a folder names a file outside it. transformers
+and PEFT hold most of that; this module reports it in one line and closes what they leave open: shards of an index
+(transformers joins any path), kernels that a config names (they are code), and what PEFT opens because a config names
+it.
 """
 
 import json
@@ -25,7 +25,7 @@ UNSAFE = re.compile(r"""[\x00-\x1f\x7f-\x9f;&|$`<>*?"'!#\\~]""")
 
 
 def check_run_folder(folder: Path, key: str) -> None:
-    """Raise RecipeError for a run folder with a name to beware of, or that is elsewhere than its relative path says."""
+    """Raise RecipeError for a run folder whose name a shell would act on, or that leads out of the current folder."""
     text = str(folder)
     if odd := UNSAFE.search(text):
         why = f"holds {odd[0]!r}, which a shell or terminal would act on; use letters, digits, . _ - and spaces"
@@ -41,12 +41,12 @@ def check_run_folder(folder: Path, key: str) -> None:
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Raise RecipeError where a local model's files are no files, or name code or files elsewhere; runs nothing."""
+    """Raise RecipeError if a local model holds irregular files, or names code or files elsewhere; runs nothing."""
     for path in folder.iterdir():
         if not path.is_file() and not path.is_dir():  # opening a FIFO would wait for ever
             raise RecipeError(f"{name}: {path.name} is no regular file; remove it, or name another folder")
     check_configs(folder, name)
-    index = folder / "model.safetensors.index.json"  # the one that is read
+    index = folder / "model.safetensors.index.json"  # the index that transformers reads
     shards = _read(index, name).get("weight_map", {}) if index.is_file() else {}
     for shard in set(map(str, shards.values())) if isinstance(shards, dict) else ():
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -63,7 +63,7 @@ def check_configs(folder: Path, name: str) -> None:
 
 
 def check_config(config: dict[str, Any], name: str) -> None:
-    """Raise RecipeError where a config asks for code: trust_remote_code, or kernels of some repository."""
+    """Raise RecipeError if a config asks for code: trust_remote_code, or kernels of a repository."""
     for key, value in _members(config):
         if key == "trust_remote_code" and value:
             raise RecipeError(f"{name} sets trust_remote_code, and Graft runs no code of a model; remove that line")
@@ -78,7 +78,7 @@ def brings_code(config: dict[str, Any]) -> bool:
 
 
 def check_peft(settings: dict[str, Any], name: str) -> None:
-    """Raise RecipeError where PEFT would import, unpickle or load something because these settings name it."""
+    """Raise RecipeError if these settings name something that PEFT would import, unpickle or load."""
     for key, value in _members(settings):
         state = key == "prompt_tuning_init_state_dict_path" and not str(value).endswith(".safetensors")
         if value and (key in OPENED or state):
@@ -86,8 +86,10 @@ def check_peft(settings: dict[str, Any], name: str) -> None:
 
 
 def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
-    """Raise RecipeError for an adapter without safetensors, with settings that open other files, or of another base
-    than `bases`, the names under which its own may stand."""
+    """Raise RecipeError for an adapter without safetensors, with settings that open other files, or of another base.
+
+    bases: names under which the adapter may know its base.
+    """
     if not (adapter / "adapter_model.safetensors").is_file():
         pickled = sorted(p.name for p in adapter.glob("*.bin"))
         why = f"; {', '.join(pickled)} may be a pickle, which can hold code, and is not read" if pickled else ""
@@ -105,7 +107,7 @@ def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
 
 
 def _same_base(named: str, base: str) -> bool:
-    """The adapter may name relatively what the recipe names from the root."""
+    """Whether the two name one base: the adapter may use the end of the recipe's absolute path."""
     tail = Path(named).parts
     return named == base or (Path(base).is_absolute() and Path(base).parts[-len(tail) :] == tail)
 
@@ -125,9 +127,9 @@ def _members(value: Any) -> Iterator[tuple[str, Any]]:
 def _read(path: Path, name: str) -> dict[str, Any]:
     remedy = "name a folder that save_pretrained has written"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise RecipeError(f"{name} can't be loaded: {path.name} is not a valid JSON file: {error}; {remedy}") from error
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise RecipeError(f"{name} can't be loaded: {path.name} holds no JSON object; {remedy}")
-    return found
+    return value

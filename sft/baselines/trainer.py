@@ -135,7 +135,7 @@ def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, c
     every = min(steps, per_epoch if train.eval_strategy == "epoch" else train.eval_steps)
     own = {
         "examples_per_step", "num_train_epochs", "max_steps", "output_dir", "eval_strategy", "eval_steps", "bf16",
-        "metric_for_best_model",
+        "metric_for_best_model", "report_to",
     }  # fmt: skip
     best = train.metric_for_best_model
     arguments = TrainingArguments(
@@ -157,7 +157,7 @@ def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, c
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # open_run adds the trackers
         logging_nan_inf_filter=False,
     )
     arguments._n_gpu = 1

@@ -226,3 +226,12 @@ def _publish(folder: Path, out: Path) -> None:
     else:
         folder.rename(out)
     flush(out.parent)
+
+
+def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
+    """Re-verify a finished export against `run`, or the run whose folder it is in. Raises RunError without one."""
+    read_parity(out)
+    run = run or out.absolute().parent
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{out}: is in no run folder, so its run is not known; name it: --run RUN")
+    return check_export(run, out, data, allow_mismatch)

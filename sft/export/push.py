@@ -1,9 +1,10 @@
-"""An export on the Hugging Face Hub: `graft export RUN --push OWNER/NAME` tells what would go there."""
+"""Send an export to the Hugging Face Hub: `graft push EXPORT OWNER/NAME`."""
 
 from pathlib import Path
 
 from data.errors import UserError
 from data.readers.source import HUB_ID
+from sft.export.integrity import PARITY
 from sft.runs.model_card import licence_of
 
 
@@ -11,16 +12,18 @@ class PushError(UserError):
     """The Hub did not take it."""
 
 
-def push(folder: Path, repo: str, dry_run: bool = True) -> list[str]:
+def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
     """What is sent, or would be, a line each. A new repository is private; whoever has read the card opens it."""
     if not HUB_ID.fullmatch(repo):
-        raise PushError(f"--push {repo}: write OWNER/NAME")
+        raise PushError(f"{repo}: is no repository's name; write OWNER/NAME")
+    if not (folder / PARITY).is_file():
+        raise PushError(f"{folder}: holds no {PARITY} of a finished export; name the folder that `graft export` wrote")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
     lines = [f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files]
     lines += [f"{size / 1e9:.3f} GB to {repo}, private if new; licence of the base: {licence_of(folder) or 'unknown'}"]
     if dry_run:
-        return [*lines, "nothing was sent; --no-dry-run sends it"]
+        return [*lines, "nothing was sent: --dry-run"]
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
@@ -30,5 +33,5 @@ def push(folder: Path, repo: str, dry_run: bool = True) -> list[str]:
         url = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Graft")
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise PushError(f"--push {repo}: {reason}; `hf auth login` with a token that may write there") from error
+        raise PushError(f"{repo}: {reason}; `hf auth login` with a token that may write there") from error
     return [*lines, f"sent: {url}"]

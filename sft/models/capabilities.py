@@ -1,4 +1,4 @@
-"""Which micro-batches a model computes as it computes each example alone: forests under a mask, padded rows, none."""
+"""Whether packs under a mask, or padded rows, give a model's examples the same results as each alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from data.encode.pack import attention_mask, build_pack
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
-    """How many tokens back the layers see that don't see all, by the config; None where all do."""
+    """Tokens that the sliding-window layers see, by the config; None if every layer sees all."""
     text = model.config.get_text_config().to_dict()
     window = text.get("sliding_window")
     slides = "sliding_attention" in (text.get("layer_types") or ()) or text.get("use_sliding_window", True)
@@ -22,7 +22,7 @@ def sliding_window(model: PreTrainedModel) -> int | None:
 
 
 def _rope_limit(text: dict[str, Any]) -> int | None:
-    """Tokens from which on a position's angle depends on the longest sequence of the batch, by the text config."""
+    """Tokens beyond which a rotary angle depends on the longest sequence of the batch, by the text config."""
     ropes = text.get("rope_parameters") or {}
     for rope in (ropes, *(inner for inner in ropes.values() if isinstance(inner, dict))):
         if rope.get("rope_type") in ("longrope", "dynamic"):
@@ -32,11 +32,12 @@ def _rope_limit(text: dict[str, Any]) -> int | None:
 
 
 def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
-    """Whether one mask says who sees whom in examples of at most `longest` tokens (None: of any length).
+    """Whether a pack's mask isolates examples of at most `longest` tokens (None: of any length).
 
-    They fit into sliding windows, and their positions mean the same whatever stands beside them. The logits of two
-    branches of a small tree equal those of the two sequences alone (state-space layers, ALiBi and the like fail that),
-    but for what also changes with a sequence's length: the rounding of bfloat16 and of quantized products."""
+    Checked by the config (sliding windows, rotary scaling) and by a try: the logits of two branches of a small tree
+    must equal those of the two sequences alone, up to the rounding that also changes with a sequence's length
+    (bfloat16, quantized products). State-space layers, ALiBi and the like fail the try.
+    """
     text = model.config.get_text_config().to_dict()
     kinds = set(text.get("layer_types") or ())
     if kinds - {"full_attention", "sliding_attention"} or model.config._attn_implementation == "eager":
@@ -53,7 +54,7 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
         return model(**tensors, use_cache=False, **more).logits[0].float()
 
     def longer(ids: list[int]) -> torch.Tensor:
-        """The logits at the last of them, once more, with tokens behind and a mask."""
+        """The logits at the last of the ids again, with tokens after it and a mask."""
         more = [*ids, 13, 14, 15]
         causal = torch.ones(1, 1, len(more), len(more), dtype=torch.bool, device=device).tril()
         return logits(more, range(len(more)), attention_mask=causal)[len(ids) - 1]
@@ -64,18 +65,18 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
         try:
             rounding = (torch.stack([longer(r.ids) for r in rows]) - alone).std()
             together = logits(pack.input_ids, pack.position_ids, attention_mask=attention_mask(pack, device))
-        except (RuntimeError, ValueError, TypeError):  # it has no place for such a mask
+        except (RuntimeError, ValueError, TypeError):  # the model takes no such mask
             return False
     allowed = torch.minimum(4 * rounding, 0.15 * alone.std()) + 1e-3 * alone.std()
     return bool((together[pack.leaf] - alone).std() < allowed)
 
 
 def takes_padding(model: PreTrainedModel, longest: int) -> bool:
-    """Whether padding behind an example of at most `longest` tokens, and what stands in the other rows, change nothing
-    in it. `model` may have its adapter.
+    """Whether padding after an example of at most `longest` tokens, and the other rows, change nothing in it.
 
-    Batches of one shape round alike, so what differs between them is read from padding or the other row; a batch and
-    the example alone differ by the rounding of half precision too."""
+    Batches of one shape round alike, so a difference between them is read from padding or the other row; a batch and
+    the example alone may also differ by the rounding of half precision. `model` may have its adapter.
+    """
     limit = _rope_limit(model.config.get_text_config().to_dict())
     if limit and longest > limit:
         return False
@@ -86,7 +87,7 @@ def takes_padding(model: PreTrainedModel, longest: int) -> bool:
     try:
         with torch.inference_mode():
             alone = model(torch.tensor([short], device=device), use_cache=False).logits[0, -4:]
-            # from the end: virtual tokens stand before
+            # from the end: virtual tokens come first
             one, other = (model(torch.tensor(b, device=device), use_cache=False).logits[1, -6:-2] for b in batches)
     finally:
         for module, training in modes:

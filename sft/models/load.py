@@ -1,4 +1,4 @@
-"""Base models and what of them is trained: load_base, then tune_model."""
+"""Load a base model, its tokenizer and its configuration in the recipe's precision."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -48,11 +48,11 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 
 
 def load_base(model: Model, device: torch.device) -> PreTrainedModel:
-    """The base in the recipe's precision, frozen or not as loaded, in eval mode.
+    """The base in the recipe's precision, in eval mode.
 
-    On a CPU 4-bit weights are dequantized once: the same values, without doing it in every forward and backward, as
-    there is no 4-bit product on CPUs. (bitsandbytes 0.50 would also repack them in the first eval forward, and multiply
-    by a kernel without autograd from then on.)
+    On a CPU, 4-bit weights are dequantized once: no CPU kernel multiplies them, so every forward and backward would
+    dequantize them again. (bitsandbytes 0.50 would also repack them in the first eval forward, and from then on
+    multiply by a kernel without autograd.)
     """
     loaded = load_weights(
         f"model.base: {model.base}",
@@ -70,28 +70,30 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
 
 
 def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model of a folder or Hub id. Raises RecipeError, also where a weight is missing or of another shape, which
-    transformers would draw at random. Its attention is PyTorch's SDPA where the architecture has it, as packs need."""
+    """The model of a folder or Hub id, with PyTorch's SDPA if the architecture has it, as packs need.
+
+    Raises RecipeError, also for a weight that is missing or has another shape: transformers would draw it at random.
+    """
     with readable(name):
         check_config(stored_config(str(folder), options.get("revision")), name)
-        model, found = cast(Any, AutoModelForCausalLM).from_pretrained(
+        model, loading = cast(Any, AutoModelForCausalLM).from_pretrained(
             folder,
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # to name them below
+            ignore_mismatched_sizes=True,  # they are named below
             **options,
         )
-    mismatched, missing = found["mismatched_keys"], found["missing_keys"]
+    mismatched, missing = loading["mismatched_keys"], loading["missing_keys"]
     if mismatched:
         weight, stored, wanted = min(mismatched)
         raise RecipeError(
             f"{name}: {weight} is stored as {tuple(stored)}, and its config.json asks for {tuple(wanted)} "
-            f"({len(mismatched)} such weights); config and weights must be of one model"
+            f"({len(mismatched)} such weights); config and weights must belong to one model"
         )
     if missing:
         raise RecipeError(
-            f"{name}: the weight {min(missing)}, which its config.json asks for, is not there "
+            f"{name}: the weight {min(missing)}, which its config.json asks for, is missing "
             f"({len(missing)} such weights); name a whole causal language model"
         )
     if model.generation_config:
@@ -100,7 +102,7 @@ def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedMod
 
 
 def savable(config: GenerationConfig) -> GenerationConfig:
-    """Older bases name a temperature and leave do_sample out, which transformers reads and won't write."""
+    """The same config, which transformers can write: some older bases set a temperature without do_sample."""
     try:
         config.validate(strict=True)
     except ValueError:
@@ -109,7 +111,7 @@ def savable(config: GenerationConfig) -> GenerationConfig:
 
 
 def generation_config(base: str, revision: str | None = None) -> GenerationConfig:
-    """That of a folder or Hub id, read without the weights; made from its config where it has none."""
+    """The generation config of a folder or Hub id, read without the weights; made from its config if it has none."""
     with readable(base):
         try:
             return savable(GenerationConfig.from_pretrained(base, revision=revision or "main"))
@@ -119,7 +121,7 @@ def generation_config(base: str, revision: str | None = None) -> GenerationConfi
 
 
 def compute_dtype(model: Model, device: torch.device) -> torch.dtype:
-    """model.dtype, where it is `auto` the fastest one that trains: bfloat16 on CUDA, on a CPU as measured."""
+    """model.dtype; for `auto` bfloat16 on CUDA, and on a CPU the faster one as measured."""
     if model.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" or bfloat16_pays() else torch.float32
     return getattr(torch, model.dtype)
@@ -130,7 +132,7 @@ def is_quantized(quantization: Quantization | None) -> bool:
 
 
 def check_length(recipe: Recipe) -> None:
-    """Raise RecipeError where data.max_length is more than the base has positions."""
+    """Raise RecipeError if data.max_length exceeds the base's positions."""
     positions = max_positions(load_config(recipe.model))
     if positions is not None and recipe.data.max_length > positions:
         raise RecipeError(
@@ -140,7 +142,7 @@ def check_length(recipe: Recipe) -> None:
 
 
 def bitsandbytes_config(model: Model, device: torch.device) -> Any:
-    """transformers' BitsAndBytesConfig; None where the recipe does not quantize."""
+    """transformers' BitsAndBytesConfig; None if the recipe does not quantize."""
     quantization = model.quantization
     if quantization is None or not is_quantized(quantization):
         return None
@@ -150,11 +152,11 @@ def bitsandbytes_config(model: Model, device: torch.device) -> Any:
     return BitsAndBytesConfig(**{**quantization.model_dump(), "bnb_4bit_compute_dtype": compute})
 
 
-PREFIX = "base_model.model."  # of PEFT's names in front of the base's
+PREFIX = "base_model.model."  # PEFT puts it before the base's names
 
 
 def fit_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
-    """As many rows of the embedding as the adapter was trained with, where it holds the whole embedding."""
+    """Resize the embedding to the rows that the adapter was trained with, if it holds the whole embedding."""
     embedding = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     with readable(str(adapter)), safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         names = {f"{PREFIX}{embedding}.weight", f"{PREFIX}{embedding}.base_layer.weight"} & set(file.keys())

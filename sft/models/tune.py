@@ -1,4 +1,4 @@
-"""What of a base model is trained: PEFT methods, and our own full, freeze, linear_probe."""
+"""Choose what of a base model is trained: PEFT's methods, and full, freeze, linear_probe."""
 
 import re
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ VIRTUAL_TOKENS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefi
 
 
 def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = False) -> PreTrainedModel:
-    """The model whose trainable parameters are the method's; all others frozen.
+    """The model with the method's parameters trainable and all others frozen.
 
     Seeded here, because PEFT draws the adapter's initial weights. They are fp32, or with one_dtype the base's.
     """
@@ -33,12 +33,14 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
     except ValueError as error:  # PEFT names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
-    return cast(PreTrainedModel, model)  # it answers to the same calls
+    return cast(PreTrainedModel, model)  # it has the same methods
 
 
 def peft_settings(tune: Tune, base: PreTrainedModel) -> dict[str, Any]:
-    """Settings of PEFT; those of a prompt that begins as a text with the base's tokenizer, which reads it. Raises
-    RecipeError where virtual tokens have no number."""
+    """Arguments of the PEFT config; a prompt that starts as a text also gets the base's tokenizer.
+
+    Raises RecipeError for virtual tokens without a number.
+    """
     settings = tune.peft
     if tune.method in VIRTUAL_TOKENS and not settings.get("num_virtual_tokens"):
         raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
@@ -47,7 +49,7 @@ def peft_settings(tune: Tune, base: PreTrainedModel) -> dict[str, Any]:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable, and all; a packed 4-bit weight counts its logical elements."""
+    """Numbers of trainable parameters and of all; a packed 4-bit weight counts its logical elements."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = 0
     for p in model.parameters():
@@ -70,7 +72,7 @@ def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
 
 
 def train_matching(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters whose name a pattern matches, no others. Raises RecipeError where there is none."""
+    """Train the parameters whose name matches a pattern, no others. Raises RecipeError if none matches."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
     if not any(p.requires_grad for p in model.parameters()):

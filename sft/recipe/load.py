@@ -1,8 +1,9 @@
-"""Recipe file -> Recipe: strict YAML, `--set` overrides, and one line of explanation for every mistake."""
+"""Load a recipe: strict YAML, `--set` overrides, and one line of explanation for every mistake."""
 
 import dataclasses
 import difflib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -19,7 +20,7 @@ from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
 
 R = TypeVar("R", bound=BaseModel)
-# names that users bring from elsewhere, and what stands for them here
+# keys of other libraries, and what to use instead
 ELSEWHERE = {
     "train.per_device_train_batch_size": "use train.examples_per_step, the batch over all processes",
     "train.gradient_accumulation_steps": "use train.examples_per_step; micro-batches follow from data.pack_tokens",
@@ -32,9 +33,10 @@ ELSEWHERE = {
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, check_files: bool = True) -> Recipe:
-    """The recipe of a YAML file with `a.b=value` overrides. Raises RecipeError; loads neither model nor data.
+    """A language model's recipe from a YAML file and `a.b=value` overrides. Loads neither model nor data.
 
-    check_files=False: for a finished run, whose training data may be gone."""
+    check_files=False: for a finished run, whose training data may be gone. Raises RecipeError.
+    """
     recipe = load_any_recipe(path, overrides, check_files)
     if isinstance(recipe, BaselineRecipe):
         raise RecipeError(f"{path}: objective {recipe.objective}: a baseline; this takes the recipe of an adapter")
@@ -42,12 +44,12 @@ def load_recipe(path: Path, overrides: list[str] | None = None, check_files: boo
 
 
 def load_any_recipe(path: Path, overrides: list[str] | None = None, check_files: bool = True) -> AnyRecipe:
-    """The same, or the recipe of a baseline where the file names an `objective`."""
+    """Any recipe: a baseline's if the file names an `objective`; see load_recipe."""
     try:
         tree = parse(_text(path), str(path))
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections (task, model, tune, data, train, eval)")
-        _as_it_was(tree, path)
+        _keep_old_seed(tree, path)
         for override in overrides or []:
             _set(tree, override)
         return check_baseline(tree, check_files) if "objective" in tree else check_recipe(tree, check_files)
@@ -57,8 +59,8 @@ def load_any_recipe(path: Path, overrides: list[str] | None = None, check_files:
         raise RecipeError(f"{path}: {error.strerror or error}: {str(error.filename)[:60]}; correct the name") from error
 
 
-def _as_it_was(tree: dict[str, Any], path: Path) -> None:
-    """Of a run from before eval.seed: what it held out was drawn by train.seed."""
+def _keep_old_seed(tree: dict[str, Any], path: Path) -> None:
+    """Runs from before eval.seed drew what they hold out by train.seed."""
     evaluation, train = tree.get("eval"), tree.get("train")
     of_run = path.name == "recipe.yaml" and (path.parent / "manifest.json").is_file()
     if of_run and isinstance(evaluation, dict) and isinstance(train, dict) and "seed" in train:
@@ -117,7 +119,7 @@ def _validate(kind: type[R], tree: dict[str, Any]) -> R:
 
 
 def dump_recipe(recipe: Recipe | BaselineRecipe) -> str:
-    """YAML that load_recipe reads back as the same recipe."""
+    """The recipe as YAML that load_recipe reads back as the same recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
@@ -129,8 +131,10 @@ def peft_types() -> dict[str, type]:
 
 
 def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tuple[Any, dict[str, Any]]:
-    """The PEFT config, None for one of our `own` methods; and each value as that config declares it. Raises
-    RecipeError."""
+    """The PEFT config (None for one of the `own` methods), and each value in the type that the config declares.
+
+    Raises RecipeError.
+    """
     allowed: dict[str, Any] = {}
     if tune.method in own:
         config = None
@@ -154,7 +158,7 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
     model = create_model("tune", __config__=settings, **fields)
     try:
         checked = model.model_validate(tune.peft)
-        values = {key: getattr(checked, key) for key in tune.peft}  # `no` is text in YAML and False here
+        values = {key: getattr(checked, key) for key in tune.peft}  # `no` is text in YAML and may be False here
         named = {"tokenizer_name_or_path": "the base's"} if values.get("prompt_tuning_init") == "TEXT" else {}
         return config(task_type=task_type, **named, **values) if config else None, values
     except ValidationError as error:
@@ -163,7 +167,10 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         raise RecipeError(f"tune: method {tune.method}: {error}") from error
 
 
-def _check_files(recipe: Recipe | BaselineRecipe) -> None:
+def _check_files(recipe: AnyRecipe) -> None:
+    """Raise RecipeError for what the recipe names and this machine does not have."""
+    if absent := [name for name in recipe.train.report_to if not find_spec(name)]:
+        raise RecipeError(f"train.report_to: {absent[0]} is not installed; run: pip install {absent[0]}")
     if recipe.train.output_dir:
         check_run_folder(recipe.train.output_dir, "train.output_dir")
     sources: list[tuple[str, Source]] = [
@@ -199,7 +206,7 @@ def _set(tree: dict[str, Any], override: str) -> None:
 
 
 def _explain(error: Any, kind: type[BaseModel], root: tuple[str, ...] = ()) -> str:
-    """One line: key, what was found, what is allowed, the nearest valid key."""
+    """One line: key, value, what is allowed, the nearest valid key."""
     location = (*root, *error["loc"])
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "extra_forbidden":
@@ -211,8 +218,8 @@ def _explain(error: Any, kind: type[BaseModel], root: tuple[str, ...] = ()) -> s
     message = error["msg"].removeprefix("Value error, ")
     if not path:
         return message
-    found = error["input"]
-    return f"{path}: {message[0].lower()}{message[1:]}" + ("" if isinstance(found, dict) else f", found {found!r}")
+    value = error["input"]
+    return f"{path}: {message[0].lower()}{message[1:]}" + ("" if isinstance(value, dict) else f", found {value!r}")
 
 
 def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
@@ -224,7 +231,7 @@ def _keys_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The section that a field's type holds: itself, or inside a tuple or an optional."""
+    """The sections in a field's type: itself, or inside a tuple or an optional."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for inner in get_args(annotation):

@@ -1,8 +1,7 @@
-"""A recipe: the typed, strict YAML that defines one run. `graft schema` prints it as JSON schema.
+"""The schema of a recipe, the strict YAML that defines one run; `graft schema` prints it as JSON schema.
 
-Sections carry the libraries' names: TrainingArguments in `train`, a PEFT config in `tune`, BitsAndBytesConfig in
-`model.quantization`. Unknown keys, wrong types, impossible combinations and missing files are found here, before
-anything is loaded.
+Sections use the libraries' names: TrainingArguments in `train`, a PEFT config in `tune`, BitsAndBytesConfig in
+`model.quantization`. Unknown keys, wrong types and impossible combinations are errors before anything is loaded.
 """
 
 import re
@@ -19,7 +18,7 @@ WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/name` of a model that is not a path here and does not look like a file."""
+    """Whether it is `owner/name`, no path here, and does not look like a file."""
     return bool(HUB_ID.fullmatch(name)) and not name.endswith((".gguf", ".yaml")) and not Path(name).exists()
 
 
@@ -47,6 +46,9 @@ Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 MaxSteps = Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
+
+
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
 
 
 class Section(BaseModel):
@@ -77,7 +79,7 @@ class Quantization(Section):
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = "nf4"
     bnb_4bit_use_double_quant: bool = True
     bnb_4bit_compute_dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Left out: as model.dtype."""
+    """Default: that of model.dtype."""
 
     @model_validator(mode="after")
     def _one_width(self) -> "Quantization":
@@ -93,23 +95,23 @@ class Model(Section):
     """Hub id, local folder, .gguf file, or wheel:package/file.gguf for a model inside an installed package."""
     revision: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """auto: bfloat16 on CUDA; on a CPU bfloat16 for LoRA where its products are measured to be 1.5 times as fast, else
-    float32."""
+    """auto: bfloat16 on CUDA; on a CPU bfloat16 for LoRA if its matrix products are measured to be 1.5 times as fast as
+    float32, else float32."""
     quantization: Quantization | None = None
     use_kernels: bool = False
-    """On CUDA: fused kernels for norms, MLP and more, through transformers' own switch; needs `pip install kernels`."""
+    """On CUDA: fused kernels for norms, MLP and more, by transformers' own switch; needs `pip install kernels`."""
     chat_template: Path | None = None
-    """A Jinja file, for a base whose tokenizer has no chat template."""
+    """A Jinja file, for a base whose tokenizer has no chat template or a wrong one."""
 
 
 class Tune(BaseModel):
-    """`method` is a PEFT type in lower case (the other keys are that PEFT config's), or full, freeze, linear_probe."""
+    """`method` is a PEFT type in lower case, with that PEFT config's keys beside it, or full, freeze, linear_probe."""
 
     model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)
 
     method: str = "lora"
     trainable: tuple[str, ...] = ()
-    """For `freeze`: regular expressions; the parameters whose name one of them matches are trained."""
+    """For freeze: regular expressions; parameters whose name matches one of them are trained."""
 
     @field_validator("trainable")
     @classmethod
@@ -132,79 +134,80 @@ class Source(Section):
     """A file (.json, .jsonl or .csv, gzipped or not, .parquet), a glob, a folder, a Hub dataset id, or
     sklearn:20newsgroups."""
     format: Format | None = None
-    """Left out: recognised by the content."""
+    """Default: recognised by the keys of the rows."""
     split: str | None = None
-    """Of a Hub dataset or of sklearn:20newsgroups. Left out: train; in eval.data validation (sklearn: test)."""
+    """Split of a Hub dataset or of sklearn:20newsgroups. Default: train; in eval.data validation (sklearn: test)."""
     config: str | None = None
-    """Of a Hub dataset that has several configurations."""
+    """Configuration of a Hub dataset that has several."""
     revision: str | None = None
-    """Of a Hub dataset."""
+    """Branch, tag or commit of a Hub dataset."""
     columns: dict[str, str] = {}
-    """Where the data names them otherwise: {prompt: question, completion: answer}, ours to theirs."""
+    """Graft's names and the data's, if they differ: {prompt: question, completion: answer}."""
     license: str | None = None
-    """For the model card, which warns where it is left out."""
+    """For the model card, which warns if it is missing."""
 
 
 class TrainSource(Source):
     weight: Annotated[Number, Field(gt=0)] = 1.0
-    """How often each of its rows occurs in an epoch: 2 is twice, 0.5 every second one, the others in the next."""
+    """How often each row occurs in an epoch: 2 is twice; 0.5 is half of the rows, the others in the next epoch."""
 
 
 class Audit(Section):
-    """How many rows may have a defect that leaves the model nothing right to learn; they are left out and named."""
+    """How many rows may have a defect that makes them useless for training; they are left out and reported."""
 
     untrained: Rows = 0
-    """No token carries loss."""
+    """Rows of which no token is trained."""
     end_not_trained: Rows = 0
-    """The token that ends the assistant's turn carries no loss, so the model would not learn to stop."""
+    """Rows whose end-of-turn token is not trained, so the model would not learn to stop."""
     truncated: Rows = 0
-    """Longer than data.max_length, so the answer would be cut. See data.too_long."""
+    """Rows longer than data.max_length, whose answer would be cut; see data.too_long."""
     prompt_not_prefix: Rows = 0
-    """The prompt alone is rendered otherwise than as the beginning of the whole."""
+    """Rows whose prompt is rendered differently alone than as the beginning of the whole text."""
     double_bos: Rows = 0
-    """The chat template writes the token that begins a text twice."""
+    """Rows that begin with two BOS tokens."""
     leaks: Rows | None = None
-    """Rows that stand in the held-out data, equal or nearly; left out: they are counted and shown, and stop nothing."""
+    """Rows that are also in the held-out data, equal or nearly. Default: they are reported and stop nothing."""
 
 
 class Data(Section):
     train: Annotated[tuple[TrainSource, ...], BeforeValidator(as_sources), Field(min_length=1)]
     max_length: Count = 1024
-    """Tokens of the longest example; a longer one stops the run, see too_long."""
+    """Most tokens of an example; a longer one stops the run, see too_long."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What rows with defects do; skip leaves them out and counts them."""
+    """Rows with defects: stop the run, or leave them out and count them."""
     too_long: Literal["stop", "skip"] = "stop"
+    """Rows longer than max_length: stop the run, or leave them out and count them."""
     duplicates: Literal["keep", "remove"] = "keep"
-    """Rows that equal an earlier one but for case and white space."""
+    """Rows that equal an earlier one up to case and white space."""
     near_duplicates: Literal["keep", "remove"] = "keep"
-    """Rows whose passage (or post, or prompt) is nearly that of an earlier one."""
+    """Rows whose passage (or post, or prompt) is nearly that of an earlier row."""
     leaks: Literal["keep", "remove"] = "keep"
-    """Training rows that stand in the held-out data: the same row, or the same passage, or nearly."""
+    """Training rows that are also in the held-out data: the same row, the same passage, or nearly."""
     audit: Audit = Audit()
     max_contexts: Count | None = None
-    """Train on this many contexts (SQuAD: passages; else: rows), drawn by train.seed."""
+    """Most contexts to train on (SQuAD: passages, else rows), drawn by train.seed."""
     unanswerable_share: Annotated[Number, Field(ge=0, le=1)] | None = None
-    """With max_contexts and squad_v2: share of unanswerable questions among those drawn; left out: as it comes."""
+    """With max_contexts and squad_v2: share of unanswerable questions among those drawn. Default: as in the data."""
     share_prefixes: bool | Literal["auto"] = "auto"
-    """Compute a prefix that several examples of a step share once; auto: where that saves 3 % of the time or more."""
+    """Compute a prefix that several examples of a step share once; auto: if that saves 3 % of the time or more."""
     pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(_auto)] = "auto"
-    """Most tokens of a micro-batch, so that memory is bounded; only an example that is longer makes a larger one. auto:
-    1024 on a CPU, 4096 on CUDA; 512 where attention computes all pairs of tokens."""
+    """Most tokens of a micro-batch, which bounds memory; only a longer example makes a larger one. auto: 1024 on a CPU,
+    4096 on CUDA, 512 if attention computes all pairs of tokens."""
     max_branches: Count | None = None
-    """Most examples of one context in a step, which may then be smaller; left out: up to examples_per_step."""
+    """Most examples of one context in a step, which may then be smaller. Default: examples_per_step."""
 
 
 class Train(Section):
-    """Names of transformers' TrainingArguments, but for examples_per_step, attn_implementation, compile_layers."""
+    """Names of transformers' TrainingArguments; Graft's are examples_per_step, attn_implementation, compile_layers."""
 
     examples_per_step: Count = 16
-    """Examples of one optimizer step, over all processes, whether they share prefixes or not."""
+    """Examples of one optimizer step, over all processes, with or without shared prefixes."""
     num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
     max_steps: MaxSteps = -1
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-4
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
     warmup_steps: Annotated[Number, Field(ge=0)] = 0.0
-    """Steps; below 1 a share of all steps."""
+    """Steps; a value below 1 is a share of all steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
@@ -215,11 +218,11 @@ class Train(Section):
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
     gradient_checkpointing: bool = False
     attn_implementation: Literal["auto", "forest", "sdpa", "eager", "flex_attention"] = "auto"
-    """auto: flex_attention on CUDA where the base has it, forest (each tree by itself) on a CPU, else sdpa."""
+    """auto: flex_attention on CUDA if the base supports it, forest (each tree by itself) on a CPU, else sdpa."""
     compile_layers: bool | Literal["auto"] = "auto"
-    """Compile each decoder layer; auto: on a CPU, where an estimate says that the run is long enough to gain by it."""
+    """Compile each decoder layer; auto: on a CPU, if the run is estimated to be long enough to gain by it."""
     bf16: bool | None = None
-    """Autocast to bfloat16; left out: on CUDA yes, on CPU no."""
+    """Autocast to bfloat16. Default: yes on CUDA, no on a CPU."""
     logging_steps: Count = 1
     save_strategy: Literal["no", "epoch", "steps"] = "epoch"
     save_steps: Count = 100
@@ -227,42 +230,43 @@ class Train(Section):
     eval_strategy: Literal["no", "epoch", "steps"] = "no"
     """Held-out loss on eval.data during training."""
     eval_steps: Count = 100
+    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    """Trackers that get the metrics too, each by its own package; [] for none."""
     seed: Seed = 42
     output_dir: Path | None = None
-    """The run folder; left out: runs/NAME-OF-RECIPE, numbered if it exists."""
+    """The run folder. Default: runs/RECIPE-NAME, numbered if it exists."""
 
 
 class Eval(Section):
     data: Annotated[Source, BeforeValidator(as_source)] | None = None
-    """Held-out data: of held-out loss, `graft eval RUN` and the export's parity check."""
+    """Held-out data for the held-out loss, `graft eval RUN` and the export's parity check."""
     share: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Instead of data: hold out this share of data.train, by whole passages and threads, and don't train on it."""
+    """Instead of data: share of data.train that is held out, by whole passages and threads."""
     seed: Seed = 42
-    """Draws eval.share: runs of other train.seed hold out the same."""
+    """Draws eval.share; runs with another train.seed hold out the same rows."""
     limit: Count | None = None
-    """At most this many questions, drawn by a fixed seed."""
+    """Most questions, drawn by a fixed seed."""
     max_new_tokens: Count = 48
     batch_tokens: Count = 8192
-    """Most tokens that are kept at once, in-process: those of prompts, and room for whole answers."""
+    """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
 
 
 class Export(Section):
     base: Literal["auto", "dequantized", "original"] = "auto"
-    """What an adapter of a quantized run is merged into: the dequantized weights it was trained on, or the original;
-    auto: the one whose answers differ less from the adapter's on the base of training, as measured."""
+    """Weights that the adapter of a quantized run is merged into: the dequantized ones of training, or the original
+    ones. auto: those whose answers are measured to differ less from the adapter's."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     prompts: Count = 64
-    """Held-out conversations of the parity check."""
+    """Most held-out conversations of the parity check."""
     min_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.99
     """Least share of answer tokens on which adapter and merged model agree (argmax)."""
     min_format_agreement: Annotated[Number, Field(ge=0, le=1)] = 0.95
-    """The same for a merged model in fewer bits (graft export --format); gguf-f32, -f16 and -bf16 are held to
-    min_agreement."""
+    """The same for a model in fewer bits (graft export --format); gguf-f32, -f16 and -bf16 must reach min_agreement."""
 
 
 class Recipe(Section):
     task: Literal["squad_v2", "squad_v1", "newsgroups", "instruct"]
-    """How answers are scored, and how rows become prompts where their format does not say."""
+    """How answers are scored, and how rows become prompts if their format does not say."""
     model: Model
     tune: Tune = Tune()
     data: Data
@@ -291,7 +295,7 @@ class Recipe(Section):
 
 
 def check_rows(task: str, data: Any, evaluation: Any) -> None:
-    """Raise ValueError where the sections `data` and `eval` of a recipe, a baseline's too, contradict each other."""
+    """Raise ValueError if the sections `data` and `eval` of any recipe contradict each other."""
     if data.unanswerable_share is not None and (data.max_contexts is None or task != "squad_v2"):
         raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")
     held_out = evaluation.data
@@ -302,7 +306,7 @@ def check_rows(task: str, data: Any, evaluation: Any) -> None:
 
 
 def _same_rows(train: Source, held_out: Source) -> bool:
-    """Splits of a dataset are read from one path; a file has none."""
+    """Whether two sources name the same rows: one file, or one split of a dataset."""
     if is_hub_dataset(train.path) or train.path.startswith("sklearn:"):
         splits = (train.split or "train", held_out.split or ("validation" if is_hub_dataset(train.path) else "test"))
         return (train.path, train.config, splits[0]) == (held_out.path, held_out.config, splits[1])

@@ -1,4 +1,4 @@
-"""YAML without YAML 1.1's surprises: `2e-4` is a number, `no` and `on` stay text, nothing is declared twice."""
+"""Strict YAML 1.2 without 1.1's surprises: `2e-4` is a number, `no` and `on` are text, no key occurs twice."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 class YamlError(ValueError):
-    """A document that is not what it seems; the text names the line."""
+    """A document with what a recipe may not hold; the text names the line."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -51,7 +51,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.v
 
 
 def parse(text: str, name: str) -> Any:
-    """The document's value. Raises YamlError that begins with `name` and the line."""
+    """The value of a document. Raises YamlError, whose text begins with `name` and the line."""
     if len(text) > MOST_CHARACTERS:
         raise YamlError(f"{name}: {len(text):,} characters, the limit is {MOST_CHARACTERS:,}; shorten it")
     try:

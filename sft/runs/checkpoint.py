@@ -1,7 +1,8 @@
-"""Checkpoints as folders: written aside, flushed, read again, renamed; which one to go on from; older ones rotate.
+"""Checkpoint folders: committed whole, verified before a run resumes from one, rotated.
 
-A folder named checkpoint-N was whole when it got that name: its manifest.json is written last and holds size and sha256
-of every other file. Whatever is not as the manifest says is named, and the checkpoint before it taken.
+A folder is written under a temporary name, flushed, read again and renamed to checkpoint-N. Its manifest.json is
+written last and holds size and sha256 of every other file; a folder that differs from its manifest is reported and the
+checkpoint before it is used.
 """
 
 import hashlib
@@ -22,7 +23,7 @@ from data.errors import DiskFull, UserError, is_disk_full
 from sft.errors import RunError
 
 MANIFEST = "manifest.json"
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code that it holds
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code
 NAME = r"checkpoint-\d+"
 
 
@@ -35,27 +36,27 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((p for p in run.glob("checkpoint-*") if re.fullmatch(NAME, p.name)), key=step_of)
 
 
-def commit_checkpoint(aside: Path, final: Path, facts: dict[str, Any]) -> None:
-    """Give a written folder its name, once it is on the disk and was read again. `facts` go to its manifest.
+def commit_checkpoint(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+    """Rename a written folder to `final` once it is on the disk and reads back unchanged; `facts` go to its manifest.
 
-    Raises OSError where what is read is not what was written.
+    Raises OSError if the disk returns something else than was written.
     """
-    names = _files(aside)
-    # hashed as they lie in memory, then flushed and forgotten: what is read again comes from the disk
-    entries = {n: {"bytes": (aside / n).stat().st_size, "sha256": file_sha256(aside / n)} for n in names}
+    names = _files(temporary)
+    # hashed from memory, then flushed and dropped from the page cache: what damage() reads comes from the disk
+    entries = {n: {"bytes": (temporary / n).stat().st_size, "sha256": file_sha256(temporary / n)} for n in names}
     for name in names:
-        flush(aside / name)
+        flush(temporary / name)
     body = {**facts, "files": entries}
-    write_text(aside / MANIFEST, json.dumps({**body, "manifest_sha256": _digest(body)}, indent=2) + "\n")
-    for folder in {aside, *((aside / name).parent for name in names)}:
+    write_text(temporary / MANIFEST, json.dumps({**body, "manifest_sha256": _digest(body)}, indent=2) + "\n")
+    for folder in {temporary, *((temporary / name).parent for name in names)}:
         flush(folder)
-    if found := damage(aside, pickles=True):
-        raise OSError(f"{final} could not be written: {found}; the disk does not return what was written to it")
-    replace_folder(aside, final)
+    if problem := damage(temporary, pickles=True):
+        raise OSError(f"{final} could not be written: {problem}; the disk does not return what was written to it")
+    replace_folder(temporary, final)
 
 
 def damage(folder: Path, pickles: bool = False) -> str | None:
-    """What is wrong with a checkpoint; None where it is whole. `pickles`: they are allowed (FSDP and DeepSpeed)."""
+    """What is wrong with a checkpoint; None if it is whole. `pickles`: they are allowed, for FSDP and DeepSpeed."""
     try:
         return _damage(folder, pickles)
     except (OSError, RecursionError) as error:  # a bad sector, a link to nowhere, JSON without an end
@@ -98,61 +99,61 @@ def read_manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 def last_checkpoint(run: Path, pickles: bool = False) -> tuple[Path | None, dict[Path, str]]:
-    """The newest whole checkpoint, and what is wrong with each newer one. None where the run never saved any, so that
-    nothing is lost by its first step. Raises RunError where all are damaged, or the run is finished without any."""
-    found = checkpoints(run)
-    broken: dict[Path, str] = {}
-    for path in reversed(found):
+    """The newest whole checkpoint, and what is wrong with each newer one; None if the run never saved any.
+
+    Raises RunError if all are damaged, if the run is finished without any, or if the folder is no run.
+    """
+    damaged: dict[Path, str] = {}
+    for path in reversed(checkpoints(run)):
         problem = damage(path, pickles)
         if problem is None:
-            return path, broken
-        broken[path] = problem
-    anew = f"start anew with `graft train {run}/recipe.yaml --set train.output_dir=NEW-FOLDER`"
-    if broken:
-        lines = "".join(f"\n  {path.name}: {problem}" for path, problem in broken.items())
-        raise RunError(f"{run}: no checkpoint is whole, so there is nothing to go on from; {anew}{lines}")
+            return path, damaged
+        damaged[path] = problem
+    restart = f"start a new run: graft train {run}/recipe.yaml --set train.output_dir=NEW-FOLDER"
+    if damaged:
+        lines = "".join(f"\n  {path.name}: {problem}" for path, problem in damaged.items())
+        raise RunError(f"{run}: no checkpoint is whole, so the run can't be resumed; {restart}{lines}")
     if not (run / "recipe.yaml").is_file():
         raise RunError(
-            f"{run}: is no run folder: recipe.yaml is missing; {anew.replace(f'{run}/recipe.yaml', 'RECIPE')}"
+            f"{run}: is no run folder: recipe.yaml is missing; {restart.replace(f'{run}/recipe.yaml', 'RECIPE')}"
         )
     if (run / "adapter").is_dir() or (run / "model").is_dir():
-        raise RunError(f"{run}: is finished and has no checkpoint to go on from; {anew}")
+        raise RunError(f"{run}: is finished and has no checkpoint to resume from; {restart}")
     return None, {}
 
 
 def remove_leftovers(run: Path) -> None:
-    """What a death while writing left behind."""
+    """Remove what a crash left half-written."""
     for pattern in (".*.new", ".*.old"):
         for path in run.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def set_aside(broken: dict[Path, str]) -> None:
-    """Rename damaged checkpoints to damaged-NAME: they stay for whoever wants to look, and never count again."""
-    for path in broken:
-        kept = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(kept, ignore_errors=True)
-        path.rename(kept)
+def set_aside(damaged: dict[Path, str]) -> None:
+    """Rename damaged checkpoints to damaged-NAME: they stay for inspection and are never resumed from."""
+    for path in damaged:
+        renamed = path.with_name(f"damaged-{path.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
 
 
 def rotate(run: Path, limit: int | None, keep: Sequence[Path]) -> None:
-    """Remove the oldest checkpoints, by number, until `limit` are left; those in `keep`, of which one was just found
-    whole, always stay."""
-    found = checkpoints(run)
-    kept = {path.name for path in keep}
-    removable = [path for path in found if path.name not in kept]
-    for path in removable[: max(0, len(found) - limit)] if limit else ():
-        going = path.with_name(f".{path.name}.old")  # renamed first: a folder that is half removed is no checkpoint
-        path.rename(going)
-        shutil.rmtree(going)
+    """Remove the oldest checkpoints, by number, until `limit` are left; those in `keep` always stay."""
+    saved = checkpoints(run)
+    names = {path.name for path in keep}
+    removable = [path for path in saved if path.name not in names]
+    for path in removable[: max(0, len(saved) - limit)] if limit else ():
+        old = path.with_name(f".{path.name}.old")  # renamed first: a half-removed folder is no checkpoint
+        path.rename(old)
+        shutil.rmtree(old)
 
 
 def check_space(run: Path, model: nn.Module, optim: str) -> None:
-    """Raise DiskFull where not even two checkpoints fit: the next is written while the last one stays."""
+    """Raise DiskFull if two checkpoints don't fit: the next one is written while the last one stays."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = trained * 4 if hasattr(model, "peft_config") else sum(p.numel() * p.itemsize for p in model.parameters())
+    weights = trained * 4 if hasattr(model, "peft_config") else sum(p.numel() * p.itemsize for p in model.parameters())
     moments = 8 * trained if optim.startswith("adamw_torch") else 0  # AdamW's two, in float32
-    needed, free = 2 * (kept + moments), shutil.disk_usage(run).free
+    needed, free = 2 * (weights + moments), shutil.disk_usage(run).free
     if free < needed:
         raise DiskFull(
             f"{run}: has room for {free / 2**30:.2f} GiB, and two checkpoints take {needed / 2**30:.2f} GiB; "
@@ -161,8 +162,8 @@ def check_space(run: Path, model: nn.Module, optim: str) -> None:
 
 
 @contextmanager
-def full_disk_told(run: Path) -> Iterator[None]:
-    """A full disk within it becomes DiskFull, which names what is whole and how to go on."""
+def explain_full_disk(run: Path) -> Iterator[None]:
+    """Turn a full disk inside the block into DiskFull, which says what is whole and how to resume."""
     try:
         yield
     except Exception as error:
@@ -172,19 +173,19 @@ def full_disk_told(run: Path) -> Iterator[None]:
         raise DiskFull(
             f"{run}: the disk is full ({str(error).splitlines()[0]}); "
             f"{f'{whole[-1].name} is whole' if whole else 'no checkpoint was saved yet'}. Make room "
-            f"(train.save_total_limit keeps fewer checkpoints) and go on with: graft train --resume {run}"
+            f"(train.save_total_limit keeps fewer checkpoints), then: graft train --resume {run}"
         ) from error
 
 
 def commit_folder(final: Path, write: Callable[[str], None], main: bool) -> None:
-    """`final`, written by every process's `write` into a folder aside that the main process then renames."""
-    aside = final.with_name(f".{final.name}.new")
-    write(str(aside))
+    """Let `write` of every process fill a temporary folder, which the main process then renames to `final`."""
+    temporary = final.with_name(f".{final.name}.new")
+    write(str(temporary))
     PartialState().wait_for_everyone()
     if main:
-        for path in aside.rglob("*"):
+        for path in temporary.rglob("*"):
             flush(path)
-        replace_folder(aside, final)
+        replace_folder(temporary, final)
     PartialState().wait_for_everyone()
 
 

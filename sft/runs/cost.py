@@ -1,6 +1,5 @@
 """What a training and a system cost: time, processor time, memory, disk."""
 
-import hashlib
 import json
 import statistics
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 import psutil
 import torch
 
+from data.cache import text_sha256
 from data.conversation import Conversation
 from data.progress import quiet
 from eval.prediction import Prediction
@@ -22,14 +22,16 @@ TIMED = 16  # questions that are asked one by one
 
 
 class Stopwatch:
-    """Wall and processor seconds of this process from its making on."""
+    """Wall and processor seconds of this process since it was made."""
 
     def __init__(self) -> None:
         self.wall, self.cpu = time.monotonic(), _cpu_seconds()
 
     def cost(self, weights: Path, trainable: int, parameters: int, before: float | None = None) -> dict[str, Any]:
-        """train_cpu_seconds: of all threads, the proxy for energy. disk_mib: of what the run adds to its base.
-        `before`: seconds of a resumed run until its checkpoint; what it took of the processor then is not known."""
+        """train_cpu_seconds: of all threads, a proxy for energy. disk_mib: of the weights that the run adds.
+
+        before: seconds of a resumed run up to its checkpoint; its processor time until then is not known.
+        """
         files = [f for f in weights.rglob("*") if f.is_file()]
         return {
             "parameters": parameters,
@@ -47,18 +49,15 @@ def _cpu_seconds() -> float:
 
 
 def system_of(run: Path, recipe: AnyRecipe, base: bool = False) -> dict[str, Any]:
-    """What a comparison says of a run, or of its untrained base, beside its scores. recipe_sha256 leaves out the seed
-    and the folder, so that runs which differ in nothing else are told as repetitions."""
-    plain = recipe.model_dump(mode="json")
-    for key in ("seed", "output_dir"):
-        plain["train"].pop(key)
-    if not plain["model"].get("embedder"):  # a key that came later: without it a recipe is the one that it was
-        plain["model"].pop("embedder", None)
-    if plain["data"].get("leaks") == "keep":  # likewise
-        plain["data"].pop("leaks")
-    # what is scored is the comparison's own matter; what the threshold was chosen for is the run's
-    expected = plain["eval"].get("unanswerable_share")
-    plain["eval"] = {"unanswerable_share": expected} if expected else None
+    """What a comparison says of a run, or of its untrained base, beside its scores.
+
+    recipe_sha256 leaves out the seed, the folder and how the run is scored, so that runs which differ in nothing else
+    count as repetitions; keys at their default are left out too, so that a new key changes no digest.
+    """
+    settings = recipe.model_dump(mode="json", exclude_defaults=True)
+    for key in ("seed", "output_dir", "report_to"):
+        settings.get("train", {}).pop(key, None)
+    expected = settings.pop("eval", {}).get("unanswerable_share")  # chooses the run's no-answer threshold
     cost = json.loads((run / COST).read_text()) if (run / COST).is_file() else {}
     if base:
         cost = {"parameters": cost.get("parameters"), "trainable_parameters": 0, "train_seconds": 0}
@@ -68,7 +67,7 @@ def system_of(run: Path, recipe: AnyRecipe, base: bool = False) -> dict[str, Any
         "method": recipe.model.base if floor else recipe.tune.method,
         "base": (isinstance(recipe, BaselineRecipe) and recipe.model.embedder) or recipe.model.base,
         "seed": recipe.train.seed,
-        "recipe_sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest(),
+        "recipe_sha256": text_sha256(json.dumps([settings, expected], sort_keys=True)),
         **cost,
     }
 
@@ -76,8 +75,7 @@ def system_of(run: Path, recipe: AnyRecipe, base: bool = False) -> dict[str, Any
 def latency_ms(
     answer: Callable[[Sequence[Conversation]], Sequence[Prediction]], conversations: Sequence[Conversation]
 ) -> dict[str, float]:
-    """Milliseconds that a question takes when it comes alone: p50 and p95 of TIMED ones spread over all, after one to
-    warm up."""
+    """Milliseconds that one question alone takes: p50 and p95 of TIMED questions spread over all, after a warm-up."""
     step = max(1, len(conversations) // TIMED)
     chosen = conversations[::step][:TIMED]
     times = []
@@ -92,7 +90,7 @@ def latency_ms(
 
 
 def peak_memory_gib() -> float:
-    """Of the GPU where there is one, else of this process."""
+    """Peak memory of the GPU if there is one, else of this process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     import resource

@@ -1,4 +1,4 @@
-"""The run folder: everything that later steps need travels with the run.
+"""The run folder, which holds everything that later steps need.
 
 recipe.yaml (resolved), manifest.json, data_report.json, adapter/ (or model/) with its card, checkpoint-N/,
 metrics.jsonl, loss.png, tensorboard/.
@@ -25,36 +25,42 @@ from sft.untrusted import check_run_folder
 S = TypeVar("S", bound=Source)
 
 
-def agree_on_folder(recipe: AnyRecipe, recipe_path: Path, probe: bool = False) -> Path:
-    """The run folder, made by the main process and told to the others: train.output_dir, or the first free one of
-    runs/NAME, runs/NAME-2, ... `probe` makes nothing and only raises RecipeError where it could not be made."""
-    wanted = recipe.train.output_dir
-    if wanted is None:
+def choose_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
+    """The folder that a new run gets: train.output_dir, or the first free one of runs/NAME, runs/NAME-2, ...
+
+    Makes nothing. Raises RecipeError if it is not empty or could not be made.
+    """
+    folder = recipe.train.output_dir
+    if folder is None:
         stem = Path("runs") / recipe_path.stem
         check_run_folder(Path(recipe_path.stem), "the recipe's file name")
         names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
-        wanted = next(name for name in names if not name.exists())
-    elif wanted.is_dir() and any(not p.name.startswith(".") for p in wanted.iterdir()):  # the lock may be there
+        folder = next(name for name in names if not name.exists())
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):  # the lock may be there
         raise RecipeError(
-            f"train.output_dir: {wanted} is not empty; go on with `graft train --resume {wanted}` or name another"
+            f"train.output_dir: {folder} is not empty; resume it with `graft train --resume {folder}`, or name another"
         )
-    check_writable(wanted, "train.output_dir")
-    if probe:
-        return wanted
-    agreed = broadcast_object_list([str(wanted)])[0]
+    check_writable(folder, "train.output_dir")
+    return folder
+
+
+def make_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
+    """The folder of a new run, made; the same one on every process."""
+    (folder,) = broadcast_object_list([str(choose_folder(recipe, recipe_path))])
     PartialState().wait_for_everyone()
-    Path(agreed).mkdir(parents=True, exist_ok=True)
-    return Path(agreed)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raise RecipeError where a folder of this name could not be made; makes nothing."""
+    """Raise RecipeError if a folder of this name could not be made; makes nothing."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise RecipeError(f"{key}: can't write to {folder}: {existing} is not a folder this user may write to")
 
 
 def start_run(run: Path, recipe: AnyRecipe, facts: dict[str, Any], report: DataReport) -> None:
+    """Write what the run is made from: recipe, manifest (`facts`) and data report."""
     write_text(run / "recipe.yaml", dump_recipe(with_absolute_paths(recipe)))
     write_json(run / "manifest.json", facts)
     report.recipe = run.name
@@ -62,30 +68,30 @@ def start_run(run: Path, recipe: AnyRecipe, facts: dict[str, Any], report: DataR
 
 
 def write_report(report: DataReport, folder: Path) -> None:
-    """data_report.json, and the same as a page: data_report.html."""
+    """Write data_report.json and data_report.html."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "data_report.json", report.to_json())
     write_html(report, folder / "data_report.html")
 
 
 def warnings_of(report: DataReport, run: Path) -> Iterator[str]:
-    """What was found in the data and is trained on all the same, a line each."""
-    where = f"see {run / 'data_report.html'}"
+    """Problems of the data that do not stop the run, a line each."""
+    see = f"see {run / 'data_report.html'}"
     totals, leaks, duplicates = report.totals, report.leaks, report.duplicates
     if left_out := (totals.left_out or 0) + (totals.defects or 0):
-        yield f"{left_out} of {totals.rows_read} rows are left out: {where}"
+        yield f"{left_out} of {totals.rows_read} rows are left out: {see}"
     if leaked := leaks.rows - leaks.removed:
         remedy = "data.leaks: remove leaves them out"
-        yield f"warning: {leaked} training rows stand in the held-out data ({remedy}): {where}"
+        yield f"warning: {leaked} training rows are also in the held-out data ({remedy}): {see}"
     if duplicates and duplicates.exact_rows:
         remedy = "data.duplicates: remove leaves them out"
-        yield f"{duplicates.exact_rows} rows repeat an earlier one ({remedy}): {where}"
+        yield f"{duplicates.exact_rows} rows repeat an earlier one ({remedy}): {see}"
     if triggers := sum(source.notes.get(TRIGGER, 0) for source in report.sources):
-        yield f"warning: {triggers} answers hang on {TRIGGER}: {where}"
+        yield f"warning: {triggers} answers depend on {TRIGGER}: {see}"
 
 
 def with_absolute_paths(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe as it can be read from any folder."""
+    """The recipe with paths that hold in any folder."""
 
     def absolute(name: str) -> str:
         return str(Path(name).absolute()) if Path(name).exists() else name

@@ -1,4 +1,4 @@
-"""Asked to stop: signals that end a training at a step's boundary, and the lock that keeps two of them apart."""
+"""Signals that end a training between two steps, and the lock that keeps two trainings out of one folder."""
 
 import fcntl
 import os
@@ -20,27 +20,27 @@ LOCK = ".lock"
 CODES = {
     signal.SIGINT: ExitCode.INTERRUPTED,
     signal.SIGTERM: ExitCode.TERMINATED,
-    signal.SIGUSR1: ExitCode.USER_SIGNAL,  # what SLURM sends before the time is up: --signal=USR1@120
+    signal.SIGUSR1: ExitCode.USER_SIGNAL,  # SLURM sends it before the time is up: --signal=USR1@120
 }
 
 
 class SaveOnSignal(TrainerCallback):
-    """A signal ends the current step, saves a checkpoint and stops; a second Ctrl-C stops at once.
+    """Finish the current step, save a checkpoint and stop; a second Ctrl-C stops at once.
 
-    Only between steps: within one, some of its random numbers are drawn and its gradients are part of a sum.
+    Only between steps: inside one, random numbers are already drawn and gradients are part of a sum.
     """
 
     def __init__(self) -> None:
-        self.asked = 0  # number of the first signal
-        self.stopped = 0  # the signal that training was stopped for, the same on every process
+        self.received = 0  # number of the first signal
+        self.stopped = 0  # the signal that stopped the training, the same on every process
         self.previous: dict[int, Any] = {}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for number in CODES:
-            self.previous[number] = signal.signal(number, self._ask)
+            self.previous[number] = signal.signal(number, self._receive)
 
     def restore(self) -> None:
-        """Give the signals back to whom they belonged."""
+        """Restore the handlers from before the training."""
         for number, handler in self.previous.items():
             signal.signal(number, handler)
         self.previous = {}
@@ -48,32 +48,32 @@ class SaveOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.stopped = self._of_any_process(args.device)
+        self.stopped = self._received_by_any(args.device)
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
 
-    def _of_any_process(self, device: torch.device) -> int:
-        """Processes get the signal at different moments; they must leave at the same step."""
+    def _received_by_any(self, device: torch.device) -> int:
+        """Processes receive the signal at different moments; they must stop at the same step."""
         if PartialState().num_processes == 1:
-            return self.asked
-        number = torch.tensor(self.asked, device=device)
+            return self.received
+        number = torch.tensor(self.received, device=device)
         torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
         return int(number)
 
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked == number == signal.SIGINT:
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
-        if not self.asked:
-            # not print: the signal may have come within one
+        if not self.received:
+            # not print: the signal may have interrupted one
             os.write(1, b"\nstopping after this step; a checkpoint will be saved\n")
-            self.asked = number
+            self.received = number
 
 
 @contextmanager
 def locked(run: Path, main: bool) -> Iterator[None]:
-    """The run folder is this process's alone; its death gives it free. Only the main process of a run (`main`) takes
-    the lock. Raises RunLocked, which names the process that has it."""
+    """Hold the folder for this run; the lock is released when the process ends, however it ends. Only the main process
+    (`main`) takes it. Raises RunLocked, which names the process that holds it."""
     if not main:
         yield
         return
@@ -82,7 +82,9 @@ def locked(run: Path, main: bool) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise RunLocked(f"{run}: is being trained by {file.read().strip()}; wait for its end, or stop it") from None
+            raise RunLocked(
+                f"{run}: is being trained by {file.read().strip()}; wait until it ends, or stop it"
+            ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -1,4 +1,4 @@
-"""What a run was made from: versions, hardware, digests of data and base."""
+"""The manifest of a run: versions, hardware, digests of data and base."""
 
 import os
 import platform
@@ -21,7 +21,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 
 def environment() -> dict[str, Any]:
-    """Versions and hardware, for manifests and bug reports; no paths, no variables."""
+    """Versions and hardware, for manifests and bug reports; no paths, no environment variables."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: int) -> dict[str, Any]:
-    """What the run was made from; of the data, what the report says was read."""
+    """What the run is made from. report: of the data as it was read."""
     sources = report.all_sources
     model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
     stored = _stored_config(model.base, model.revision) if model else {}
@@ -60,7 +60,7 @@ def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: 
 
 
 def identity(base: str, revision: str | None) -> dict[str, Any]:
-    """What tells bases apart: of a Hub id the commit, of a folder the sha256 of weights, config and tokenizer."""
+    """What identifies a base: the commit of a Hub id; sha256 of weights, config and tokenizer of a folder."""
     folder = Path(resolve_base(base))
     parts = ("*.safetensors", "config.json", "tokenizer.json")
     files = sorted(f for part in parts for f in folder.glob(part)) if folder.is_dir() else []
@@ -74,7 +74,7 @@ def _stored_config(base: str, revision: str | None) -> dict[str, Any]:
 
 
 def machine() -> str:
-    """Where a latency was taken, in words; processes that were given fewer cores say so."""
+    """The machine in words, with the cores that this process may use."""
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return f"{_cpu_name()}, cores: {cores}" + (f", {', '.join(gpus)}" if gpus else "")
@@ -88,7 +88,7 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of this checkout; None where it is none."""
+    """Commit of this checkout; None outside one."""
     root = Path(__file__).parents[2]
-    asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return asked.stdout.strip() or None
+    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return git.stdout.strip() or None

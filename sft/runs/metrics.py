@@ -1,4 +1,4 @@
-"""metrics.jsonl, a row for each logged step, and its plot."""
+"""metrics.jsonl (a row for each logged step) and the plot of the loss."""
 
 import json
 from pathlib import Path
@@ -9,9 +9,9 @@ from sft.errors import RunError
 
 
 def rewind_metrics(run: Path, step: int) -> None:
-    """Drop the rows after a checkpoint that training goes on from."""
-    kept = [row for row in read_metrics(run) if row["step"] <= step]
-    write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    """Drop the rows after the step that a run resumes from."""
+    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -22,12 +22,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except ValueError as error:
-            raise RunError(f"{path}:{number}: is damaged: {error}; remove this line and those behind it") from error
+            raise RunError(f"{path}:{number}: is damaged: {error}; remove this line and those after it") from error
     return rows
 
 
 def plot_loss(run: Path) -> None:
-    """loss.png: training loss of each step, its running mean, and held-out loss where there is any."""
+    """Write loss.png: training loss of each step, its running mean, and the held-out loss if there is one."""
     import matplotlib
 
     matplotlib.use("Agg")

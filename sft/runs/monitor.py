@@ -1,4 +1,4 @@
-"""What a user sees of a running training, and what stays of it: progress, metrics.jsonl, TensorBoard."""
+"""Progress of a running training on the screen, in metrics.jsonl and in trackers."""
 
 import json
 import statistics
@@ -15,18 +15,18 @@ from data.errors import is_disk_full
 from data.progress import Bar
 from sft.runs.cost import peak_memory_gib
 
-# A spike, by the rule of OLMo-core's SkipStepOptimizer: so many standard deviations above the mean of the rows before
+# a spike is SPIKE_SIGMA standard deviations above the mean of the last rows (OLMo-core's SkipStepOptimizer)
 SPIKE_SIGMA, SPIKE_ROWS, SPIKE_FEWEST = 6.0, 128, 64
 
 
 class Spikes:
-    """Values of the last rows, and how far a new one lies above them."""
+    """Values of the last rows, and how far a new one is above them."""
 
     def __init__(self, values: Sequence[float]) -> None:
         self.values = deque(values, SPIKE_ROWS)
 
     def add(self, value: float) -> float | None:
-        """Standard deviations above the mean of the rows before, where that makes it a spike."""
+        """Standard deviations above the mean of the rows before; None if it is no spike."""
         before = list(self.values)
         self.values.append(value)
         if len(before) < SPIKE_FEWEST:
@@ -35,11 +35,26 @@ class Spikes:
         return above / deviation if deviation and above > SPIKE_SIGMA * deviation else None
 
 
+def trackers(names: Sequence[str], run: Path, step: int) -> list[TrainerCallback]:
+    """transformers' callbacks for train.report_to.
+
+    TensorBoard's files go to RUN/tensorboard, where rows after `step` of an earlier try are purged; the others find
+    their settings in the environment.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
+
+    others = [kind() for kind in get_reporting_integration_callbacks([n for n in names if n != "tensorboard"])]
+    if "tensorboard" not in names:
+        return others
+    return [TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)), *others]
+
+
 class Monitor(TrainerCallback):
-    """Main process only. A metrics.jsonl row for every logged step, flushed at once."""
+    """Writes a row of metrics.jsonl for every logged step, flushed at once; main process only."""
 
     def __init__(self, run: Path, steps_per_epoch: int, rows: Sequence[dict[str, Any]] = ()) -> None:
-        """`rows`: of metrics.jsonl, that a resumed run goes on from."""
+        """rows: of metrics.jsonl, if the run is resumed."""
         self.run, self.steps_per_epoch = run, steps_per_epoch
         train = [row for row in rows if "loss" in row]
         self.last: dict[str, Any] = train[-1] if train else {}
@@ -49,10 +64,7 @@ class Monitor(TrainerCallback):
         self.open = False
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.bar = Bar("train", state.max_steps, state.global_step)
-        self.board = SummaryWriter(str(self.run / "tensorboard"), purge_step=state.global_step + 1)
         self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
         now = time.monotonic()
         self.start = now - self.last.get("seconds", 0.0)
@@ -81,32 +93,28 @@ class Monitor(TrainerCallback):
         row["peak_memory_gib"] = round(peak_memory_gib(), 2)
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
-        for key, value in row.items():
-            if isinstance(value, float):
-                self.board.add_scalar(key, value, state.global_step)
 
     def _spikes(self, row: dict[str, Any]) -> dict[str, float]:
-        """loss_spike, grad_norm_spike: standard deviations above the rows before; told, and training goes on."""
-        found = {}
+        """loss_spike, grad_norm_spike: standard deviations above the rows before; prints a warning for each."""
+        row_spikes = {}
         for key, spikes in self.spikes.items():
             sigma = spikes.add(row[key]) if key in row else None
             if sigma:
-                found[f"{key}_spike"] = round(sigma, 1)
+                row_spikes[f"{key}_spike"] = round(sigma, 1)
                 print(
                     f"warning: step {row['step']}: {key} {row[key]:.4g} is {sigma:.1f} sigma above the rows before it"
                 )
-        return found
+        return row_spikes
 
     def _in_thread(self, args: Any) -> None:
-        """TensorBoard's thread hands a full disk on to the next write; without its traceback."""
+        """No traceback for a full disk: TensorBoard's thread raises it again at the next write."""
         if not is_disk_full(args.exc_value):
             self.hook(args)
 
     def close(self) -> None:
-        """Also after an error, or the terminal keeps a bar that does not move."""
+        """To be called after an error too, or the terminal keeps a dead bar."""
         if self.open:
             self.open = False
             threading.excepthook = self.hook
             self.bar.close()
-            self.board.close()
             self.file.close()

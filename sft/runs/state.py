@@ -1,6 +1,6 @@
-"""Optimizer, scheduler and random state as safetensors: tensors as they are, all else as JSON in the header.
+"""Optimizer, scheduler and random state as safetensors: tensors as they are, everything else as JSON in the header.
 
-PyTorch's own format is a pickle, and reading one may run what it holds.
+PyTorch's own format is a pickle, and reading one may run code.
 """
 
 import json
@@ -17,9 +17,9 @@ State = Any  # None, bool, int, float, str, tensors, and lists, tuples and dicts
 
 
 def save_state(path: Path, state: State) -> None:
-    """Raises TypeError where a part is none of the kinds above."""
+    """Write a state of the kinds above; raises TypeError for any other."""
     tensors: dict[str, torch.Tensor] = {}
-    names: dict[int, str] = {}  # a tensor that occurs several times is kept once
+    names: dict[int, str] = {}  # a tensor that occurs several times is stored once
     text = json.dumps(_to_json(state, tensors, names))
     save_file(tensors, path, metadata={"state": text})
 
@@ -44,7 +44,7 @@ def random_state() -> State:
 
 
 def set_random_state(state: State) -> None:
-    """A GPU's part is left out where there is none now."""
+    """Set the generators; a GPU's part is ignored if there is no GPU."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words.tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
@@ -58,9 +58,9 @@ def _to_json(value: State, tensors: dict[str, torch.Tensor], names: dict[int, st
     if isinstance(value, torch.Tensor):
         if id(value) not in names:
             names[id(value)] = name = f"t{len(names)}"
-            kept = value.detach().to("cpu").contiguous()
-            whole = kept.untyped_storage().nbytes() == kept.nbytes
-            tensors[name] = kept if whole else kept.clone()  # safetensors takes no two views of one storage
+            copy = value.detach().to("cpu").contiguous()
+            whole = copy.untyped_storage().nbytes() == copy.nbytes
+            tensors[name] = copy if whole else copy.clone()  # safetensors takes no two views of one storage
         return {"tensor": names[id(value)]}
     if isinstance(value, dict):  # pairs: keys may be numbers, as an optimizer's are
         return {"dict": [[key, _to_json(item, tensors, names)] for key, item in value.items()]}

@@ -26,7 +26,7 @@ Answerer = Callable[[Sequence[Conversation]], list[Prediction]]
 
 
 @dataclass(frozen=True)
-class Asking:
+class AnswerOptions:
     """How questions are put. `labels`: choose among the task's labels by likelihood instead of writing an answer.
     `shots`: solved examples of the run's training data before each question. `threshold_from`: so many
     training questions choose how likely "unanswerable" must be, against what was written, to be the answer instead."""
@@ -44,34 +44,34 @@ def model_answerer(
     task: str,
     base: bool,
     settings: Eval,
-    asking: Asking,
+    options: AnswerOptions,
     known: Sequence[Conversation] = (),
     keep: Path | None = None,
 ) -> Answerer:
     """The answers of a language model, loaded here or behind a server. known: training questions for the threshold;
     keep: where what is written is kept as it comes."""
-    length = asking.max_new_tokens or settings.max_new_tokens
-    if asking.threshold_from and asking.shots:
+    length = options.max_new_tokens or settings.max_new_tokens
+    if options.threshold_from and options.shots:
         raise RecipeError("--threshold-from, --shots: training questions would be asked without shots; keep one")
-    if asking.threshold_from and task != "squad_v2":
+    if options.threshold_from and task != "squad_v2":
         raise RecipeError(f"--threshold-from: task {task} has no questions without answer; leave it out")
     if is_url(target):
-        if asking.labels or asking.threshold_from:
+        if options.labels or options.threshold_from:
             raise RecipeError(f"{target}: a server tells no likelihoods; leave --labels and --threshold-from out")
-        served = served_model(target, asking.served)
-        return lambda asked: ask_server(target, served, asked, length, asking.concurrency, keep)
+        served = served_model(target, options.served)
+        return lambda asked: ask_server(target, served, asked, length, options.concurrency, keep)
     labels = TASKS[task].labels
-    if asking.labels and not labels:
+    if options.labels and not labels:
         raise RecipeError(f"--labels: task {task} has no labels to choose from; leave it out")
     loaded = load_target(target, base)
     model, tokenizer, tokens = loaded.model, loaded.tokenizer, settings.batch_tokens
-    if asking.labels:
+    if options.labels:
         return lambda asked: classify_by_likelihood(model, tokenizer, asked, labels, tokens, loaded.packed)
 
     def write(asked: Sequence[Conversation], note: Note = lambda number, prediction: None) -> list[Prediction]:
         return generate(model, tokenizer, asked, length, tokens, loaded.packed, note)
 
-    if not asking.threshold_from:
+    if not options.threshold_from:
         system = _identity(target, base)
         # a question alone is asked for its latency
         return lambda asked: kept(keep, system, asked, length, write) if keep and len(asked) > 1 else write(asked)
@@ -79,7 +79,7 @@ def model_answerer(
     def differences(asked: Sequence[Conversation], written: Sequence[Prediction]) -> list[float]:
         return no_answer_differences(model, tokenizer, asked, written, tokens, loaded.packed)
 
-    questions = limit_questions(known, asking.threshold_from)
+    questions = limit_questions(known, options.threshold_from)
     written = write(questions)
     exact = [squad_scores(c.answers, p.text)["exact"] for c, p in zip(questions, written, strict=True)]
     nulls = [squad_scores(c.answers, "")["exact"] for c in questions]
@@ -108,8 +108,8 @@ def _identity(target: str, base: bool) -> str:
     return " ".join([target, str(base), *(f"{path} {path.stat().st_mtime_ns}" for path in files)])
 
 
-def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, asking: Asking) -> Answerer:
-    if base or asking != Asking(concurrency=asking.concurrency):
+def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, options: AnswerOptions) -> Answerer:
+    if base or options != AnswerOptions(concurrency=options.concurrency):
         raise RecipeError(
             f"{run}: a baseline answers by its head; --base, --labels, --shots, --threshold-from, --max-new-tokens and "
             "--model don't apply"

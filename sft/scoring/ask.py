@@ -18,7 +18,7 @@ from sft.errors import RecipeError
 from sft.models.target import load_target, run_any_recipe
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.recipe.schema import Recipe
-from sft.scoring.answerers import Asking, baseline_answerer
+from sft.scoring.answerers import AnswerOptions, baseline_answerer
 
 SQUAD = ("squad_v1", "squad_v2")
 
@@ -36,7 +36,7 @@ def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str
         for name, base in (("before", True), ("after", False)):
             yield f"{name} training: {_generated(run, recipe, asked, base)}"
     elif recipe.is_floor:
-        yield baseline_answerer(run, recipe, False, Asking())([asked])[0].text
+        yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
     else:
         yield from _quotes(run, recipe, asked, n_best)
 
@@ -53,7 +53,7 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
         system, user = {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}
         asked = Conversation((system, user, {"role": "assistant", "content": ""}), "text", "text", context=text)
-        yield baseline_answerer(run, recipe, False, Asking())([asked])[0].text
+        yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
         return
     labels, probabilities = _label_probabilities(run, recipe, text)
     for i in np.argsort(-probabilities)[:top]:

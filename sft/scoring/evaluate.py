@@ -27,7 +27,7 @@ from sft.recipe.schema import Eval, Recipe, Source, changed
 from sft.runs.cost import latency_ms, peak_memory_gib, system_of
 from sft.runs.folder import check_writable
 from sft.runs.manifest import machine
-from sft.scoring.answerers import Asking, baseline_answerer, model_answerer, training_questions
+from sft.scoring.answerers import AnswerOptions, baseline_answerer, model_answerer, training_questions
 from sft.session import use_all_cores
 from sft.training.examples import held_out_conversations, with_split
 
@@ -43,7 +43,7 @@ def evaluate(
     base: bool = False,
     split: str | None = None,
     run: Path | None = None,
-    asking: Asking | None = None,
+    options: AnswerOptions | None = None,
 ) -> dict[str, Any]:
     """Results, also written to `out`. What is left out comes from the recipe of the target, or else of `run`, so that
     a server is asked what the run was. `base`: score a run's base instead.
@@ -51,7 +51,7 @@ def evaluate(
     Raises RecipeError where task or data are neither given nor in a recipe.
     """
     check_target(target)
-    asking = asking or Asking()
+    options = options or AnswerOptions()
     target_is_run = not is_url(target) and is_run(target)
     brings = Path(target) if target_is_run else run
     recipe = run_any_recipe(brings) if brings else None
@@ -69,14 +69,14 @@ def evaluate(
 
     use_all_cores()
     if target_is_run and isinstance(recipe, BaselineRecipe):
-        answer = baseline_answerer(Path(target), recipe, base, asking)
+        answer = baseline_answerer(Path(target), recipe, base, options)
     else:
         settings = recipe.eval if isinstance(recipe, Recipe) else Eval()
-        asking = replace(asking, max_new_tokens=asking.max_new_tokens or settings.max_new_tokens)
-        known = training_questions(recipe, conversations) if asking.shots or asking.threshold_from else []
-        if asking.shots:
-            conversations = with_shots(conversations, known, asking.shots, recipe.train.seed if recipe else 0)
-        answer = model_answerer(target, task, base, settings, asking, known, out / NAME)
+        options = replace(options, max_new_tokens=options.max_new_tokens or settings.max_new_tokens)
+        known = training_questions(recipe, conversations) if options.shots or options.threshold_from else []
+        if options.shots:
+            conversations = with_shots(conversations, known, options.shots, recipe.train.seed if recipe else 0)
+        answer = model_answerer(target, task, base, settings, options, known, out / NAME)
     seen = trained_on(brings, data, split) if brings and data and not base else []
     goes_on = (out / NAME).exists()  # then a part of the answers took none of the time below
     start = time.monotonic()
@@ -85,14 +85,14 @@ def evaluate(
     scored = score(task, conversations, predictions)
     results = {
         "target": target + (" (base)" if base else ""),
-        "name": _name(target, base, asking),
+        "name": _name(target, base, options),
         "data": source,
         **summarize(task, scored),
         "trained_on": seen,
-        "scorer": "labels" if asking.labels else "",
-        "shots": asking.shots,
-        "threshold_from": asking.threshold_from,
-        "max_new_tokens": asking.max_new_tokens,
+        "scorer": "labels" if options.labels else "",
+        "shots": options.shots,
+        "threshold_from": options.threshold_from,
+        "max_new_tokens": options.max_new_tokens,
         "seconds": round(seconds, 1),
     }
     if not goes_on:
@@ -155,13 +155,22 @@ def trained_on(run: Path, data: str, split: str | None) -> list[str]:
     return [name for name, sha256 in given.items() if sha256 in known]
 
 
-def _name(target: str, base: bool, asking: Asking) -> str:
+def default_folder(target: str, base: bool, options: AnswerOptions) -> Path:
+    """Where results go unless --out says: a folder of the run named after the options, or eval-results."""
+    if not is_run(target):
+        return Path("eval-results")
+    parts = ["eval", "base" if base else "", f"{options.shots}-shot" if options.shots else ""]
+    parts += ["labels" if options.labels else "", "threshold" if options.threshold_from else ""]
+    return Path(target) / "-".join(filter(None, parts))
+
+
+def _name(target: str, base: bool, options: AnswerOptions) -> str:
     """What a comparison calls it."""
-    name = asking.served or target if is_url(target) else Path(target).resolve().name
-    shots = f"{asking.shots}-shot" if asking.shots else "zero-shot" if base else ""
-    threshold = "with threshold" if asking.threshold_from else ""
+    name = options.served or target if is_url(target) else Path(target).resolve().name
+    shots = f"{options.shots}-shot" if options.shots else "zero-shot" if base else ""
+    threshold = "with threshold" if options.threshold_from else ""
     return " ".join(
-        filter(None, (name, "base" if base else "", shots, "by labels" if asking.labels else "", threshold))
+        filter(None, (name, "base" if base else "", shots, "by labels" if options.labels else "", threshold))
     )
 
 

@@ -8,7 +8,6 @@ import json
 import shlex
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from sft.errors import RecipeError
 from sft.recipe.baseline_schema import MOVES_POSITIONS, AnyRecipe, BaselineRecipe
 from sft.recipe.load import dump_recipe, load_any_recipe, nearest
 from sft.recipe.schema import Model, Recipe
+from sft.session import child_environment, graft_command
 
 Row = dict[str, Any]
 
@@ -187,16 +187,15 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
     """Commands that train a rung, anew or from its checkpoint, and score it."""
     if (run / "eval" / "results.json").is_file():
         return []
-    score = [sys.executable, "-m", "sft.cli", "eval", str(run), "--out", str(run / "eval")]
+    score = graft_command("eval", run, "--out", run / "eval")
     if (run / "cost.json").is_file():
         return [score]
-    train = [sys.executable, str(Path(__file__).parents[1] / "train.py")]
     if any(run.glob("checkpoint-*/trainer_state.json")):
-        return [[*train, "--resume", str(run)], score]
+        return [graft_command("train", "--resume", run), score]
     if run.exists():  # it failed before its first checkpoint, and training writes into no folder that holds something
         shutil.rmtree(run)
     path.write_text(dump_recipe(rung), encoding="utf-8")
-    return [[*train, str(path)], score]
+    return [graft_command("train", path), score]
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
@@ -204,7 +203,9 @@ def run_logged(command: Sequence[str], log: Path) -> int:
     the time to save its checkpoint, until a second Ctrl-C."""
     with log.open("a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=child_environment()
+        )
         try:
             return process.wait()
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""A pack as a model's arguments, and the attention back ends behind its rule: k <= q < end[k] (data/encode/pack.py).
+"""A pack as arguments of a model, and the attention back ends for its rule k <= q < end[k] (data/encode/pack.py).
 
 forest           trunks and branches of the pack by themselves (sft/training/forest_attention.py); on a CPU
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
@@ -21,21 +21,21 @@ from sft.models.capabilities import has_virtual_tokens
 from sft.training.forest_attention import forest_attention
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
-LENGTHS = 256  # packs are filled up to a multiple for flex_attention, whose kernels are compiled for few lengths
+LENGTHS = 256  # flex_attention packs are padded to a multiple, since its kernels are compiled for each length
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementation:
-    """The fastest one."""
+    """The fastest implementation that the model supports on the device."""
     text = model.config.get_text_config()
     if device.type == "cuda":
-        drops = bool(text.to_dict().get("attention_dropout"))  # which FlexAttention refuses
+        drops = bool(text.to_dict().get("attention_dropout"))  # FlexAttention refuses dropout
         return "flex_attention" if model._supports_flex_attn and not drops else "sdpa"
     replaceable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
     return "forest" if replaceable else "sdpa"
 
 
 def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
-    """The logits [M, vocab] at the pack's sources. Raises UserError where the model's forward gives others."""
+    """Logits [M, vocab] at the pack's sources. Raises UserError if the model's forward returns others."""
     if pack.rows is None:
         logits: torch.Tensor = model(**pack_inputs(model, pack, device), use_cache=False).logits
     else:
@@ -43,36 +43,36 @@ def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.T
     if logits.shape[:2] != (1, len(pack.source)):
         name = type(extract_model_from_parallel(model, keep_torch_compile=False)).__name__
         rows, tokens = logits.shape[:2]
-        told = f"logits of {rows} x {tokens} tokens where {len(pack.source)} are asked for"
-        raise UserError(f"model.base: {name} gives {told}: this architecture can't be trained here")
+        problem = f"returns logits of {rows} x {tokens} tokens instead of {len(pack.source)}"
+        raise UserError(f"model.base: {name} {problem}; this architecture can't be trained here, use another base")
     return logits[0]
 
 
 def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.device) -> torch.Tensor:
     ids = torch.tensor(pack.input_ids, device=device).view(rows, -1)
     source, width = torch.tensor(pack.source, device=device), ids.shape[1]
-    row, column = source // width, source % width - width  # from the end: virtual tokens may stand before
+    row, column = source // width, source % width - width  # from the end: virtual tokens may come first
 
     def gather(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
         return (inputs[0][row, column][None],)
 
-    # transformers' logits_to_keep knows only positions that are the same in all rows
+    # transformers' logits_to_keep takes only positions that are the same in all rows
     head = extract_model_from_parallel(model, keep_torch_compile=False).get_output_embeddings()
     hook = head.register_forward_pre_hook(gather)
     try:
-        # PEFT puts the mask of virtual tokens in front of one
-        more = {"attention_mask": torch.ones_like(ids)} if has_virtual_tokens(model) else {}
-        logits: torch.Tensor = model(input_ids=ids, **more, use_cache=False).logits
+        # PEFT extends this mask by its virtual tokens
+        mask = {"attention_mask": torch.ones_like(ids)} if has_virtual_tokens(model) else {}
+        logits: torch.Tensor = model(input_ids=ids, **mask, use_cache=False).logits
         return logits
     finally:
         hook.remove()
 
 
 def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, Any]:
-    """Arguments of the model's forward that give the logits [1, M, vocab] at the sources of a forest."""
+    """Arguments of the model's forward for logits [1, M, vocab] at the sources of a forest."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     inputs = _inputs(pack, inner.config._attn_implementation, inner.get_input_embeddings().weight.dtype, device)
-    # the head on answers only: a few percent of the tokens
+    # the head is computed on answers only, a few percent of the tokens
     return inputs | {"logits_to_keep": torch.tensor(pack.source, device=device)}
 
 
@@ -81,9 +81,9 @@ def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: 
     ids, positions, end = pack.input_ids, pack.position_ids, pack.end
     mask: torch.Tensor | BlockMask | None = None
     if implementation == "flex_attention":
-        more = -len(ids) % LENGTHS  # tokens that see themselves only and that nothing reads
-        end = [*end, *range(len(ids) + 1, len(ids) + 1 + more)]
-        ids, positions = [*ids, *[0] * more], [*positions, *[0] * more]
+        padding = -len(ids) % LENGTHS  # tokens that see only themselves and that nothing reads
+        end = [*end, *range(len(ids) + 1, len(ids) + 1 + padding)]
+        ids, positions = [*ids, *[0] * padding], [*positions, *[0] * padding]
         mask = block_mask(end, device)
     elif implementation == "forest":
         mask = torch.tensor(end, device=device)[None, None, None]
@@ -99,7 +99,7 @@ def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: 
 
 
 def block_mask(end: list[int], device: torch.device) -> BlockMask:
-    """The rule as FlexAttention takes it."""
+    """The rule as FlexAttention's block mask."""
     ends = torch.tensor(end, device=device)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

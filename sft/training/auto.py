@@ -1,4 +1,4 @@
-"""What a recipe leaves to `auto`, decided once: the run's recipe.yaml holds it, and resuming repeats it."""
+"""Resolve what a recipe leaves to `auto`, once: the run's recipe.yaml holds the decision, and resuming repeats it."""
 
 from importlib.util import find_spec
 
@@ -20,8 +20,11 @@ from sft.training.step import StepPlan
 
 
 def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:
-    """model.dtype as the main process finds it. On a CPU, where nothing casts between layers, trained weights of the
-    base are float32, and so is all else then; of PEFT's methods LoRA is known to train in bfloat16."""
+    """The recipe with model.dtype as the main process decides it.
+
+    On a CPU nothing casts between layers, so a run that trains weights of the base is float32 throughout; of PEFT's
+    methods, LoRA is known to train in bfloat16.
+    """
     model, tune, train = recipe.model, recipe.tune, recipe.train
     if model.use_kernels and not (device.type == "cuda" and find_spec("kernels")):
         raise RecipeError("model.use_kernels: needs a GPU and `pip install kernels`; or set it to false")
@@ -40,23 +43,26 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:
 def resolve_auto(
     recipe: Recipe, model: PreTrainedModel, examples: Examples, takes_mask: bool, resumed: bool = False
 ) -> tuple[Recipe, Layout, list[str]]:
-    """share_prefixes, pack_tokens and attn_implementation; the layout of micro-batches; and lines that tell the user.
+    """The recipe with share_prefixes, pack_tokens and attn_implementation resolved; the layout of micro-batches; lines
+    for the user.
 
-    model: with its adapter. takes_mask: see takes_packs, of the base. resumed: a decision that this machine can't
-    follow is made anew. Raises RecipeError where the recipe asks for what can't be.
+    model: with its adapter. takes_mask: takes_packs() of the base. resumed: a decision that this machine can't follow
+    is made again. Raises RecipeError if the recipe asks for the impossible.
     """
     data, attention, lines = recipe.data, recipe.train.attn_implementation, list[str]()
     if attention == "flex_attention" and model.device.type == "cpu":
         if not resumed:
             raise RecipeError("train.attn_implementation flex_attention: has no backward on a CPU; use auto or forest")
         attention = "auto"
-        lines.append("flex_attention has no backward on this CPU: attention is chosen anew")
+        lines.append("flex_attention has no backward on this CPU: attention is chosen again")
     obstacle = _obstacle(recipe, model, takes_mask)
     if obstacle:
         if data.share_prefixes is True:
             remedy = "set data.share_prefixes: auto or false"
             if resumed:
-                remedy = f"go on where the run was begun, or {remedy} in its recipe.yaml and allow the changed recipe"
+                remedy = (
+                    f"resume on the kind of machine that began it, or {remedy} in its recipe.yaml and allow the change"
+                )
             raise RecipeError(f"data.share_prefixes: {obstacle}; {remedy}")
         lines.append(f"prefixes are not shared: {obstacle}")
         longest = data.max_length + (recipe.tune.peft.get("num_virtual_tokens") or 0)
@@ -72,7 +78,7 @@ def resolve_auto(
         share = sharing.pays if data.share_prefixes == "auto" else data.share_prefixes
         layout = layout_of(recipe, share, attention)
         lines.append(
-            f"{sharing.ratio:.2f} flat tokens per executed token where prefixes are shared, which saves "
+            f"{sharing.ratio:.2f} flat tokens per executed token if prefixes are shared, which saves "
             f"{1 - 1 / sharing.gain:.0%} of the time: {'on' if share else 'off'}"
         )
     decided = {"share_prefixes": layout.share_prefixes, "pack_tokens": layout.pack_tokens}
@@ -80,7 +86,7 @@ def resolve_auto(
 
 
 def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str | None:
-    """Why a pack's mask would not reach the attention; None where it does."""
+    """Why a pack's mask would not reach the attention; None if it does."""
     if has_virtual_tokens(model):
         return f"tune.method {recipe.tune.method} puts virtual tokens before each example"
     if not takes_mask:
@@ -90,15 +96,17 @@ def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str |
                 f"layers of {recipe.model.base} see {window} tokens back, and data.max_length is "
                 f"{recipe.data.max_length}; up to {window} prefixes can be shared"
             )
-        return f"what layers of {recipe.model.base} see is not what a pack's mask and positions say"
+        return f"layers of {recipe.model.base} do not follow a pack's mask and positions"
     return None
 
 
 def resolve_compile(
     recipe: Recipe, model: PreTrainedModel, plan: StepPlan, resumed: bool = False
 ) -> tuple[Recipe, list[str]]:
-    """train.compile_layers as the main process estimates it. Raises RecipeError where the recipe asks for it and it
-    can't be."""
+    """The recipe with train.compile_layers as the main process estimates it, and lines for the user.
+
+    Raises RecipeError if the recipe asks for it and it can't be done.
+    """
     train, device, lines = recipe.train, model.device, list[str]()
     asked = train.compile_layers
     obstacle = missing_compiler() if device.type == "cpu" else None
@@ -116,8 +124,10 @@ def resolve_compile(
 
 
 def apply_auto(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) -> None:
-    """Make the tuned model compute as the settled recipe says. `sharded`: FSDP and ZeRO-3 gather parameters where a
-    module's own forward asks for them."""
+    """Make the tuned model compute as the resolved recipe says.
+
+    sharded: FSDP and ZeRO-3 gather parameters in a module's own forward, so none is replaced.
+    """
     train = recipe.train
     if model.config._attn_implementation != train.attn_implementation:
         refused = f"train.attn_implementation: {recipe.model.base} does not take {train.attn_implementation}; use auto"
@@ -127,7 +137,7 @@ def apply_auto(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) ->
             raise RecipeError(refused) from error
         if model.config._attn_implementation != train.attn_implementation:
             raise RecipeError(refused)
-    if model.device.type == "cpu" and not sharded:  # on a GPU not measured
+    if model.device.type == "cpu" and not sharded:  # not measured on a GPU
         fuse_lora(model)
     if train.compile_layers:
         compile_layers(model)

@@ -1,4 +1,4 @@
-"""What the model will learn from which file and line, before anything is trained.
+"""Report what the model would learn from which file and line, before anything is trained.
 
 graft check RECIPE          the account of all data: data_report.json, data_report.html, a table
 graft show FILE --n 5       a few examples, trained tokens coloured
@@ -21,11 +21,11 @@ from sft.recipe.schema import Model, Recipe
 from sft.runs.folder import check_writable, write_report
 from sft.training.examples import examined
 
-ANY_LENGTH = 1_000_000  # tokens; `show` shows what is there, whatever a recipe would allow
+ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 
 
 def check(recipe: Recipe, name: str, out: Path) -> bool:
-    """Write data_report.json and .html to `out`, print the table; whether the data can be trained on."""
+    """Write the data report to `out` and print it; whether the data can be trained on."""
     check_writable(out, "--out")
     report = examined(recipe, load_tokenizer(recipe.model)).report
     report.recipe = name
@@ -36,8 +36,10 @@ def check(recipe: Recipe, name: str, out: Path) -> bool:
 
 
 def show(source: SourceLike, count: int, base: str, task: str) -> None:
-    """Print the first examples of a file as they would be trained, then what is wrong with the rows before them.
-    Raises DataError where no row can be encoded."""
+    """Print the first examples of a file as they would be trained, then the defects of the rows before them.
+
+    Raises DataError if no row can be encoded.
+    """
     if task not in TASKS:
         raise RecipeError(f"--task {task}: name one of {', '.join(TASKS)}")
     console = Console()

@@ -1,4 +1,4 @@
-"""Compile the decoder layers one by one, where a run is long enough to earn it back.
+"""Compile the decoder layers one by one, if a run is long enough to gain by it.
 
 One graph, with any length, serves all layers: compiling takes seconds instead of the minutes of a whole model.
 """
@@ -19,14 +19,14 @@ from sft.training.step import StepPlan
 SAMPLED = 100
 # SmolLM2-135M on 2 CPU cores: throughput.py --batch 24 --passages 60 --systems graft,graft-compiled,...
 COMPILE_SECONDS = 15.0
-SAVED = {torch.float32: 0.0, torch.bfloat16: 0.17}  # share of the time of training; the products take all of float32's
+SAVED = {torch.float32: 0.0, torch.bfloat16: 0.17}  # share of the training time; in float32 the products take all of it
 EFFICIENCY = {torch.float32: 0.6, torch.bfloat16: 0.33}  # share of the matrix products' rate that whole steps reach
 
 
 def training_seconds(
     model: PreTrainedModel, plan: StepPlan, checkpointing: bool, device: torch.device, dtype: torch.dtype
 ) -> float:
-    """An estimate for the whole plan, without compilation; from at most SAMPLED steps."""
+    """Estimated seconds of the whole plan without compilation, from at most SAMPLED steps."""
     chosen = range(0, len(plan.steps), -(-len(plan.steps) // SAMPLED))
     packs = [pack for step in chosen for pack in plan.packs(step)]
     tokens, trained = sum(len(p.input_ids) for p in packs), sum(len(p.target) for p in packs)
@@ -39,7 +39,7 @@ def training_seconds(
 def compile_pays(
     seconds: float, device: torch.device, dtype: torch.dtype, obstacle: str | None = None
 ) -> tuple[bool, str]:
-    """Whether a training of so many seconds gains by it on this machine, and why, in words."""
+    """Whether a training of that many seconds gains by compiling on this machine, and why, in words."""
     if device.type != "cpu" or dtype not in SAVED:
         return False, "layers not compiled: the gain was measured on CPUs only; train.compile_layers: true does it"
     saved = seconds * SAVED[dtype]
@@ -52,7 +52,7 @@ def compile_pays(
 
 
 def missing_compiler() -> str | None:
-    """Why layers can't be compiled for the CPU; None where they can."""
+    """Why layers can't be compiled for the CPU; None if they can."""
     wanted = os.environ.get("CXX", "g++")
     return (
         None
@@ -62,13 +62,13 @@ def missing_compiler() -> str | None:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Those that are alike and don't split over devices; none where the architecture names none."""
+    """The model's repeated layers; none if the architecture names none."""
     names = set(cast(Any, model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
 def compile_layers(model: PreTrainedModel) -> None:
-    """Compile each decoder layer in place. Their parameters keep their names."""
+    """Compile each decoder layer in place; parameters keep their names."""
     for layer in decoder_layers(model):
         layer.compile(dynamic=True)
-    model.enable_input_require_grads()  # else the first layer, whose input has no gradient, needs a graph of its own
+    model.enable_input_require_grads()  # otherwise the first layer, whose input has no gradient, needs its own graph

@@ -1,4 +1,4 @@
-"""What a run would do, without training: `graft train RECIPE --dry-run`."""
+"""What a run would do and need, without training: `graft train RECIPE --dry-run`."""
 
 import torch
 from rich.console import Console
@@ -21,7 +21,7 @@ from sft.training.step import plan_steps
 
 
 def print_plan(recipe: Recipe) -> None:
-    """The resolved recipe, then counts and estimates. Raises the errors that training would."""
+    """Print the resolved recipe, then counts and estimates. Raises the errors that training would raise."""
     use_all_cores()
     print(dump_recipe(recipe))
     check_length(recipe)
@@ -70,8 +70,8 @@ def print_plan(recipe: Recipe) -> None:
 
 
 def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int) -> float:
-    """Frozen weights, trained ones with gradients and AdamW's moments in fp32, activations of the largest pack,
-    logits, libraries."""
+    """Estimated peak memory: frozen weights, trained ones with gradients and AdamW's moments in fp32, activations,
+    logits, libraries. tokens, answers: of the largest pack."""
     _, _, body = split_weights(model)
     text = model.config.get_text_config()
     size = compute_dtype(recipe.model, default_device()).itemsize
@@ -79,7 +79,7 @@ def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int
     frozen_body = sum(p.numel() for p in body if not p.requires_grad)
     quantization = recipe.model.quantization
     per_weight: float = size
-    on_cpu = default_device().type == "cpu"  # where 4-bit weights are dequantized once
+    on_cpu = default_device().type == "cpu"  # 4-bit weights are dequantized once there
     if quantization and is_quantized(quantization) and not (on_cpu and quantization.load_in_4bit):
         # NF4 with double quantisation: 4.127 bits a weight (QLoRA, arXiv 2305.14314, section 3)
         per_weight = 1 if quantization.load_in_8bit else 4.127 / 8
@@ -88,7 +88,7 @@ def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int
     widest = max(length for p in body for length in p.shape)
     layer = text.hidden_size if recipe.train.gradient_checkpointing else 10 * text.hidden_size + 5 * widest
     activations = tokens * text.num_hidden_layers * layer * size
-    # float32, which becomes its own gradient (loss.py), beside the model's and its gradient where those are shorter
+    # in float32, which become their own gradient (step.py), beside the model's and their gradient in a shorter dtype
     logits = answers * text.vocab_size * (4 + (2 * size if size < 4 else 0))
     libraries = 0.8 * 2**30
     return (weights + activations + logits + libraries) / 2**30

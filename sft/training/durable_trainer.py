@@ -22,31 +22,29 @@ STATE = "trainer_state.json"
 
 
 class DurableTrainer(Trainer):
-    """Goes before a Trainer in the bases of a class."""
+    """Mixin for a Trainer: list it before the Trainer base class."""
 
-    made_from: dict[str, Any] | None = (
-        None  # what sft/runs/resume.py compares when a run goes on; kept in each checkpoint
-    )
+    made_from: dict[str, Any] | None = None  # kept in each checkpoint; runs/resume.py compares it
     executed_tokens = trained_examples = 0  # over all processes
-    resumed: State = None  # of this process, at the checkpoint that training goes on from
+    resumed: State = None  # this process's state at the checkpoint that it resumes from
     epoch_start: State = None  # random state from which the sampler draws the epoch's order
 
     def load_own_state(self, checkpoint: Path) -> None:
-        """Read what this process needs to go on from the checkpoint, before train() does the rest."""
+        """Read this process's state from the checkpoint; train() loads the rest."""
         own = checkpoint / _process_file(self.args.process_index)
-        # a process more than there were takes the first one's
+        # with more processes than before, an additional one takes the first one's
         self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
         self.set_own_state(self.resumed["own"])
 
     def own_state(self) -> State:
-        """What a subclass counts and decides while it trains, and needs again to go on."""
+        """What a subclass counts and decides while it trains, and needs again after a resume."""
         return {"executed_tokens": self.executed_tokens, "trained_examples": self.trained_examples}
 
     def set_own_state(self, state: State) -> None:
         self.executed_tokens, self.trained_examples = state["executed_tokens"], state["trained_examples"]
 
     def check_finite(self) -> None:
-        """Raise TrainingDiverged where a trained parameter is not finite; such weights are never written."""
+        """Raise TrainingDiverged if a trained parameter is not finite; such weights are never written."""
         for name, parameter in cast(nn.Module, self.model).named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise TrainingDiverged(
@@ -71,27 +69,27 @@ class DurableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, state, main = Path(cast(str, self.args.output_dir)), self.state, self.args.should_save
         final = run / f"checkpoint-{state.global_step}"
-        aside = run / f".{final.name}.new"
+        temporary = run / f".{final.name}.new"
         best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
         if best:
             state.best_model_checkpoint = str(best)
         self.check_finite()
         try:
             if main:
-                shutil.rmtree(aside, ignore_errors=True)
-                aside.mkdir()
+                shutil.rmtree(temporary, ignore_errors=True)
+                temporary.mkdir()
             self.accelerator.wait_for_everyone()
-            self.save_model(str(aside), _internal_call=True)
-            self._save_optimizer_and_scheduler(str(aside))
-            self._save_rng_state(str(aside))
+            self.save_model(str(temporary), _internal_call=True)
+            self._save_optimizer_and_scheduler(str(temporary))
+            self._save_rng_state(str(temporary))
             if main:
-                state.save_to_json(str(aside / STATE))
+                state.save_to_json(str(temporary / STATE))
             self.accelerator.wait_for_everyone()
             if main:
-                commit_checkpoint(aside, final, {"step": state.global_step, "made_from": self.made_from})
+                commit_checkpoint(temporary, final, {"step": state.global_step, "made_from": self.made_from})
                 rotate(run, self.args.save_total_limit, [final, *([best] if best else [])])
         except Exception:
-            shutil.rmtree(aside, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
         self.accelerator.wait_for_everyone()
 
@@ -122,7 +120,7 @@ class DurableTrainer(Trainer):
         save_state(Path(output_dir) / _process_file(self.args.process_index), state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called when the first step that is not skipped has its rows, so that drawing them changes nothing."""
+        """Trainer calls it once the first new step has its rows, so that drawing them changes nothing."""
         if checkpoint is not None:
             set_random_state(self.resumed["random"])
             self._tr_loss = self.resumed["loss_since_log"].to(self.args.device)
@@ -137,12 +135,12 @@ class DurableTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
-        found = super()._init_training_state(*args)
-        if self.state.best_global_step:  # the run folder may lie elsewhere now
+        progress = super()._init_training_state(*args)
+        if self.state.best_global_step:  # the run folder may have moved
             best = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
             self.state.best_model_checkpoint = str(best)
             self._check_best()
-        return found
+        return progress
 
     def _load_best_model(self) -> None:
         self._check_best()
@@ -151,7 +149,7 @@ class DurableTrainer(Trainer):
     def _check_best(self) -> None:
         best = Path(cast(str, self.state.best_model_checkpoint))
         if problem := damage(best, self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise RunError(f"{best}: the best checkpoint so far can't be taken: {problem}; start a new run")
+            raise RunError(f"{best}: the best checkpoint so far can't be used: {problem}; start a new run")
 
 
 def _process_file(index: int) -> str:

@@ -1,4 +1,4 @@
-"""How many floating-point operations a training takes, and how many this machine does in a second.
+"""How many floating-point operations a training takes.
 
 Weights that multiply are counted, not parameters: the input embedding is looked up, the head runs on trained tokens
 only, and frozen weights get no gradient. LoRA then takes 4 FLOPs a frozen weight and token, 6 a trained one.
@@ -11,8 +11,8 @@ from sft.models.capabilities import has_virtual_tokens
 
 
 def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, checkpointing: bool) -> float:
-    """2 FLOPs a weight and token for each product it takes part in: the forward, the gradient of its input where
-    something before it is trained (with checkpointing a second forward as well), and its own where it is trained.
+    """2 FLOPs a weight and token for each product: the forward, the gradient of its input if something before it is
+    trained (with checkpointing also a second forward), and its own gradient if it is trained.
 
     Without attention, see attention_flops.
     """
@@ -27,14 +27,14 @@ def training_flops(model: PreTrainedModel, tokens: int, trained_tokens: int, che
 
 
 def attention_flops(model: PreTrainedModel, pairs: int) -> float:
-    """Of `pairs` (query, key) pairs that may see each other: 2 products of hidden size forward, 4 backward, a layer."""
+    """FLOPs of `pairs` (query, key) pairs: each layer has 2 products of hidden size forward and 4 backward."""
     config = model.config.get_text_config()
     width = config.to_dict().get("head_dim") or config.hidden_size // config.num_attention_heads
     return 12.0 * pairs * config.num_attention_heads * width * config.num_hidden_layers
 
 
 def split_weights(model: PreTrainedModel) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of the input embedding, of the head (the same where the two are tied), and all others."""
+    """Parameters of the input embedding, of the head (the same if tied), and all others."""
     embedding = list(model.get_input_embeddings().parameters())
     head = list(model.get_output_embeddings().parameters())
     ends = {id(p) for p in (*embedding, *head)}

@@ -11,13 +11,13 @@ from accelerate import PartialState
 from data.atomic import write_json
 from data.audit.report import DataReport
 from sft.recipe.baseline_schema import AnyRecipe
-from sft.runs.checkpoint import commit_folder, full_disk_told, last_checkpoint
+from sft.runs.checkpoint import commit_folder, explain_full_disk, last_checkpoint, step_of
 from sft.runs.cost import COST, Stopwatch
-from sft.runs.folder import agree_on_folder
+from sft.runs.folder import choose_folder, make_folder
 from sft.runs.interrupt import CODES, SaveOnSignal, locked
 from sft.runs.manifest import manifest
 from sft.runs.metrics import plot_loss, read_metrics
-from sft.runs.monitor import Monitor
+from sft.runs.monitor import Monitor, trackers
 from sft.runs.resume import Resume, begin, note_changed_data
 from sft.session import keeps_pickles, use_all_cores
 from sft.training.durable_trainer import DurableTrainer
@@ -38,7 +38,7 @@ def open_run(recipe: AnyRecipe, recipe_path: Path, resume: Resume | None) -> Ite
             held.enter_context(locked(resume.folder, run.main))
             run.checkpoint, run.damaged = last_checkpoint(resume.folder, keeps_pickles())
         else:
-            agree_on_folder(recipe, recipe_path, probe=True)
+            choose_folder(recipe, recipe_path)
         yield run
 
 
@@ -59,10 +59,10 @@ class OpenRun:
     def claim(self, recipe: AnyRecipe, report: DataReport, parameters: tuple[int, int]) -> Path:
         """The run folder, made for a new run, and locked. parameters: how many are trained, and all."""
         self.recipe, self.report, self.parameters = recipe, report, parameters
-        self.folder = self.resume.folder if self.resume else agree_on_folder(recipe, self.recipe_path)
+        self.folder = self.resume.folder if self.resume else make_folder(recipe, self.recipe_path)
         if not self.resume:
             self.held.enter_context(locked(self.folder, self.main))
-        self.held.enter_context(full_disk_told(self.folder))
+        self.held.enter_context(explain_full_disk(self.folder))
         self.facts = manifest(recipe, report, *parameters)
         return self.folder
 
@@ -77,7 +77,9 @@ class OpenRun:
             trainer.made_from, more = self.begin()
             print(*lines, *more, sep="\n", flush=True)
             self.monitor = Monitor(self.folder, steps_per_epoch, read_metrics(self.folder))
-            trainer.add_callback(self.monitor)
+            step = step_of(self.checkpoint) if self.checkpoint else 0
+            for callback in (self.monitor, *trackers(self.recipe.train.report_to, self.folder, step)):
+                trainer.add_callback(callback)
         interrupt = SaveOnSignal()
         trainer.add_callback(interrupt)
         self.watch = Stopwatch()

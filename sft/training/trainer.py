@@ -179,7 +179,7 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
     """TrainingArguments of a run whose rows are optimizer steps."""
     own = {
         "examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16",
-        "attn_implementation", "compile_layers",
+        "attn_implementation", "compile_layers", "report_to",
     }  # fmt: skip
     every = {"save": train.save_strategy, "eval": train.eval_strategy}
     arguments = SFTConfig(
@@ -199,7 +199,7 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to="none",  # open_run adds the trackers
         logging_nan_inf_filter=False,  # it would hide NaN in the log
     )
     arguments._n_gpu = 1  # one process, one device: Trainer would split a step over all it sees

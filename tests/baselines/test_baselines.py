@@ -26,7 +26,7 @@ from sft.recipe.baseline_schema import MOVES_POSITIONS, EncoderModel
 from sft.recipe.load import check_baseline, dump_recipe, load_any_recipe, load_recipe
 from sft.runs.metrics import read_metrics
 from sft.runs.resume import Resume
-from sft.scoring.answerers import Asking
+from sft.scoring.answerers import AnswerOptions
 from sft.scoring.ask import ask_run, classify_text
 from sft.scoring.evaluate import evaluate, print_scores
 from tests.helpers.baselines import NEWS, SQUAD, recipe, trained
@@ -358,7 +358,7 @@ def test_commands_of_adapters_say_that_a_recipe_is_a_baseline(tmp_path):
         load_recipe(Path("recipes/minilm_newsgroups.yaml"))
     run = trained(recipe("classification", "floor:majority", tmp_path / "run"))
     with pytest.raises(RecipeError, match="a baseline answers by its head"):
-        evaluate(str(run), tmp_path / "eval", asking=Asking(labels=True))
+        evaluate(str(run), tmp_path / "eval", asking=AnswerOptions(labels=True))
 
 
 def test_scored_runs_of_different_kinds_are_compared_on_the_same_questions(tiny_bert, tmp_path):

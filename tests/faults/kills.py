@@ -115,7 +115,7 @@ class Killer:
 
     def _check_resumed(self, training: Command, newest: Path | None) -> None:
         """It went on from the newest checkpoint, if it came that far."""
-        told = re.search(r"goes on from (checkpoint-\d+)", training.log.read_text())
+        told = re.search(r"resumes from (checkpoint-\d+)", training.log.read_text())
         if told and (newest is None or told[1] != newest.name):
             self.errors.append(f"{training.log}: went on from {told[1]} instead of {newest}")
         self.counts["resumed"] += bool(told)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from sft.session import child_environment, graft_command
 from tests.helpers.builders import write_recipe
 from tests.helpers.graft import run
 from tests.helpers.places import ROOT, SAMPLES
@@ -42,6 +43,10 @@ def mistakes(folder: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
         "folder not writable": ([f"train.output_dir={folder}/file/run"], "train.output_dir: can't write to"),
         "no weights": ([f"model.base={empty}"], "holds no weights (*.safetensors)"),
         "too long for the model": (["data.max_length=9999"], "exceeds the 2048 positions"),
+        "absent tracker": (
+            ["train.report_to=[trackio]"],
+            "train.report_to: trackio is not installed; run: pip install",
+        ),
         "unknown method": (["tune.method=lorra"], "tune.method: 'lorra' is none of"),
         "shared prompt tuning": (
             ["tune={method: prompt_tuning, num_virtual_tokens: 4}", "data.share_prefixes=true"],
@@ -52,7 +57,7 @@ def mistakes(folder: Path, tiny: Path) -> dict[str, tuple[list[str], str]]:
 
 MISTAKES = (
     "unknown key", "wrong type", "missing file", "wrong offset", "broken line", "cut answer", "folder not writable",
-    "no weights", "too long for the model", "unknown method", "shared prompt tuning",
+    "no weights", "too long for the model", "absent tracker", "unknown method", "shared prompt tuning",
 )  # fmt: skip
 
 
@@ -83,6 +88,38 @@ def test_works_from_another_folder_whatever_packages_are_installed(tmp_path, tin
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
     assert "no such file" in done.stderr
+
+
+def test_children_are_graft_whatever_modules_lie_in_the_users_folder(tmp_path, tiny):
+    """--retries and a ladder start `graft` again, from a folder that may hold an eval.py or data.py of the user's."""
+    for name in ("eval", "data", "sft"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('a module of the user')")
+    recipe = write_recipe(tmp_path / "r.yaml", tiny, data=f"{{train: '{SAMPLES}/none.json'}}", eval="{}")
+    for command in (graft_command("train", recipe), graft_command("eval", tmp_path)):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, check=False, env=child_environment()
+        )
+        assert done.returncode == 2, done.stderr
+        assert "a module of the user" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_ladder_and_retries_run_beside_an_eval_of_the_user(tmp_path, tiny):
+    (tmp_path / "eval.py").write_text("raise SystemExit('a module of the user')")
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        tiny,
+        data=f"{{train: '{SAMPLES}/squad_train.json', max_contexts: 4}}",
+        eval=f"{{data: '{SAMPLES}/squad_dev.json', limit: 4, max_new_tokens: 2}}",
+        train=f"{{examples_per_step: 6, max_steps: 2, output_dir: '{tmp_path / 'run'}'}}",
+    )
+    retried = graft_command("train", recipe, "--retries", 1)
+    climbed = graft_command("ladder", recipe, "--methods", "lora", "--out", tmp_path / "ladder")
+    for command in (retried, climbed):
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=tmp_path, check=False, env=child_environment()
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(

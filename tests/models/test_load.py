@@ -88,7 +88,7 @@ BROKEN: list[tuple[Callable[[Path], object], str]] = [
     (lambda f: change_config(f, model_type="frobnicate"), "frobnicate"),
     (lambda f: change_config(f, model_type="t5"), "T5Config"),
     (lambda f: change_config(f, hidden_size="big"), "hidden_size.*expected int"),
-    (lambda f: change_config(f, num_hidden_layers=3), r"the weight model\.layers\.2\.\S+,.* is not there \(9 such"),
+    (lambda f: change_config(f, num_hidden_layers=3), r"the weight model\.layers\.2\.\S+,.* is missing \(9 such"),
     (lambda f: change_config(f, intermediate_size=256), r"down_proj\S+ is stored as \(64, 128\).* \(64, 256\)"),
     (lambda f: cut(f / "model.safetensors"), "deserializing header"),
     (lambda f: (f / "model.safetensors").write_bytes(b""), "deserializing header"),

@@ -51,7 +51,7 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(share, tiny, tmp_pat
     cut = tmp_path / "cut" / "run"
     assert [p.name for p in checkpoints(cut)] == ["checkpoint-10"]
     assert not (cut / "adapter").exists()
-    assert "goes on from checkpoint-10" in graft("train", "--resume", cut).stdout
+    assert "resumes from checkpoint-10" in graft("train", "--resume", cut).stdout
     whole, resumed = everything(tmp_path / "whole" / "run"), everything(cut)
     assert whole == resumed
     assert {"optimizer.safetensors", "process-0.safetensors"} <= whole.keys()
@@ -95,7 +95,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(sa
         file.write(b"\xff")
     done = graft("train", "--resume", copy)
     assert "checkpoint-4: optimizer.safetensors is damaged" in done.stdout
-    assert "goes on from checkpoint-2" in done.stdout
+    assert "resumes from checkpoint-2" in done.stdout
     assert everything(copy) == everything(saved)
     assert (copy / "damaged-checkpoint-4").is_dir()
 
@@ -129,7 +129,7 @@ def test_pickles_of_a_checkpoint_are_not_opened_by_resuming(saved, tmp_path):
     commit_checkpoint(planted, copy / "checkpoint-4", facts)
     done = graft("train", "--resume", copy)
     assert re.search("checkpoint-4: .* is a pickle, which is never opened", done.stdout)
-    assert "goes on from checkpoint-2" in done.stdout
+    assert "resumes from checkpoint-2" in done.stdout
     assert not marker.exists()
     pickle.loads((copy / "damaged-checkpoint-4" / "optimizer.pt").read_bytes())  # noqa: S301  it would have worked
     assert marker.exists()
@@ -141,7 +141,7 @@ def test_run_without_a_checkpoint_begins_again(saved, tmp_path):
     shutil.copy(saved / "recipe.yaml", copy)
     (copy / ".checkpoint-2.new").mkdir()  # it was killed in its first write
     done = graft("train", "--resume", copy)
-    assert "no checkpoint was saved yet: the run begins at its first step" in done.stdout
+    assert "no checkpoint was saved yet: the run starts at its first step" in done.stdout
     assert everything(copy) == everything(saved)
     assert not (copy / ".checkpoint-2.new").exists()
 
@@ -192,7 +192,7 @@ def test_changed_run_is_refused_with_the_difference_unless_told(change, kinds, s
     assert f"--allow-changed {kinds}" in done.stderr
     if "," in kinds:  # one of two is not enough
         assert shown in graft("train", "--resume", copy, "--allow-changed", "recipe", code=2).stderr
-    assert "goes on changed: " in graft("train", "--resume", copy, "--allow-changed", kinds).stdout
+    assert "resumes although changed: " in graft("train", "--resume", copy, "--allow-changed", kinds).stdout
 
 
 def test_contents_that_changed_places_are_a_change(saved):
@@ -211,7 +211,7 @@ def test_other_number_of_processes_needs_leave(saved, tmp_path):
     with pytest.raises(RunError, match="trained by 1 processes and has 2 now.*--elastic"):
         check_unchanged(saved, made, made | {"processes": 2})
     assert check_unchanged(saved, made, made | {"processes": 2}, elastic=True) == [
-        "goes on with 2 processes instead of 1"
+        "resumes with 2 processes instead of 1"
     ]
     newer = made | {"packages": made["packages"] | {"torch": "9.9"}}
     assert "torch is 9.9" in check_unchanged(saved, made, newer)[0]
@@ -221,7 +221,7 @@ def test_options_of_resume_are_refused_without_it(saved):
     assert "--allow-changed is read with --resume" in graft("train", saved, "--allow-changed", "data", code=2).stderr
     assert "--elastic is read with --resume" in graft("train", saved, "--elastic", code=2).stderr
     wrong = graft("train", "--resume", saved, "--allow-changed", "date", code=2)
-    assert "--allow-changed date: name one or several of recipe,data,base" in wrong.stderr
+    assert "--allow-changed date: must be one or several of recipe,data,base" in wrong.stderr
 
 
 def test_data_that_changes_during_a_run_is_told(tiny, tmp_path, monkeypatch):
@@ -237,7 +237,7 @@ def test_data_that_changes_during_a_run_is_told(tiny, tmp_path, monkeypatch):
     settings = {"train": str(data), "max_contexts": 2}
     recipe = write_recipe(tmp_path / "r.yaml", tiny, data=json.dumps(settings))
     done = graft("train", recipe)
-    assert f"warning: {data} changed during the run" in done.stdout
+    assert f"warning: {data} changed while training" in done.stdout
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["changed_during_run"] == [str(data)]
 
 

@@ -10,7 +10,7 @@ from data.readers.squad import UNANSWERABLE
 from eval.answer_log import NAME, Partial
 from eval.prediction import Prediction
 from sft.recipe.load import load_recipe
-from sft.scoring.answerers import Asking, training_questions
+from sft.scoring.answerers import AnswerOptions, training_questions
 from sft.scoring.evaluate import evaluate
 from sft.training.finetune import finetune
 from tests.helpers.builders import write_recipe
@@ -38,7 +38,7 @@ def news_run(tiny, tmp_path_factory):
 
 
 def test_labels_by_likelihood_are_always_valid_and_have_probabilities(news_run, tmp_path):
-    results = evaluate(str(news_run), tmp_path / "a", asking=Asking(labels=True))
+    results = evaluate(str(news_run), tmp_path / "a", asking=AnswerOptions(labels=True))
     assert results["scorer"] == "labels"
     assert results["scores"]["total"]["valid"] == 100
     assert all(0 < row["probability"] <= 1 for row in rows_of(tmp_path / "a"))
@@ -55,7 +55,7 @@ def test_untuned_base_costs_no_training(news_run, tmp_path):
 
 def test_shots_stand_before_each_question_and_change_nothing_else(news_run, tmp_path):
     plain = evaluate(str(news_run), tmp_path / "a")
-    shots = evaluate(str(news_run), tmp_path / "b", asking=Asking(shots=2))
+    shots = evaluate(str(news_run), tmp_path / "b", asking=AnswerOptions(shots=2))
     assert shots["name"] == f"{plain['name']} 2-shot"
     assert shots["evaluation_sha256"] == plain["evaluation_sha256"]
     assert [row["id"] for row in rows_of(tmp_path / "a")] == [row["id"] for row in rows_of(tmp_path / "b")]
@@ -86,7 +86,7 @@ def test_an_evaluation_that_broke_off_goes_on_with_the_answers_that_it_has(news_
 
 def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
     run = run_of(tiny, tmp_path)
-    evaluate(str(run), tmp_path / "a", asking=Asking(threshold_from=8))
+    evaluate(str(run), tmp_path / "a", asking=AnswerOptions(threshold_from=8))
     assert "on 8 training questions" in capsys.readouterr().out
     # a random model quotes nothing right, and a quarter of the questions have no answer: never to answer is best
     assert {row["predicted"] for row in rows_of(tmp_path / "a")} <= {UNANSWERABLE, ""}
@@ -116,9 +116,9 @@ def test_training_questions_follow_the_recipe_past_rows_with_defects(tmp_path, t
 @pytest.mark.parametrize(
     ("asking", "message"),
     [
-        (Asking(labels=True), "--labels: task squad_v2 has no labels"),
-        (Asking(shots=10_000), "shots"),
-        (Asking(shots=2, threshold_from=8), "would be asked without shots"),
+        (AnswerOptions(labels=True), "--labels: task squad_v2 has no labels"),
+        (AnswerOptions(shots=10_000), "shots"),
+        (AnswerOptions(shots=2, threshold_from=8), "would be asked without shots"),
     ],
 )
 def test_what_a_task_can_not_be_asked_is_an_error(asking, message, tiny, tmp_path):

@@ -241,22 +241,22 @@ def test_it_goes_on_where_it_broke_off(tiny, tmp_path, fake, capsys):
     rows = ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
     assert [row["failed"] for row in rows] == [None] * 3
     assert "ia3: finished before, EM 43.0" in capsys.readouterr().out
-    assert [command[2:] for command in ran] == [
-        ["--resume", str(out / "lora")],
-        ["sft.cli", "eval", str(out / "lora"), "--out", str(out / "lora" / "eval")],
-        [str(out / "full.yaml")],
-        ["sft.cli", "eval", str(out / "full"), "--out", str(out / "full" / "eval")],
+    assert [command[4:] for command in ran] == [
+        ["train", "--resume", str(out / "lora")],
+        ["eval", str(out / "lora"), "--out", str(out / "lora" / "eval")],
+        ["train", str(out / "full.yaml")],
+        ["eval", str(out / "full"), "--out", str(out / "full" / "eval")],
     ]
 
     shutil.rmtree(out / "full" / "eval")
     ran = fake()
     ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    assert [command[3] for command in ran] == ["eval"]  # what is trained is only scored
+    assert [command[4] for command in ran] == ["eval"]  # what is trained is only scored
     (out / "full" / "cost.json").unlink()
     shutil.rmtree(out / "full" / "eval")
     ran = fake()
     ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    assert [command[2] for command in ran] == [str(out / "full.yaml"), "sft.cli"]  # without a checkpoint, anew
+    assert [command[4] for command in ran] == ["train", "eval"]  # without a checkpoint, anew
 
 
 def test_finished_rungs_of_other_settings_are_not_mixed_in(tiny, tmp_path, fake):
