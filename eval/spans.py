@@ -1,4 +1,4 @@
-"""Logits of a span model over windows -> answers, and the threshold above which the answer is that there is none.
+"""Logits of a span model over windows -> answers, and the threshold above which there is no answer.
 
 The rules are those of google-research/bert's run_squad.py, the texts exact quotes: nothing is put together from tokens.
 """
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from datasets import Dataset
+from scipy.special import softmax
 
 from data.conversation import Conversation, DataError
 from data.encode.qa_windows import NO_PASSAGE
@@ -21,8 +22,8 @@ Candidate = tuple[float, int, int]  # score, and from and to which character of 
 class SpanAnswer:
     """The best span of a question. Scores are sums of a start and an end logit.
 
-    text: its quote; empty, with score -inf, where no token can be one. null_score: that of [CLS], the lowest of the
-    question's windows. null_difference: null_score - score; there is no answer where it exceeds a threshold.
+    text: its quote; empty, with score -inf, if no token can be one. null_score: that of [CLS], the lowest of the
+    question's windows. null_difference: null_score - score; there is no answer if it exceeds a threshold.
     n_best: texts, best first, "" for no answer, with probabilities by softmax over them. probability,
     null_probability: those of text and of "".
     """
@@ -74,7 +75,7 @@ def best_spans(
 
 
 def choose(answers: Sequence[SpanAnswer], threshold: float = 0.0, allow_null: bool = True) -> list[str]:
-    """Texts to be scored: UNANSWERABLE where null_difference exceeds the threshold; never, unless allow_null."""
+    """Texts to be scored: UNANSWERABLE if null_difference exceeds the threshold; never, unless allow_null."""
     return [
         UNANSWERABLE if allow_null and (not answer.text or answer.null_difference > threshold) else answer.text
         for answer in answers
@@ -130,9 +131,8 @@ def _answer(context: str, spans: Sequence[Candidate], null_score: float, n_best:
         if text and len(scores) < n_best:
             scores.setdefault(text, score)
     text, score = next(iter(scores.items()), ("", -math.inf))
-    ranked = sorted([*scores.items(), ("", null_score)], key=lambda pair: -pair[1])
-    weights = np.exp(np.array([value for _, value in ranked]) - ranked[0][1])
-    shares = {name: float(share) for (name, _), share in zip(ranked, weights / weights.sum(), strict=True)}
+    ranked = dict(sorted({**scores, "": null_score}.items(), key=lambda pair: -pair[1]))
+    shares = dict(zip(ranked, softmax([*ranked.values()]).tolist(), strict=True))
     return SpanAnswer(
         text=text,
         score=score,

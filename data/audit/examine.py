@@ -27,7 +27,7 @@ from data.audit.row_counts import (
     decoded,
     totals,
 )
-from data.audit.split import context_key, draw_contexts, held_out_by_share
+from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import AUDITS, Example, TooLong, encode_turns, markers_in
@@ -80,8 +80,8 @@ def examine(
         for conversation in read_held_out(sources, rules):
             examination.comparison.hold_out(conversation)
     if rules.max_contexts is not None:
-        trained_on = (c for c in _conversations(sources, rules) if not _is_held_out(c, rules))
-        examination.drawn = draw_contexts(trained_on, rules.max_contexts, rules.seed, rules.unanswerable_share)
+        counts = count_contexts(c for c in _conversations(sources, rules) if not _is_held_out(c, rules))
+        examination.drawn = chosen_contexts(counts, rules.max_contexts, rules.seed, rules.unanswerable_share)
     accounts = []
     for source in sources:
         account = SourceAccount(Ledger(source.path), source.weight)

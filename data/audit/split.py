@@ -1,7 +1,8 @@
 """Which contexts are trained on, and which are held out. Contexts and threads stay whole."""
 
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from itertools import accumulate
 
 import xxhash
 
@@ -15,15 +16,13 @@ def context_key(conversation: Conversation) -> str:
     return xxhash.xxh3_64_hexdigest(conversation.context.encode(errors="surrogatepass"))
 
 
-def draw_contexts(
-    conversations: Iterable[Conversation], count: int, seed: int, unanswerable_share: float | None = None
-) -> set[str]:
-    """Keys of `count` contexts of the conversations, see chosen_contexts."""
-    contexts: dict[str, Counts] = {}
+def count_contexts(conversations: Iterable[Conversation]) -> dict[str, Counts]:
+    """By their keys, in the order of their first conversations."""
+    counts: dict[str, Counts] = {}
     for conversation in conversations:
-        rows, empty = contexts.get(key := context_key(conversation), (0, 0))
-        contexts[key] = (rows + 1, empty + (not conversation.answers))
-    return chosen_contexts(contexts, count, seed, unanswerable_share)
+        rows, empty = counts.get(key := context_key(conversation), (0, 0))
+        counts[key] = (rows + 1, empty + (not conversation.answers))
+    return counts
 
 
 def chosen_contexts(
@@ -42,11 +41,12 @@ def chosen_contexts(
     mixed = [c for c in drawn if contexts[c][1]]
     others = [c for c in drawn if not contexts[c][1]]
     first, last = max(0, count - len(others)), min(count, len(mixed))
-    rows = _sums([contexts[c][0] for c in mixed]), _sums([contexts[c][0] for c in others])
-    empty = _sums([contexts[c][1] for c in mixed])
+    # sums over the first 0, 1, 2, ... contexts of each kind
+    mixed_rows, other_rows = (list(accumulate((contexts[c][0] for c in kind), initial=0)) for kind in (mixed, others))
+    empty = list(accumulate((contexts[c][1] for c in mixed), initial=0))
 
     def share(k: int) -> float:
-        return empty[k] / (rows[0][k] + rows[1][count - k])
+        return empty[k] / (mixed_rows[k] + other_rows[count - k])
 
     best = min(range(first, last + 1), key=lambda k: abs(share(k) - unanswerable_share))
     if abs(share(best) - unanswerable_share) > 0.02:
@@ -60,11 +60,3 @@ def chosen_contexts(
 def held_out_by_share(cluster: str, share: float, seed: int) -> bool:
     """Whether a cluster (passage, thread) belongs to the held-out side; the same text always to the same side."""
     return xxhash.xxh64_intdigest(cluster.encode(), seed=seed) < share * 2**64
-
-
-def _sums(values: Sequence[int]) -> list[int]:
-    """Sums of the first 0, 1, 2, ... values."""
-    sums = [0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    return sums

@@ -56,8 +56,9 @@ class FileSource:
 
 
 def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledger | None = None) -> list[Conversation]:
-    """All conversations of a source. Raises DataError with a line for each kind of defect; with on_error skip rows with
-    defects are counted and left out, and only a file that can't be read to its end is an error."""
+    """All conversations of a source, counted in the ledger. Raises DataError with a line for each kind of defect; with
+    on_error skip rows with defects are counted and left out, and only a file that can't be read to its end is an error.
+    """
     ledger = ledger or Ledger(source.path)
     conversations = list(track(read_rows(source, task, ledger), f"read {Path(source.path).name}"))
     if ledger.unread or (ledger.defects and on_error == "stop"):

@@ -10,7 +10,7 @@ from data.audit.examine import nothing_held_out
 from data.audit.leaks import SAME_TEXT, LeakReport, Pairs
 from data.audit.report import DataReport
 from data.audit.row_counts import SourceReport, Totals
-from data.audit.split import context_key, draw_contexts, held_out_by_share
+from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.cache import file_digests
 from data.conversation import Conversation, DataError, Ledger
 from data.readers.source import files_of, read_all
@@ -22,8 +22,8 @@ DEV = 1  # added to the seed, so that dev_share and eval.share draw independentl
 
 @dataclass(frozen=True)
 class Split:
-    """`dev` chooses checkpoint and threshold. `report`: where the rows came from and how many there were. `notes`: what
-    the user should know of them."""
+    """`dev` chooses checkpoint and threshold. `report`: sources of the rows, and counts. `notes`: what the user should
+    know of them."""
 
     train: list[Conversation]
     dev: list[Conversation]
@@ -42,7 +42,7 @@ def read_split(recipe: BaselineRecipe) -> Split:
         sources.append(SourceReport.of(ledger, revision=source.revision, sha256=file_digests(files_of(source))))
     if recipe.data.max_contexts is not None:  # the same that an LLM's recipe with that seed is trained on
         share, seed = recipe.data.unanswerable_share, recipe.train.seed
-        drawn = draw_contexts(rows, recipe.data.max_contexts, seed, share)
+        drawn = chosen_contexts(count_contexts(rows), recipe.data.max_contexts, seed, share)
         rows = [c for c in rows if context_key(c) in drawn]
     rows, leaks, notes = _without_leaks(rows, recipe)
     share, seed = recipe.data.dev_share, recipe.train.seed + DEV
@@ -78,7 +78,7 @@ def read_split(recipe: BaselineRecipe) -> Split:
 
 
 def baseline_questions(recipe: BaselineRecipe) -> list[Conversation]:
-    """eval.data, or what eval.share keeps apart; all of it. Raises DataError where there is none."""
+    """eval.data, or what eval.share keeps apart; all of it. Raises DataError if there is none."""
     task, on_error = recipe.task, recipe.data.on_error
     if recipe.eval.data:
         questions = read_all(with_split(recipe.eval.data, "validation"), task, on_error)

@@ -18,9 +18,8 @@ from data.progress import track
 from sft.errors import RecipeError
 from sft.models.load import load_config
 from sft.models.resolve import readable, resolve_base, stored_config
-from sft.models.tune import peft_settings, train_matching
+from sft.models.tune import add_adapter, train_matching
 from sft.recipe.baseline_schema import PEFT_TASKS, BaselineTune, EncoderModel
-from sft.recipe.load import peft_types
 from sft.untrusted import check_adapter, check_config
 
 HEADS = {
@@ -51,7 +50,7 @@ def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
 
 def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str] = ()) -> PreTrainedModel:
     """The encoder in float32 with a new head, drawn by the seed; a head that the base brings is taken. Raises
-    RecipeError where a weight of the encoder itself is missing."""
+    RecipeError if a weight of the encoder itself is missing."""
     set_seed(seed)
     numbers = {label: i for i, label in enumerate(labels)}
     names = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers} if labels else {}
@@ -60,16 +59,16 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
         check_config(stored_config(model.base, model.revision), f"model.base: {model.base}")
         config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False, **names)
         _set_attention_dropout(config, model)
-        loaded, found = getattr(transformers, HEADS[head]).from_pretrained(
+        loaded, info = getattr(transformers, HEADS[head]).from_pretrained(
             folder, config=config, revision=model.revision, use_safetensors=True, trust_remote_code=False,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
     inside = "" if head == "features" else f"{loaded.base_model_prefix}."
-    of_encoder = sorted(k.removeprefix(inside) for k in found["missing_keys"] if k.startswith(inside))
+    of_encoder = sorted(k.removeprefix(inside) for k in info["missing_keys"] if k.startswith(inside))
     loaded.drawn = [k for k in of_encoder if "pooler." in k]  # which is the head's rather than the encoder's
     if missing := [k for k in of_encoder if "pooler." not in k]:
         raise RecipeError(
-            f"model.base: {model.base}: the weight {missing[0]} is not there ({len(missing)} such weights); "
+            f"model.base: {model.base}: the weight {missing[0]} is missing ({len(missing)} such weights); "
             "name a whole encoder such as google-bert/bert-base-uncased"
         )
     return cast(PreTrainedModel, loaded)
@@ -85,7 +84,7 @@ def _set_attention_dropout(config: PretrainedConfig, model: EncoderModel) -> Non
 
 
 def positions_of(model: EncoderModel) -> int | None:
-    """Tokens of the longest input; None where the config sets no limit."""
+    """Tokens of the longest input; None if the config sets no limit."""
     config = load_config(model)
     most: int | None = config.to_dict().get("max_position_embeddings")
     if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
@@ -94,7 +93,7 @@ def positions_of(model: EncoderModel) -> int | None:
 
 
 def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:
-    """Raise RecipeError where an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
+    """Raise RecipeError if an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
     most = positions_of(model)
     if most is not None and max_seq_length + virtual_tokens > most:
         behind = f" behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
@@ -115,32 +114,22 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
         for name, parameter in model.base_model.named_parameters():
             parameter.requires_grad_(name in cast(Any, model).drawn)
         return model
-    from peft import get_peft_model
-
-    kind, settings = peft_types()[tune.method], dict(peft_settings(tune, model))
-    if objective == "extractive_qa" and settings.get("target_modules") == "all-linear":
-        settings.setdefault("exclude_modules", ["qa_outputs"])  # the new head is trained whole, as a classifier's is
-    config = kind(task_type=PEFT_TASKS[objective], **settings)
-    try:
-        return cast(PreTrainedModel, get_peft_model(model, config))
-    except ValueError as error:
-        raise RecipeError(f"tune: {error}") from error
+    # the new head is trained whole, as a classifier's is
+    whole = objective == "extractive_qa" and tune.peft.get("target_modules") == "all-linear"
+    return add_adapter(model, tune, PEFT_TASKS[objective], {"exclude_modules": ["qa_outputs"]} if whole else {})
 
 
 def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
     """Depth of each parameter by name: 0 the head and pooler, 1 the uppermost layer, ..., the embeddings; and the
-    deepest. Raises RecipeError where the names don't tell layers."""
+    deepest. Raises RecipeError if the names have no layers."""
     layers = model.config.num_hidden_layers
-    found = {}
+    depth = {}
     for name, _ in model.named_parameters():
         layer = re.search(r"\.layers?\.(\d+)\.", name)
-        if layer:
-            found[name] = layers - int(layer[1])
-        else:
-            found[name] = layers + 1 if "embeddings" in name else 0
-    if not any(0 < depth <= layers for depth in found.values()):
+        depth[name] = layers - int(layer[1]) if layer else (layers + 1) * ("embeddings" in name)
+    if not any(0 < level <= layers for level in depth.values()):
         raise RecipeError(f"tune: {type(model).__name__} names no layers to go through; use full without layer_decay")
-    return found, layers + 1
+    return depth, layers + 1
 
 
 def load_trained(

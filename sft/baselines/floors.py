@@ -117,13 +117,13 @@ def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
         return math.log((facts["documents"] + 1) / (facts["counts"].get(word, 0) + 1))
 
     asked = {word for word in _words(conversation.question) if idf(word) > 1}
-    found = [(m.group().lower(), m.start(), m.end()) for m in WORD.finditer(conversation.context)]
-    places = [(i, idf(word)) for i, (word, _, _) in enumerate(found) if word in asked]
+    words_at = [(m.group().lower(), m.start(), m.end()) for m in WORD.finditer(conversation.context)]
+    places = [(i, idf(word)) for i, (word, _, _) in enumerate(words_at) if word in asked]
     best, answer = -math.inf, ""
-    for first in range(len(found)):
-        for last in range(first, min(first + LONGEST, len(found))):
-            words = [word for word, _, _ in found[first : last + 1]]
-            text = conversation.context[found[first][1] : found[last][2]]
+    for first in range(len(words_at)):
+        for last in range(first, min(first + LONGEST, len(words_at))):
+            words = [word for word, _, _ in words_at[first : last + 1]]
+            text = conversation.context[words_at[first][1] : words_at[last][2]]
             if asked & set(words) or idf(words[0]) < 2 or idf(words[-1]) < 2 or re.search(r"[.;:!?]\s|\n", text):
                 continue
             near = sum(weight / (1 + min(abs(i - first), abs(i - last))) for i, weight in places)

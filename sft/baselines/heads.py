@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -43,30 +43,32 @@ from sft.recipe.baseline_schema import BaselineRecipe
 CHOSEN = "chosen.json"
 
 
-class Head(Protocol):
+class Head:
     """`rows`: what a step draws from. `notes`: what a user should know of them before training."""
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-    @property
-    def rows(self) -> Sequence[Row]: ...
-    @property
-    def notes(self) -> list[str]: ...
+    rows: Sequence[Row]
 
-    def load(self) -> PreTrainedModel: ...
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]: ...
+    def __init__(self, recipe: BaselineRecipe) -> None:
+        self.recipe, self.tokenizer, self.notes = recipe, load_tokenizer(recipe.model), list[str]()
+
+    def load(self) -> PreTrainedModel:
+        return load_encoder(self.recipe.model, self.recipe.objective, self.recipe.train.seed)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        return pad(rows, self.tokenizer)
+
     def score_dev(self, model: nn.Module) -> dict[str, float]:
         """Loss of the slice that chooses the checkpoint, and its metrics from 0 to 100 (except perplexity)."""
-        ...
+        raise NotImplementedError
 
     def choose(self, model: nn.Module) -> dict[str, Any]:
         """What scoring needs beside the weights, chosen on that slice: labels, or the no-answer threshold."""
-        ...
+        raise NotImplementedError
 
 
-class Classifier:
+class Classifier(Head):
     def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
-        self.recipe, self.tokenizer = recipe, load_tokenizer(recipe.model)
+        super().__init__(recipe)
         self.labels = sorted({c.label for c in split.train})
         number = {label: i for i, label in enumerate(self.labels)}
         length = recipe.data.max_seq_length
@@ -74,9 +76,8 @@ class Classifier:
         self.rows = [row | {"labels": number[c.label]} for row, c in zip(rows, split.train, strict=True)]
         self.dev, _ = encode_texts([c.context for c in split.dev], self.tokenizer, length)
         self.gold = np.array([number.get(c.label, -1) for c in split.dev])  # -1: a label that training lacks
-        self.notes = (
-            [f"{cut} of {len(rows)} posts are longer than data.max_seq_length {length} and were cut"] if cut else []
-        )
+        if cut:
+            self.notes.append(f"{cut} of {len(rows)} posts are longer than data.max_seq_length {length} and were cut")
 
     def load(self) -> PreTrainedModel:
         model: Any = load_encoder(self.recipe.model, "classification", self.recipe.train.seed, self.labels)
@@ -84,9 +85,6 @@ class Classifier:
             trained = ", and trained with the head" if self.recipe.tune.method == "linear_probe" else ""
             self.notes.append(f"{self.recipe.model.base} has no pooler: it is drawn at random{trained}")
         return cast(PreTrainedModel, model)
-
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return pad(rows, self.tokenizer)
 
     def score_dev(self, model: nn.Module) -> dict[str, float]:
         logits, known = class_logits(model, self.recipe, self.dev, self.tokenizer), self.gold >= 0
@@ -100,25 +98,20 @@ class Classifier:
         return {"labels": self.labels}
 
 
-class SpanReader:
+class SpanReader(Head):
     def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
-        self.recipe, self.tokenizer, self.dev = recipe, load_tokenizer(recipe.model), split.dev
+        super().__init__(recipe)
         windows, data = windows_of(recipe, split.train, self.tokenizer, cached=True), recipe.data
-        self.dev_windows = windows_of(recipe, self.dev, self.tokenizer, cached=True) if self.dev else None
         self.rows = inputs_of(windows, self.tokenizer, "start_positions", "end_positions")
-        self.notes = [f"{len(windows)} windows of at most {data.max_seq_length} tokens"]
-        if cut := sum(windows["cut_question"]):
+        self.dev = split.dev
+        self.dev_windows = windows_of(recipe, self.dev, self.tokenizer, cached=True) if self.dev else None
+        self.notes.append(f"{len(windows)} windows of at most {data.max_seq_length} tokens")
+        if cut := sum(windows["cut_question"][:]):
             longest = f"data.max_query_length {data.max_query_length}"
             self.notes.append(f"{cut} questions are longer than {longest} and were cut")
-        if lost := sum(windows["lost_answer"]):
-            trained = "are trained as if there were none"
-            self.notes.append(f"{lost} answers fit no window and {trained}; raise data.max_seq_length")
-
-    def load(self) -> PreTrainedModel:
-        return load_encoder(self.recipe.model, "extractive_qa", self.recipe.train.seed)
-
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return pad(rows, self.tokenizer)
+        if lost := sum(windows["lost_answer"][:]):
+            problem = "answers fit no window and are trained as if there were none"
+            self.notes.append(f"{lost} {problem}; raise data.max_seq_length")
 
     def score_dev(self, model: nn.Module) -> dict[str, float]:
         answers, loss = read_spans(model, self.recipe, self.dev, self.tokenizer, self.dev_windows)
@@ -199,7 +192,7 @@ def read_spans(
     windows = windows or windows_of(recipe, conversations, tokenizer)
     logits = predict(model, inputs_of(windows, tokenizer), tokenizer, PER_TOKEN, bool(recipe.train.bf16))
     starts, ends = [start for start, _ in logits], [end for _, end in logits]
-    targets = zip(starts, windows["start_positions"], ends, windows["end_positions"], strict=True)
+    targets = zip(starts, windows["start_positions"][:], ends, windows["end_positions"][:], strict=True)
     loss = np.mean([-(log_softmax(s)[i] + log_softmax(e)[j]) / 2 for s, i, e, j in targets])
     answers = best_spans(windows, starts, ends, conversations, recipe.eval.n_best, recipe.eval.max_answer_length)
     return answers, float(loss)
@@ -221,8 +214,8 @@ def inputs_of(windows: Dataset, tokenizer: PreTrainedTokenizerBase, *targets: st
 
 
 def best_threshold(recipe: BaselineRecipe, questions: Sequence[Conversation], answers: Sequence[SpanAnswer]) -> float:
-    """The null_difference above which there is no answer, by EM on these questions, those without an answer weighted
-    to the share that the recipe expects; inf in version 1."""
+    """The null_difference above which the answer is that there is none: by EM on these questions, those without an
+    answer weighted to the share that the recipe expects; inf in version 1."""
     if recipe.task == "squad_v1":
         return math.inf
     texts = np.array([squad_scores(c.answers, a.text)["exact"] for c, a in zip(questions, answers, strict=True)])

@@ -21,7 +21,7 @@ from sft.training.open_run import OpenRun, open_run
 def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Resume | None = None) -> Path | None:
     """The run folder on the main process, None on others.
 
-    Raises SystemExit with the signal's exit code where one ended the training.
+    Raises SystemExit with the signal's exit code if one ended the training.
     """
     if resume and resume.elastic:
         raise RecipeError("--elastic: the rows of a baseline's step depend on the processes; start as many as before")

@@ -21,6 +21,7 @@ from sft.recipe.schema import Recipe
 from sft.scoring.answerers import AnswerOptions, baseline_answerer
 
 SQUAD = ("squad_v1", "squad_v2")
+BEFORE_AND_AFTER = (("before", True), ("after", False))  # training; whether the untrained base answers
 
 
 def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str]:
@@ -33,8 +34,11 @@ def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str
     if isinstance(recipe, Recipe):
         if recipe.task == "squad_v1":
             asked = replace(asked, messages=({"role": "system", "content": INSTRUCTION_V1}, *asked.messages[1:]))
-        for name, base in (("before", True), ("after", False)):
-            yield f"{name} training: {_generated(run, recipe, asked, base)}"
+        length, tokens = recipe.eval.max_new_tokens, recipe.eval.batch_tokens
+        for name, base in BEFORE_AND_AFTER:
+            loaded = load_target(str(run), base)
+            (written,) = generate(loaded.model, loaded.tokenizer, [asked], length, tokens, loaded.packed)
+            yield f"{name} training: {written.text}"
     elif recipe.is_floor:
         yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
     else:
@@ -60,15 +64,8 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
         yield f"{labels[i]:26} {probabilities[i]:.3f}"
 
 
-def _generated(run: Path, recipe: Recipe, asked: Conversation, base: bool) -> str:
-    loaded = load_target(str(run), base)
-    settings = recipe.eval
-    length, tokens = settings.max_new_tokens, settings.batch_tokens
-    return generate(loaded.model, loaded.tokenizer, [asked], length, tokens, loaded.packed)[0].text
-
-
 def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int) -> Iterator[str]:
-    for name, base in (("before", True), ("after", False)):
+    for name, base in BEFORE_AND_AFTER:
         model, tokenizer, chosen = load_run(run, recipe, base)
         (answer,), _ = read_spans(model, recipe, [asked], tokenizer)
         yield f"{name} training: {answer.text}"

@@ -106,10 +106,11 @@ def test_a_tokenizers_own_limits_and_state_do_not_matter_and_stay(questions):
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 17, 60, 61, 400, 5000])
+@pytest.mark.parametrize("doc_stride", [31, 128])  # longer than a window: no gap
 @pytest.mark.parametrize("question", ["Who?", "Who then was it, and why did they not say so at once?"])
-def test_windows_cover_the_passage_and_each_token_has_one_max_context(tokens, question):
+def test_windows_cover_the_passage_and_each_token_has_one_max_context(tokens, question, doc_stride):
     context = " ".join(random.Random(tokens).choices(["cat", "dog", "sun"], k=tokens)) or "\u200b"  # dropped by BERT
-    windows = make_windows([ask(context, question)], bert_tokenizer(), 80, 31, 16)
+    windows = make_windows([ask(context, question)], bert_tokenizer(), 80, doc_stride, 16)
     seen, owned = [], []
     for row in windows:
         assert len(row["input_ids"]) <= 80
@@ -134,11 +135,6 @@ def test_window_moves_on_by_the_stride_and_max_context_is_run_squads():
         ]
         (owner,) = (i for i, tokens in enumerate(cores) if token in tokens)
         assert owner == scores.index(max(scores))
-
-
-def test_stride_longer_than_a_window_leaves_no_gap():
-    windows = make_windows([ask("cat " * 300)], bert_tokenizer(), 40, 128, 16)
-    assert [start for row in windows for start in row["char_starts"] if start >= 0] == list(range(0, 1200, 4))
 
 
 def test_answer_over_the_border_of_windows_is_no_answer_there_and_found_elsewhere():
@@ -247,10 +243,7 @@ def test_whatever_changes_windows_changes_the_key(questions):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            (67, 16, 64),
-            "max_query_length 64 and 3 control tokens leave no room for a passage in max_seq_length 67; raise",
-        ),
+        ((67, 16, 64), "max_query_length 64 and 3 control tokens leave no room .* max_seq_length 67; raise"),
         ((384, 0, 64), "doc_stride 0 and max_query_length 64 must be 1 or more"),
         ((384, 128, 0), "doc_stride 128 and max_query_length 0 must be 1 or more"),
     ],

@@ -18,21 +18,17 @@ from tests.helpers.places import REAL_DATA, needs_real
 from tests.helpers.qa import ask, bert_tokenizer, roberta_tokenizer
 
 
-def lengths_of(windows: Dataset) -> list[int]:
-    return [len(ids) for ids in windows["input_ids"]]
-
-
 def one_hot(windows: Dataset) -> tuple[list[np.ndarray], ...]:
     """Logits of a model that is sure of the gold tokens."""
     return tuple(
-        [10.0 * (np.arange(length) == gold) for length, gold in zip(lengths_of(windows), windows[name], strict=True)]
+        [10.0 * (np.arange(len(ids)) == gold) for ids, gold in zip(windows["input_ids"], windows[name], strict=True)]
         for name in ("start_positions", "end_positions")
     )
 
 
 def random_logits(windows: Dataset, seed: int = 0) -> tuple[list[np.ndarray], ...]:
     rng = np.random.default_rng(seed)
-    return tuple([rng.normal(size=n).astype(np.float32) for n in lengths_of(windows)] for _ in range(2))
+    return tuple([rng.normal(size=len(ids)).astype(np.float32) for ids in windows["input_ids"]] for _ in range(2))
 
 
 def perfect_score(conversations, windows) -> float:
