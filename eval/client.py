@@ -1,25 +1,27 @@
-"""Prompts -> answers through an OpenAI-compatible server: bounded concurrency, retries that are told, progress."""
+"""Prompts -> replies of an OpenAI-compatible server: bounded concurrency, reported retries, progress."""
 
 import asyncio
+import contextlib
 import os
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
-from eval.answer_log import kept
+from eval.answer_log import Note, kept
 from eval.prediction import Prediction
 
 if TYPE_CHECKING:  # a second to import, for commands that ask no server
+    from openai import OpenAI
     from openai.types.chat import ChatCompletion
 
-T = TypeVar("T")
 TRIES = 7
-FIRST_WAIT_S = 0.5  # doubled from try to try: 32 s in all, in which a server is restarted or a queue empties
+CHECK_URL = "is the server up, and is the address its /v1?"
+FIRST_WAIT_S = 0.5  # doubled after each try: 32 s in all, in which a server restarts or a queue empties
 
 
 class ServerError(UserError):
@@ -27,7 +29,7 @@ class ServerError(UserError):
 
 
 def served_model(url: str, wanted: str | None) -> str:
-    """The model to ask: the wanted one, or the only one. Raises ServerError where there are several."""
+    """The model to ask: the wanted one, or the only one. Raises ServerError if that is no single served model."""
     names = served_models(url)
     if wanted is None and len(names) == 1:
         return names[0]
@@ -37,22 +39,29 @@ def served_model(url: str, wanted: str | None) -> str:
 
 
 def served_models(url: str) -> list[str]:
+    # strict: any web server's page is then an OpenAIError too
+    with openai_client(url, timeout=60, _strict_response_validation=True) as client:
+        return [model.id for model in client.models.list().data]
+
+
+@contextlib.contextmanager
+def openai_client(url: str, remedy: str = CHECK_URL, **options: Any) -> "Iterator[OpenAI]":
+    """A client of the server; its errors become a ServerError with the remedy."""
     import openai
 
-    # strict: any web server's page is then an OpenAIError too
-    client = openai.OpenAI(base_url=url, api_key=api_key(), timeout=60, _strict_response_validation=True)
     try:
-        return [model.id for model in client.models.list().data]
+        with openai.OpenAI(base_url=url, **{"api_key": api_key(), **options}) as client:
+            yield client
     except openai.OpenAIError as error:
-        raise _unreachable(url, error) from error
+        raise ServerError(f"{url}: {_first_line(error)}; {remedy}") from error
 
 
 def api_key() -> str:
-    """What the server wants, where it wants one: OPENAI_API_KEY, or the VLLM_API_KEY that it was started with."""
+    """The key to send: OPENAI_API_KEY, or the VLLM_API_KEY that the server was started with; any text without one."""
     return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
 
 
-def ask_server(
+def server_predictions(
     url: str,
     model: str,
     conversations: Sequence[Conversation],
@@ -60,63 +69,50 @@ def ask_server(
     concurrency: int = 16,
     keep: Path | None = None,
 ) -> list[Prediction]:
-    """What eval.predict.generate gives, through POST {url}/chat/completions. Raises ServerError that names the question
-    where the server refuses one for another reason than its length.
+    """The predictions of eval.predict.generate, through POST {url}/chat/completions. Raises ServerError that names the
+    question if the server refuses one for another reason than its length.
 
-    keep: a file for the answers as they come; those in it already are not asked again. It is the caller's to delete.
+    keep: a file for the answers as they come; those already in it are not asked again. The caller deletes it.
     """
 
-    def ask(
-        asked: Sequence[Conversation], note: Callable[[int, Prediction], None] = lambda *_: None
-    ) -> list[Prediction]:
-        return ask_all(url, model, asked, max_new_tokens, concurrency, _prediction, note)
+    def predict(asked: Sequence[Conversation], note: Note = lambda number, prediction: None) -> list[Prediction]:
+        replies = chat_completions(
+            url, model, asked, max_new_tokens, concurrency, lambda number, reply: note(number, prediction_of(reply))
+        )
+        return [prediction_of(reply) for reply in replies]
 
-    return kept(keep, f"{url} {model}", conversations, max_new_tokens, ask) if keep else ask(conversations)
+    if not keep:
+        return predict(conversations)
+    return kept(keep, f"{url} {model}", conversations, max_new_tokens, predict)
 
 
-def _prediction(reply: "ChatCompletion | None") -> Prediction:
+def prediction_of(reply: "ChatCompletion | None") -> Prediction:
     if reply is None:
         return Prediction("", 0, finished=False, asked=False)
     choice = reply.choices[0]
-    used = reply.usage.completion_tokens if reply.usage else 0
-    return Prediction((choice.message.content or "").strip(), used, choice.finish_reason == "stop")
+    new_tokens = reply.usage.completion_tokens if reply.usage else 0
+    return Prediction((choice.message.content or "").strip(), new_tokens, choice.finish_reason == "stop")
 
 
-def ask_all(
+def chat_completions(
     url: str,
     model: str,
     conversations: Sequence[Conversation],
     max_new_tokens: int,
     concurrency: int,
-    take: "Callable[[ChatCompletion | None], T]",
-    note: Callable[[int, T], None] = lambda number, taken: None,
-    **more: Any,
-) -> list[T]:
-    """What `take` makes of each greedy reply (None: the prompt is too long for the server), in order; `note` hears of
-    each as it comes. more: further arguments of a chat completion."""
-    ask = _ask_all(url, model, conversations, max_new_tokens, concurrency, take, note, more)
-    return asyncio.run(ask)
-
-
-async def _ask_all(
-    url: str,
-    model: str,
-    conversations: Sequence[Conversation],
-    max_new_tokens: int,
-    concurrency: int,
-    take: "Callable[[ChatCompletion | None], T]",
-    note: Callable[[int, T], None],
-    more: dict[str, Any],
-) -> list[T]:
+    note: "Callable[[int, ChatCompletion | None], None]" = lambda number, reply: None,
+    **options: Any,
+) -> "list[ChatCompletion | None]":
+    """The greedy replies in order; None for a prompt that is too long for the server. `note` gets each reply with its
+    number as it comes. options: further arguments of a chat completion."""
     import openai
 
-    client = openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=600, max_retries=0)  # ours are told
     slots = asyncio.Semaphore(concurrency)
     bar = Bar("ask", len(conversations))
-    done = again = 0
+    answered = retries = 0
 
-    async def complete(conversation: Conversation) -> "ChatCompletion | None":
-        nonlocal again
+    async def complete(client: openai.AsyncOpenAI, conversation: Conversation) -> "ChatCompletion | None":
+        nonlocal retries
         for tried in range(1, TRIES + 1):
             try:
                 return await cast(Any, client.chat.completions).create(
@@ -124,50 +120,50 @@ async def _ask_all(
                     messages=list(conversation.prompt),
                     temperature=0,
                     max_tokens=max_new_tokens,
-                    **more,
+                    **options,
                 )
             except openai.BadRequestError as error:
                 if "maximum context length" in str(error):  # vLLM's and OpenAI's words
                     return None
-                problem = f"question {conversation.id} is refused: {first_line(error)}"
+                problem = f"question {conversation.id} is refused: {_first_line(error)}"
                 raise ServerError(f"{url}: {problem}; see the server's log") from error
             except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
                 if tried == TRIES:
-                    raise _unreachable(url, error, f" ({TRIES} tries)") from error
-                again += 1
-                if again == 1:
-                    problem = f"{first_line(error)}: asking again, up to {TRIES} times, with longer and longer waits"
+                    raise ServerError(f"{url}: {_first_line(error)} ({TRIES} tries); {CHECK_URL}") from error
+                retries += 1
+                if retries == 1:
+                    problem = f"{_first_line(error)}: asking again, up to {TRIES} times, with growing waits"
                     print(f"{url}: {problem}", file=sys.stderr, flush=True)
                 await asyncio.sleep(FIRST_WAIT_S * 2 ** (tried - 1) * random.uniform(0.8, 1.2))
             except openai.OpenAIError as error:
-                raise _unreachable(url, error) from error
+                raise ServerError(f"{url}: {_first_line(error)}; {CHECK_URL}") from error
         raise AssertionError("the last try returns or raises")
 
-    async def ask(number: int, conversation: Conversation) -> T:
-        nonlocal done
+    async def ask(client: openai.AsyncOpenAI, number: int, conversation: Conversation) -> "ChatCompletion | None":
+        nonlocal answered
         async with slots:
-            taken = take(await complete(conversation))
-        note(number, taken)
-        done += 1
-        bar.update(done, f"{again} asked again" if again else "")
-        return taken
+            reply = await complete(client, conversation)
+        note(number, reply)
+        answered += 1
+        bar.update(answered, f"{retries} asked again" if retries else "")
+        return reply
+
+    async def ask_all() -> "list[ChatCompletion | None]":
+        silent = openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=600, max_retries=0)  # its retries are
+        async with silent as client, asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(client, i, c)) for i, c in enumerate(conversations)]
+        return [task.result() for task in tasks]
 
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(i, c)) for i, c in enumerate(conversations)]
-    except* ServerError as errors:  # the first says enough
-        raise errors.exceptions[0] from None
+        replies = asyncio.run(ask_all())
+    except* ServerError as errors:
+        raise errors.exceptions[0] from None  # the others say the same
     finally:
         bar.close()
-        await client.close()
-    if again:
-        print(f"{again} requests were asked again; all are answered", file=sys.stderr, flush=True)
-    return [task.result() for task in tasks]
+    if retries:
+        print(f"{retries} requests were asked again; all are answered", file=sys.stderr, flush=True)
+    return replies
 
 
-def first_line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _unreachable(url: str, error: BaseException, tries: str = "") -> ServerError:
-    return ServerError(f"{url}: {first_line(error)}{tries}; is the server up, and is the address its /v1?")

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, TextStreamer
 
 from data.encode.chat import Example
 from data.encode.pack import attention_mask, build_pack, common_prefix
@@ -55,13 +55,16 @@ def generate_ids(
     return [q.answer for q in questions]
 
 
-def generate_one(model: PreTrainedModel, prompt: list[int], stop: set[int], max_new_tokens: int) -> list[int]:
-    """The same by transformers' own generate, for models that can't take a pack's mask."""
+def generate_one(
+    model: PreTrainedModel, prompt: list[int], stop: set[int], max_new_tokens: int, streamer: TextStreamer | None = None
+) -> list[int]:
+    """The same for one prompt by transformers' own generate, for models that can't take a pack's mask and for chat;
+    `streamer` gets the tokens as they come."""
     ids = torch.tensor([prompt], device=next(model.parameters()).device)
     with torch.inference_mode():
         out = cast(Any, model).generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=max_new_tokens, do_sample=False,
-            eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True,
+            eos_token_id=sorted(stop), pad_token_id=min(stop), use_cache=True, streamer=streamer,
         )  # fmt: skip
     return list(out[0, ids.shape[1] :].tolist())
 

@@ -13,8 +13,8 @@ import numpy as np
 from data.atomic import atomic_path
 from data.conversation import Conversation
 from data.redact import scrub_values
+from eval.breakdown import classes, plot_confusion
 from eval.metrics import gold_label, label_counts
-from eval.per_label import classes, plot_confusion
 from eval.prediction import Prediction
 from eval.stats import bootstrap_sums, cell, macro_f1, score_interval
 from eval.tasks import TASKS
@@ -48,7 +48,7 @@ def score(task: str, conversations: Sequence[Conversation], predictions: Sequenc
 
 def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
     """Percentages and 95 % intervals of the task's scores, total and by answerability; counts of what went wrong; of
-    labels that occur, how each fares (see eval/per_label.py)."""
+    labels that occur, how each fares (see eval/breakdown.py)."""
     parts = {"total": scored}
     if task == "squad_v2":
         parts["HasAns"] = [s for s in scored if s.conversation.answers]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data.encode.pack import common_prefix
+from eval.prediction import Prediction
 
 TOP = 5
 # nats: how much less likely in-process the server's first token may be. bfloat16 rounds logits near 20 to 1/8, and
@@ -17,136 +18,134 @@ LIKELY = 0.1  # probability, at the server or in-process, from which a first tok
 
 
 @dataclass(frozen=True)
-class Here:
-    """One prompt in-process: its ids, the greedy answer with the token that ends it, and the first token's
-    log-probabilities [vocab]."""
+class LocalAnswer:
+    """One prompt in-process: its ids, the greedy answer with its ids, the first token's log-probabilities [vocab]."""
 
+    prediction: Prediction
     prompt: list[int]
-    answer: list[int]
-    ended: bool
     first: torch.Tensor
 
 
 @dataclass(frozen=True)
-class There:
-    """The same at the server; None where it does not tell. top: log-probabilities of the likeliest first tokens.
-    asked: False where the prompt is too long for the server."""
+class ServerAnswer:
+    """The same from the server; None for what it does not report. top: log-probabilities of the likeliest first
+    tokens."""
 
-    prompt: list[int] | None
-    answer: list[int] | None
-    ended: bool
-    top: dict[int, float] | None
-    text: str
-    asked: bool = True
+    prediction: Prediction
+    prompt: list[int] | None = None
+    answer: list[int] | None = None
+    top: dict[int, float] | None = None
+
+
+Pairs = Sequence[tuple[LocalAnswer, ServerAnswer]]  # both answers to each prompt
 
 
 @dataclass(frozen=True)
 class Check:
-    """passed: None where the server does not tell what the check needs, which is no pass; `first`: the number of the
-    first prompt that differs."""
+    """passed: None if the server does not report what the check needs, which is no pass; differing: numbers of the
+    prompts that differ."""
 
     name: str
     passed: bool | None
     text: str
     numbers: dict[str, Any]
-    first: int | None = None
+    differing: Sequence[int] = ()
 
 
-def check_render(here: Sequence[Here], there: Sequence[There]) -> Check:
+def check_render(pairs: Pairs) -> Check:
     """Token ids of the prompts, as the server renders them, equal those of training."""
-    if any(t.asked and t.prompt is None for t in there):
+    if any(server.prediction.asked and server.prompt is None for _, server in pairs):
         return Check("render", None, "not made: the server returns no prompt_token_ids (vLLM does)", {})
-    wrong = [i for i, (h, t) in enumerate(zip(here, there, strict=True)) if h.prompt != t.prompt]
-    equal, n = len(here) - len(wrong), len(here)
+    differing = [i for i, (local, server) in enumerate(pairs) if local.prompt != server.prompt]
+    equal, n = len(pairs) - len(differing), len(pairs)
     text = f"token ids of {equal} of {n} prompts equal the training render"
-    return Check("render", not wrong, text, {"prompts": n, "equal": equal}, wrong[0] if wrong else None)
+    return Check("render", not differing, text, {"prompts": n, "equal": equal}, differing)
 
 
-def check_stop(here: Sequence[Here], there: Sequence[There]) -> Check:
+def check_stop(pairs: Pairs) -> Check:
     """Answers end where and with what they end in-process.
 
-    Compared where the tokens are the same up to the end of the shorter answer: rounding may turn a near tie, and what
-    follows then has another end for a good reason. Where that happens to more than half of the answers, too few ends
-    are compared to pass.
+    Compared if the tokens are the same up to the end of the shorter answer: rounding may turn a near tie, and what
+    follows then has another end for a good reason. If that happens to more than half of the answers, too few ends are
+    compared to pass.
     """
-    if any(t.asked and t.answer is None for t in there):
+    if any(server.prediction.asked and server.answer is None for _, server in pairs):
         return Check("stop", None, "not made: the server returns no token_ids (vLLM does)", {})
-    wrong, equal, diverged, cut = [], 0, 0, 0
-    for i, (h, t) in enumerate(zip(here, there, strict=True)):
-        answer = t.answer or []
-        if common_prefix(h.answer, answer) < min(len(h.answer), len(answer)):
+    differing, equal, diverged, cut = [], 0, 0, 0
+    for i, (local, server) in enumerate(pairs):
+        own, answer = list(local.prediction.ids), server.answer or []
+        ended = local.prediction.finished, server.prediction.finished
+        if common_prefix(own, answer) < min(len(own), len(answer)):
             diverged += 1
-            cut += h.ended and not t.ended
-        elif h.answer == answer and h.ended == t.ended and t.asked:
-            equal += h.ended
+            cut += ended == (True, False)
+        elif own == answer and ended[0] == ended[1] and server.prediction.asked:
+            equal += ended[0]
         else:
-            wrong.append(i)
-    text = f"{equal} answers end by the same token as in-process, {len(wrong)} do not"
-    text += f"; {diverged} went other ways before" if diverged else ""
-    text += f", {cut} of them to the limit of length" if cut else ""
-    if not equal and not wrong:
+            differing.append(i)
+    text = f"{equal} answers end by the same token as in-process, {len(differing)} do not"
+    text += f"; {diverged} diverged before their end" if diverged else ""
+    text += f", {cut} of them up to the length limit" if cut else ""
+    if not equal and not differing:
         text += "; no answer ended in-process, so nothing is proven"
-    if few := diverged > len(here) / 2:
-        text += "; more than half went other ways, so too little is proven"
-    numbers = {"equal": equal, "wrong": len(wrong), "diverged": diverged, "diverged_and_cut": cut}
-    return Check("stop", bool(equal) and not wrong and not few, text, numbers, wrong[0] if wrong else None)
+    if too_few := diverged > len(pairs) / 2:
+        text += "; more than half diverged, so too little is proven"
+    numbers = {"equal": equal, "wrong": len(differing), "diverged": diverged, "diverged_and_cut": cut}
+    return Check("stop", bool(equal) and not differing and not too_few, text, numbers, differing)
 
 
-def check_first_token(here: Sequence[Here], there: Sequence[There], margin: float = MARGIN) -> Check:
+def check_first_token(pairs: Pairs, margin: float | None = None) -> Check:
     """The server's likeliest first token is that of the model in-process, or nearly as likely there; and every likely
     first token has about the same log-probability on both sides."""
-    if any(t.asked and t.top is None for t in there):
+    if any(server.prediction.asked and server.top is None for _, server in pairs):
         return Check("first token", None, "not made: the server returns no logprobs by token id (vLLM does)", {})
-    wrong: list[int] = []
-    gaps, spreads, sets, same = [0.0], [0.0], 0, 0
-    for i, (h, t) in enumerate(zip(here, there, strict=True)):
-        if not t.top:
-            wrong.append(i)
+    margin = MARGIN if margin is None else margin
+    differing: list[int] = []
+    gaps, spreads, equal_sets, same = [0.0], [0.0], 0, 0
+    for i, (local, server) in enumerate(pairs):
+        if not (top := server.top):
+            differing.append(i)
             continue
-        choice = max(t.top, key=lambda token: t.top[token] if t.top else 0.0)
-        gaps.append(float(h.first.max()) - _logprob(h.first, choice))
-        spreads.append(_spread(h.first, t.top))
-        same += choice == int(h.first.argmax())
-        sets += set(t.top) == set(h.first.topk(len(t.top)).indices.tolist())
-        if not (gaps[-1] <= margin and spreads[-1] <= margin):  # also where one is not a number
-            wrong.append(i)
-    n = len(here)
+        choice = max(top, key=lambda token: top[token])
+        gaps.append(float(local.first.max()) - _logprob(local.first, choice))
+        spreads.append(_spread(local.first, top))
+        same += choice == int(local.first.argmax())
+        equal_sets += set(top) == set(local.first.topk(len(top)).indices.tolist())
+        if not (gaps[-1] <= margin and spreads[-1] <= margin):  # also if one is not a number
+            differing.append(i)
     text = (
-        f"{same} of {n} first tokens are the same, {len(wrong)} beyond the margin of {margin} nats (at most "
-        f"{max(gaps):.3f}; likely ones differ by at most {max(spreads):.3f}); {sets} sets of {TOP} equal"
+        f"{same} of {len(pairs)} first tokens are the same, {len(differing)} beyond the margin of {margin} nats (at "
+        f"most {max(gaps):.3f}; likely ones differ by at most {max(spreads):.3f}); {equal_sets} sets of {TOP} equal"
     )
     numbers = {
-        "same": same, "beyond_margin": len(wrong), "margin_nats": margin, "largest_gap_nats": round(max(gaps), 4),
-        "largest_difference_nats": round(max(spreads), 4), "top": TOP, "equal_sets": sets,
+        "same": same, "beyond_margin": len(differing), "margin_nats": margin, "largest_gap_nats": round(max(gaps), 4),
+        "largest_difference_nats": round(max(spreads), 4), "top": TOP, "equal_sets": equal_sets,
     }  # fmt: skip
-    return Check("first token", not wrong, text, numbers, wrong[0] if wrong else None)
+    return Check("first token", not differing, text, numbers, differing)
 
 
 def _spread(first: torch.Tensor, top: dict[int, float]) -> float:
-    """Nats by which the log-probability of a likely token differs most. Of a token that the server does not list it
-    tells only that it is no likelier than those listed."""
-    likely = math.log(LIKELY)
-    listed = [abs(_logprob(first, i) - p) for i, p in top.items() if max(p, _logprob(first, i)) >= likely]
-    unlisted = [
-        float(first[i]) - min(top.values()) for i in (first >= likely).nonzero().flatten().tolist() if i not in top
-    ]
-    return max([0.0, *listed, *unlisted])
+    """The largest difference in nats of a likely token's log-probability. Of a token that the server does not list it
+    is known only that it is no likelier than those listed."""
+    likely, least = math.log(LIKELY), min(top.values())
+    tokens = {i for i, p in top.items() if p >= likely} | set((first >= likely).nonzero().flatten().tolist())
+    differences = (abs(_logprob(first, i) - top[i]) if i in top else float(first[i]) - least for i in tokens)
+    return max([0.0, *differences])
 
 
 def _logprob(first: torch.Tensor, token: int) -> float:
     return float(first[token]) if token < len(first) else float("-inf")
 
 
-def check_score(here: dict[str, Any], there: dict[str, Any]) -> Check:
+def check_score(local: dict[str, Any], server: dict[str, Any]) -> Check:
     """Each total score over HTTP lies in the 95 % interval of the one in-process, or that in the server's; both as
-    eval.run.summarize gives them."""
-    names = [name for name in here if f"{name}_95" in here]
-    passed = all(_within(there[n], here[f"{n}_95"]) or _within(here[n], there[f"{n}_95"]) for n in names)
+    eval.results.summarize gives them."""
+    names = [name for name in local if f"{name}_95" in local]
+    passed = all(_within(server[n], local[f"{n}_95"]) or _within(local[n], server[f"{n}_95"]) for n in names)
     text = ", ".join(
-        f"{n} {there[n]:.1f} over HTTP, {here[n]:.1f} [{here[f'{n}_95'][0]:.1f} - {here[f'{n}_95'][1]:.1f}] in-process"
+        "{} {:.1f} over HTTP, {:.1f} [{:.1f} - {:.1f}] in-process".format(n, server[n], local[n], *local[f"{n}_95"])
         for n in names
     )
-    return Check("score", passed, text, {"server": there, "in_process": here})
+    return Check("score", passed, text, {"server": server, "in_process": local})
 
 
 def _within(value: float, bounds: Sequence[float]) -> bool:

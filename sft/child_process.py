@@ -1,4 +1,4 @@
-"""Programs that end with us: vLLM, and the tools that make an export smaller."""
+"""Programs that end with this process: vLLM, and the tools that make an export smaller."""
 
 import contextlib
 import os
@@ -15,15 +15,15 @@ from data.progress import LINE_EVERY_S
 from sft import child_supervisor as supervisor
 from sft.errors import RunError
 
-KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # as the supervisor ends, or tells of what it started
+KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # of the supervisor itself, or as it reports the command's end
 
 
 @contextlib.contextmanager
 def supervised(
     command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """The command, running; what it says goes to the log. Its whole process tree is stopped on exit, and where this
-    process is killed."""
+    """The running command; its output goes to the log. Its whole process tree is stopped on exit, and if this process
+    is killed."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, supervisor.__file__, *command],
@@ -36,8 +36,8 @@ def supervised(
 
 
 def run_tool(name: str, command: Sequence[str | Path], log: Path) -> None:
-    """Run a program to its end, with a line now and then. Raises RunError with the last thing that it said, where it
-    fails; the log is then kept."""
+    """Run a program to its end, with a progress line every LINE_EVERY_S. Raises RunError with its last line if it
+    fails; the log then stays."""
     start = time.monotonic()
     with supervised([str(part) for part in command], log, os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
         while process.poll() is None:
@@ -46,21 +46,20 @@ def run_tool(name: str, command: Sequence[str | Path], log: Path) -> None:
                 break
             print(f"{name}, {time.monotonic() - start:.0f} s; log: {log}", file=sys.stderr, flush=True)
     if process.returncode in KILLED:
-        raise RunError(
-            f"{name} was killed, most likely for want of memory; end other programs or take a larger machine; see {log}"
-        )
+        remedy = "most likely out of memory; end other programs or take a larger machine"
+        raise RunError(f"{name} was killed, {remedy}; see {log}")
     if process.returncode:
-        said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-        last = ["it said nothing", *(line.strip() for line in said if line.strip())][-1]
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+        last = ["no output", *(line.strip() for line in lines if line.strip())][-1]
         raise RunError(f"{name} failed ({process.returncode}): {last}; see {log}")
     log.unlink()
 
 
 def _stop(process: "subprocess.Popen[bytes]") -> None:
-    """Let go of the supervisor, which then ends the command's process group, politely first."""
+    """Close the supervisor's stdin: it then ends the command's process group, by SIGTERM first."""
     if process.stdin:
         process.stdin.close()
-    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # it could not end its group any more
+    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # killed itself, so its group still runs
         for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(pid) == process.pid:

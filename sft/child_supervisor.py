@@ -2,8 +2,8 @@
 
 python sft/child_supervisor.py COMMAND...
 
-The other end of stdin is a pipe that the parent holds. The kernel closes it however the parent ends, by kill -9 too, so
-that no server outlives it; nor, on Linux, this process. Standard library only: it lives as long as the server and
+The parent holds the other end of stdin, a pipe. The kernel closes it however the parent ends, by kill -9 too, so that
+no server outlives the parent; nor, on Linux, this process. Standard library only: it lives as long as the server and
 should cost nothing.
 """
 
@@ -21,8 +21,8 @@ PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
 def main(command: list[str]) -> int:
-    """The command's exit code; 128 and the signal where one ended it, as a shell has it."""
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None  # found before the fork
+    """The command's exit code; 128 plus the signal's number if a signal ended it, as in a shell."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None  # looked up before the fork
     child = subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
@@ -32,7 +32,7 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: _send(child.pid, signal.SIGTERM))
     threading.Thread(target=_stop_after_parent, args=(child,), daemon=True).start()
     code = child.wait()
-    _send(child.pid, signal.SIGKILL)  # what the command has left behind
+    _send(child.pid, signal.SIGKILL)  # whatever the command left running
     return code if code >= 0 else 128 - code
 
 

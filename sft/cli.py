@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -311,53 +310,20 @@ def serve(
     tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share each layer.")] = 1,
     pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Groups of GPUs that share the layers.")] = 1,
     data_parallel_size: Annotated[int, typer.Option(min=1, help="Copies of the model that share requests.")] = 1,
-    retries: Annotated[int, typer.Option(min=0, help="Start it again, at most so often, where it dies.")] = 0,
+    retries: Annotated[int, typer.Option(min=0, help="Restart vLLM up to N times if it crashes.", metavar="N")] = 0,
     vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
 ) -> None:
     """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
-    from eval.client import ServerError
-    from sft.serving.serve import ServerDied, read_key
+    from sft.serving.serve import read_key, serve_until_stopped
 
     if wrong := [pair for pair in lora or [] if not all(pair.partition("="))]:
-        raise ServerError(f"--lora {wrong[0]}: write NAME=RUN, for example --lora squad=runs/smollm_qlora")
+        raise RecipeError(f"--lora {wrong[0]}: write NAME=RUN, for example --lora squad=runs/smollm_qlora")
     if api_key_file:
-        os.environ["VLLM_API_KEY"] = read_key(api_key_file)  # where vLLM and our own requests look for it
+        os.environ["VLLM_API_KEY"] = read_key(api_key_file)  # vLLM and our own requests read it there
     parallel = {"tensor": tensor_parallel_size, "pipeline": pipeline_parallel_size, "data": data_parallel_size}
-    extra = [f"--{kind}-parallel-size={size}" for kind, size in parallel.items() if size > 1]
-    folder = Path(targets[0]) if Path(targets[0]).is_dir() else Path()
-    log = folder / f"serve-{port}.log"
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, which stops the server
+    sizes = [f"--{kind}-parallel-size={size}" for kind, size in parallel.items() if size > 1]
     loras = dict(pair.split("=", 1) for pair in lora or [])
-    for attempt in range(retries + 1):
-        try:
-            return _serve_once(targets, host, port, log, [*extra, *(vllm or [])], loras)
-        except ServerDied as died:
-            if attempt == retries:
-                raise
-            kept = log.with_suffix(f".{attempt + 1}.log")
-            log.rename(kept)
-            told = f"{died}\nstarting it again, {attempt + 1} of {retries}; its log until now: {kept}"
-            print(told, file=sys.stderr, flush=True)
-
-
-def _serve_once(targets: list[str], host: str, port: int, log: Path, options: list[str], loras: dict[str, str]) -> None:
-    """Until Ctrl-C."""
-    from eval.client import ServerError
-    from sft.serving.serve import check_completion, curl_line, server
-
-    with server(targets, host, port, log, options, loras) as running:
-        url, name = running.url, running.names[0]
-        try:
-            answer = check_completion(url, name)
-        except ServerError:
-            running.wait(seconds=10)  # where it died of the question, that is the reason
-            raise
-        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
-        print(f"{curl_line(url, name)}\n\nprove it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True)
-        try:
-            running.wait()
-        except KeyboardInterrupt:
-            print("stopping", flush=True)
+    serve_until_stopped(targets, host, port, [*sizes, *(vllm or [])], loras, retries)
 
 
 @app.command("verify", rich_help_panel=SHIP)

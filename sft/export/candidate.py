@@ -11,7 +11,7 @@ from data.encode.chat import stop_tokens
 from sft.errors import ParityError, RunError
 from sft.export.integrity import text_faults
 from sft.export.merge import Merge, read_merge, write_merge
-from sft.export.skeleton import CannotStream, check_places, original_name
+from sft.export.skeleton import CannotStream, adapter_config, check_places, original_name
 from sft.models.load import (
     bitsandbytes_config,
     compute_dtype,
@@ -58,7 +58,7 @@ def plan(trained: Trained, base: str) -> Merge:
     """Raises CannotStream; RunError for what can't be merged at all."""
     model, device = trained.recipe.model, default_device()
     if trained.adapter:
-        _check_mergeable(trained)
+        _check_mergeable(trained, trained.adapter)
     quantization = bitsandbytes_config(model, device) if base == "dequantized" else None
     if quantization and not quantization.load_in_4bit:
         raise CannotStream("8-bit weights are unpacked by transformers, for a whole model")
@@ -99,12 +99,10 @@ def _check_changed(trained: Trained, made: dict[str, Any], allow_unchanged: bool
         )
 
 
-def _check_mergeable(trained: Trained) -> None:
-    from peft import PeftConfig
+def _check_mergeable(trained: Trained, adapter: Path) -> None:
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    with readable(str(trained.adapter)):
-        config = PeftConfig.from_pretrained(str(trained.adapter))
+    config = adapter_config(adapter)
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if config.is_prompt_learning or not hasattr(tuner, "merge_and_unload"):
         raise RunError(

@@ -1,9 +1,8 @@
-"""Several runs' adapters of one base as one adapter, by PEFT's add_weighted_adapter.
+"""Combine several runs' adapters of one base into one, by PEFT's add_weighted_adapter.
 
 graft export RUN --with RUN2 --combine ties --weights 0.5,0.5
 """
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,22 @@ from typing import Any, cast
 from transformers import set_seed
 
 from sft.errors import RunError
-from sft.export.skeleton import build, without_memory
+from sft.export.skeleton import adapter_config, build, without_memory
 from sft.models.resolve import readable
 
 METHODS = (
     "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "dare_ties_svd",
     "magnitude_prune", "magnitude_prune_svd",
 )  # fmt: skip
-# of a LoRA adapter, what add_weighted_adapter drops or scales otherwise (PEFT 0.21)
+# settings of LoRA that add_weighted_adapter drops or scales differently (PEFT 0.21)
 UNCOMBINED = ("use_dora", "use_rslora", "lora_bias", "trainable_token_indices", "rank_pattern", "alpha_pattern")
 SPARSE = ("ties", "dare", "magnitude_prune")  # methods that keep a share of each adapter's values
 
 
 @dataclass(frozen=True)
 class Combination:
-    """Runs, the first of which names recipe and tokenizer; PEFT's combination_type; a weight for each run; the share
-    of values that sparse methods keep."""
+    """Runs, the first of which gives recipe and tokenizer; PEFT's combination_type; a weight for each run; the share of
+    values that sparse methods keep."""
 
     runs: Sequence[Path]
     method: str
@@ -48,7 +47,7 @@ class Combination:
             )
 
     def names(self) -> list[str]:
-        """Of the runs: their folders', or whole paths where two have the same."""
+        """The runs' folder names, or their paths if two names are equal."""
         names = [run.name for run in self.runs]
         return names if len({*names}) == len(names) else [str(run) for run in self.runs]
 
@@ -57,7 +56,7 @@ class Combination:
 
 
 def combination_of(runs: Sequence[Path], method: str, weights: str, density: float | None) -> Combination:
-    """As a user writes it: weights with commas between, none for equal ones that sum to 1."""
+    """From options: `weights` are numbers with commas between; none means equal ones that sum to 1."""
     try:
         numbers = [float(w) for w in weights.split(",")] if weights else [1 / len(runs)] * len(runs)
     except ValueError as error:
@@ -66,8 +65,8 @@ def combination_of(runs: Sequence[Path], method: str, weights: str, density: flo
 
 
 def combine(combination: Combination, base: Path, adapters: Sequence[Path], folder: Path, seed: int) -> None:
-    """Write the combined adapter into `folder`. Raises RunError where PEFT can't combine them: other ranks for linear,
-    what is not plain LoRA."""
+    """Write the combined adapter into `folder`. Raises RunError if PEFT can't combine them: different ranks for linear,
+    anything but plain LoRA."""
     from peft import PeftModel
 
     for run, adapter in zip(combination.runs, adapters, strict=True):
@@ -76,31 +75,23 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
     without_memory(model)
     set_seed(seed)  # DARE drops values at random
     names = [f"adapter_{i}" for i in range(len(adapters))]
-    with readable(str(adapters[0])):
-        tuned = PeftModel.from_pretrained(
-            model, str(adapters[0]), adapter_name=names[0], low_cpu_mem_usage=True, torch_device="cpu"
-        )
-    for name, adapter in zip(names[1:], adapters[1:], strict=True):
-        with readable(str(adapter)):
-            tuned.load_adapter(str(adapter), adapter_name=name, low_cpu_mem_usage=True, torch_device="cpu")
+    placing: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    with readable(" and ".join(map(str, adapters))):
+        tuned = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=names[0], **placing)
+        for name, adapter in zip(names[1:], adapters[1:], strict=True):
+            tuned.load_adapter(str(adapter), adapter_name=name, **placing)
     options = {} if combination.density is None else {"density": combination.density}
     try:
         cast(Any, tuned.base_model).add_weighted_adapter(
-            names, list(combination.weights), "combined", combination_type=combination.method, **options
+            names, list(combination.weights), "default", combination_type=combination.method, **options
         )
     except ValueError as error:
         raise RunError(f"--combine {combination.method}: {str(error).splitlines()[0]}") from error
-    tuned.save_pretrained(str(folder), selected_adapters=["combined"], save_embedding_layers=False)
-    for file in (folder / "combined").iterdir():
-        file.rename(folder / file.name)
-    shutil.rmtree(folder / "combined")
+    tuned.save_pretrained(str(folder), selected_adapters=["default"], save_embedding_layers=False)
 
 
 def _check_plain(run: Path, adapter: Path) -> None:
-    from peft import PeftConfig
-
-    with readable(str(adapter)):
-        config = PeftConfig.from_pretrained(str(adapter))
+    config = adapter_config(adapter)
     if config.peft_type != "LORA":
         raise RunError(f"{run}: LoRA adapters can be combined, not {config.peft_type.value}")
     if used := [key for key in UNCOMBINED if getattr(config, key, None)]:

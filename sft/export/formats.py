@@ -34,7 +34,7 @@ SCHEMES = {"w4a16": "W4A16", "w8a8": "W8A8", "fp8": "FP8_DYNAMIC"}
 CALIBRATED = ("w4a16", "w8a8")
 UNROUNDED = ("gguf-f32", "gguf-f16", "gguf-bf16")  # as exact as a merged model; others have fewer bits
 CONVERTED = ("f32", "f16", "bf16", "q8_0")  # types that the converter writes itself; others need llama-quantize
-GGUF = "model.gguf"
+GGUF, GGUF_PREFIX = "model.gguf", "gguf-"
 CALIBRATION_ROWS = 128
 HAS_LLMCOMPRESSOR = "import importlib.util as u; raise SystemExit(not u.find_spec('llmcompressor'))"
 Rows = Sequence[Sequence[int]]  # token ids
@@ -46,9 +46,10 @@ def find_writer(name: str) -> Writer:
     Raises RecipeError for an unknown name, or where the tool is not installed."""
     if name in SCHEMES:
         return _compressor(name)
-    if not name.startswith("gguf-") or not name.removeprefix("gguf-").replace("_", "").isalnum():
+    kind = name.removeprefix(GGUF_PREFIX)
+    if kind == name or not kind.replace("_", "").isalnum():
         raise RecipeError(f"--format {name}: write one of {', '.join(SCHEMES)}, or gguf-TYPE such as gguf-q8_0")
-    return _converter(name.removeprefix("gguf-").lower())
+    return _converter(kind)
 
 
 def calibration_rows(name: str, trained: Trained) -> Rows:
@@ -63,8 +64,8 @@ def calibration_rows(name: str, trained: Trained) -> Rows:
 def convert(
     name: str, write: Writer, trained: Trained, merged: Path, folder: Path, rows: Rows, log: Path
 ) -> dict[str, Any]:
-    """Write the folder; its size beside the merged model's. Raises ParityError where it would be rendered or stopped
-    otherwise than in training."""
+    """Write the folder; returns its size and the merged model's. Raises ParityError if its template or stops are not
+    those of training."""
     print(f"make {name} of the merged model; a large one takes a while", flush=True)
     write(merged, folder, rows, log)
     if fault := next(format_faults(name, trained, folder), None):
@@ -73,15 +74,17 @@ def convert(
 
 
 def format_faults(name: str, trained: Trained, folder: Path) -> Iterator[str]:
-    """What of template, tokens and stops is not that of training, a line each."""
-    if name in SCHEMES:
-        return text_faults(trained.run, trained.tokenizer, trained.base, folder)
-    return _gguf_faults(folder, trained.tokenizer)
+    """Differences of an export's template, tokens and stops from those of training, a line each. `name`: of its format,
+    empty for a merged model."""
+    if name.startswith(GGUF_PREFIX):
+        return _gguf_faults(folder, trained.tokenizer)
+    return text_faults(trained.run, trained.tokenizer, trained.base, folder)
 
 
 def load_format(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers unpacks it, in eval mode: a kernel that multiplies packed weights rounds in its own way."""
-    if name in SCHEMES:
+    """As transformers unpacks it, in eval mode: a kernel that multiplies packed weights rounds in its own way. `name`:
+    empty for a merged model."""
+    if not name.startswith(GGUF_PREFIX):
         return load_plain(folder, dtype)
     with readable(str(folder / GGUF)):
         model = AutoModelForCausalLM.from_pretrained(

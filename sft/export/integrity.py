@@ -15,8 +15,8 @@ from data.cache import file_sha256, text_sha256
 from data.encode.chat import stop_tokens
 from data.progress import track
 from sft.errors import ParityError, RunError
-from sft.export.merge import Merge
-from sft.export.shards import Stored, read_header, shard_files
+from sft.export.merge import Merge, Weight
+from sft.export.shards import read_shards
 from sft.models.load import generation_config
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Recipe
@@ -99,24 +99,18 @@ def text_faults(
 
 def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
     """Which weights and settings of a written model are not those of the merge, a line each."""
-    there: dict[str, Stored] = {}
-    for file in shard_files(folder):
-        there |= read_header(file)
-    groups = merge.groups()
-    wanted = {name for _, names in groups for name in names}
-    if odd := sorted(wanted ^ there.keys()):
+    stored = {name: weight for weights in read_shards(folder).values() for name, weight in weights.items()}
+    wanted = [name for names in merge.files.values() for name in names]
+    if odd := sorted({*wanted} ^ stored.keys()):
         kind = "missing" if odd[0] in wanted else "no weight of the merged model"
         yield f"{odd[0]} is {kind} ({len(odd)} such weights)"
     adapted = at_base = 0
     faults = []
-    for owner, names in track(groups, "check the weights"):
-        made = merge.result(owner, names)
-        for name in (name for name in names if name in there):
-            before, after = made[name]
-            fault = _fault(name, before, after, there[name])
-            adapted += owner is not None
-            at_base += fault == _at_base(name)
-            faults += [fault] if fault else []
+    for weight in track(merge.weights(name for name in wanted if name in stored), "check the weights", len(stored)):
+        fault = _fault(weight, stored[weight.name])
+        adapted += weight.owner is not None
+        at_base += fault == _at_base(weight.name)
+        faults += [fault] if fault else []
     if adapted and at_base == adapted:
         faults = ["the merged model equals its base: no weight holds the adapter"]
     yield from faults[:10]
@@ -128,11 +122,11 @@ def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
             yield f"config.json: {key} is {found.get(key)}, the run's is {asked.get(key)}"
 
 
-def _fault(name: str, before: torch.Tensor | None, after: torch.Tensor, stored: Stored) -> str:
+def _fault(weight: Weight, found: torch.Tensor) -> str:
     """What is wrong with a stored weight, as a line; nothing where it is the merged one."""
-    if (stored.dtype, stored.shape) != (after.dtype, tuple(after.shape)):
-        return f"{name} is {stored.dtype} {stored.shape}, merged {after.dtype} {tuple(after.shape)}"
-    found = stored.read()
+    name, _, before, after = weight
+    if (found.dtype, found.shape) != (after.dtype, after.shape):
+        return f"{name} is {found.dtype} {tuple(found.shape)}, merged {after.dtype} {tuple(after.shape)}"
     if torch.equal(found, after):
         return ""
     found, after = found.double(), after.double()

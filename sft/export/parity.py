@@ -18,10 +18,10 @@ from eval.results import limit_questions, score, summarize
 from eval.tasks import read_conversations
 from sft.errors import ParityError, RunError
 from sft.export.candidate import Trained
-from sft.export.formats import UNROUNDED
+from sft.export.formats import UNROUNDED, load_format
 from sft.models.capabilities import takes_packs
 from sft.models.load import compute_dtype, default_device
-from sft.models.target import load_plain, load_run
+from sft.models.target import load_run
 from sft.recipe.schema import Eval, Recipe, Source
 from sft.training.attention import pack_inputs
 from sft.training.examples import encode_held_out, held_out_conversations, with_split
@@ -41,9 +41,9 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Trace:
-    """What a model says of one example: logits [at most LOGITS, vocab] in fp32 that predict its first answer tokens;
-    the most likely token in place of each of its M answer tokens, and after each of its T tokens."""
+class ExampleTrace:
+    """A model's predictions along one example: logits [at most LOGITS, vocab] in fp32 of its first answer tokens; the
+    most likely token in place of each of its M answer tokens, and after each of its T tokens."""
 
     answer_logits: torch.Tensor
     answer: torch.Tensor
@@ -51,39 +51,38 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A model's traces of the examples, and what it wrote to each conversation's prompt."""
+class ModelTrace:
+    """A model's predictions along the gold answers, and its own answer to each conversation's prompt."""
 
-    traces: list[Trace]
-    written: list[Prediction]
+    examples: list[ExampleTrace]
+    answers: list[Prediction]
 
 
-def ask(
+def trace_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, name: str, packed: bool
-) -> Asked:
-    """`packed`: whether the model takes a pack's mask."""
-    settings = held_out.settings
-    traces = [_trace(model, example) for example in track(held_out.examples, name)]
+) -> ModelTrace:
+    """`name`: for the progress bar; `packed`: whether the model takes a pack's mask."""
+    examples = [_trace_example(model, example) for example in track(held_out.examples, name)]
     print(f"{name}: write {len(held_out.conversations)} answers", flush=True)
-    length, tokens = settings.max_new_tokens, settings.batch_tokens
-    return Asked(traces, generate(model, tokenizer, held_out.conversations, length, tokens, packed))
+    length, tokens = held_out.settings.max_new_tokens, held_out.settings.batch_tokens
+    return ModelTrace(examples, generate(model, tokenizer, held_out.conversations, length, tokens, packed))
 
 
 @torch.inference_mode()
-def _trace(model: PreTrainedModel, example: Example) -> Trace:
+def _trace_example(model: PreTrainedModel, example: Example) -> ExampleTrace:
     """Teacher-forced over prompt and gold answer."""
     pack = build_pack([[example]])
     inputs = pack_inputs(model, pack, next(model.parameters()).device)
     del inputs["logits_to_keep"]
     logits = model(**inputs, use_cache=False).logits[0].float()
     argmax = logits.argmax(-1).cpu()
-    return Trace(logits[pack.source[:LOGITS]].cpu(), argmax[pack.source], argmax)
+    return ExampleTrace(logits[pack.source[:LOGITS]].cpu(), argmax[pack.source], argmax)
 
 
-def compare(before: Asked, after: Asked, held_out: HeldOut) -> dict[str, Any]:
+def compare(before: ModelTrace, after: ModelTrace, held_out: HeldOut) -> dict[str, Any]:
     """Over the answer tokens: differences of logits and KL(before || after) in nats (of the first LOGITS of each
     answer), and the share with the same argmax, also over all tokens. And the task's score of what both wrote."""
-    pairs = list(zip(before.traces, after.traces, strict=True))
+    pairs = list(zip(before.examples, after.examples, strict=True))
     answers = torch.cat([a.answer == b.answer for a, b in pairs])
     tokens = torch.cat([a.argmax == b.argmax for a, b in pairs])
     largest, total, count, kl = 0.0, 0.0, 0, []
@@ -103,14 +102,14 @@ def compare(before: Asked, after: Asked, held_out: HeldOut) -> dict[str, Any]:
         "mean_logit_difference": round(total / count, 6),
         "mean_kl_nats": round(divergence.mean().item(), 8),
         "max_kl_nats": round(divergence.max().item(), 8),
-        "same_answers": sum(a.text == b.text for a, b in zip(before.written, after.written, strict=True)),
+        "same_answers": sum(a.text == b.text for a, b in zip(before.answers, after.answers, strict=True)),
         "task_score": {"adapter": _score(held_out, before), "merged": _score(held_out, after)},
     }
 
 
-def _score(held_out: HeldOut, asked: Asked) -> dict[str, Any]:
+def _score(held_out: HeldOut, trace: ModelTrace) -> dict[str, Any]:
     """Percentages with their 95 % intervals."""
-    scored = score(held_out.task, held_out.conversations, asked.written)
+    scored = score(held_out.task, held_out.conversations, trace.answers)
     return dict(summarize(held_out.task, scored)["scores"]["total"])
 
 
@@ -120,20 +119,20 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp(min=0)  # rounding makes some a little negative
 
 
-class Judge:
+class ParityCheck:
+    """Compares models with a run's adapter on the base of training, which is traced once."""
+
     def __init__(self, trained: Trained, held_out: HeldOut, name: str = "adapter on base") -> None:
         self.trained, self.held_out = trained, held_out
-        self.dtype = compute_dtype(trained.recipe.model, default_device())
         loaded = load_run(trained.run, trained.recipe.model.dtype, trained.adapter)
-        self.before = ask(loaded.model, loaded.tokenizer, held_out, name, loaded.packed)
+        self.before = trace_model(loaded.model, loaded.tokenizer, held_out, name, loaded.packed)
 
-    def folder(self, folder: Path) -> dict[str, Any]:
-        """How far a merged model's answers are from the adapter's, in the same compute dtype, so that only the weights'
-        rounding differs."""
-        return self.model(load_plain(folder, self.dtype), "merged model")
-
-    def model(self, model: PreTrainedModel, name: str) -> dict[str, Any]:
-        after = ask(model, self.trained.tokenizer, self.held_out, name, takes_packs(model))
+    def compare(self, folder: Path, form: str = "") -> dict[str, Any]:
+        """How far the answers of a merged model, or of one made of it in another format, are from the adapter's. Both
+        compute in the same dtype, so that only the weights' rounding differs."""
+        model = load_format(form, folder, compute_dtype(self.trained.recipe.model, default_device()))
+        name = form or "merged model"
+        after = trace_model(model, self.trained.tokenizer, self.held_out, name, takes_packs(model))
         return compare(self.before, after, self.held_out)
 
 
@@ -159,10 +158,10 @@ def least_agreement(recipe: Recipe, form: str) -> tuple[str, float]:
     return "min_agreement", recipe.export.min_agreement
 
 
-def check_agreement(found: dict[str, Any], recipe: Recipe, form: str = "") -> None:
-    """Raise ParityError where a merged model, or one made of it in another format, answers otherwise than the recipe
-    allows."""
-    agreement = found["answer_argmax_agreement"]
+def check_agreement(measured: dict[str, Any], recipe: Recipe, form: str = "") -> None:
+    """Raise ParityError if a merged model, or one made of it in another format, agrees with the adapter on less of the
+    answer tokens than the recipe allows."""
+    agreement = measured["answer_argmax_agreement"]
     key, least = least_agreement(recipe, form)
     if agreement < least:
         remedy = "Take a format of more bits" if form else "Set export.base to the other base, export.dtype: float32"

@@ -9,11 +9,11 @@ from sft.runs.model_card import licence_of
 
 
 class PushError(UserError):
-    """The Hub did not take it."""
+    """The Hub refuses the export, or the repository's name is invalid."""
 
 
 def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
-    """What is sent, or would be, a line each. A new repository is private; whoever has read the card opens it."""
+    """A line for each file that is sent, or would be. A new repository is private until its owner opens it."""
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"{repo}: is no repository's name; write OWNER/NAME")
     if not (folder / PARITY).is_file():

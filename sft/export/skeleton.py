@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from transformers.pytorch_utils import Conv1D
 
 from sft.errors import ParityError
-from sft.export.shards import INDEX, SINGLE, Stored, read_header, shard_files
+from sft.export.shards import INDEX, SINGLE, read_shards, shard_files
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Model, is_hub_id
 
@@ -49,16 +49,15 @@ def build(base: Path) -> PreTrainedModel:
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
-def stored_weights(base: Path, model: PreTrainedModel) -> dict[str, Stored]:
-    """The base's weights by every name that the model has for them."""
-    found: dict[str, Stored] = {}
-    for file in shard_files(base):
-        if not file.is_file():
-            raise CannotStream(f"{file.name} is not there")
-        try:
-            found |= read_header(file)
-        except KeyError as error:
-            raise CannotStream(f"{file.name} holds a dtype {error} that is not merged") from error
+def stored_weights(base: Path, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
+    """The base's weights by every name that the model has for them, and by file the names that are stored there."""
+    if missing := [file.name for file in shard_files(base) if not file.is_file()]:
+        raise CannotStream(f"{missing[0]} is not there")
+    shards = read_shards(base)
+    found = {name: weight for weights in shards.values() for name, weight in weights.items()}
+    for name, weight in found.items():
+        if weight.is_floating_point() and weight.dtype.itemsize == 1:
+            raise CannotStream(f"{name} is stored as {weight.dtype}, whose scales only transformers knows")
     by_weight = names_by_weight(model)
     names = {name for group in by_weight.values() for name in group}
     if strange := sorted(found.keys() - names):
@@ -70,11 +69,11 @@ def stored_weights(base: Path, model: PreTrainedModel) -> dict[str, Stored]:
         if not there:
             raise CannotStream(f"{group[0]} is not stored")
         found |= {name: found[there[0]] for name in group if name not in found}
-    for name, stored in found.items():
-        wanted = tuple(model.get_parameter_or_buffer(name).shape)
-        if stored.shape != wanted:
-            raise CannotStream(f"{name} is stored as {stored.shape}, and the model has {wanted}")
-    return found
+    for name, weight in found.items():
+        stored, wanted = tuple(weight.shape), tuple(model.get_parameter_or_buffer(name).shape)
+        if stored != wanted:
+            raise CannotStream(f"{name} is stored as {stored}, and the model has {wanted}")
+    return found, {file: list(weights) for file, weights in shards.items()}
 
 
 def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
@@ -85,19 +84,27 @@ def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
     return groups
 
 
+def adapter_config(adapter: Path) -> Any:
+    """PEFT's configuration of an adapter's kind."""
+    from peft import PeftConfig
+
+    with readable(str(adapter)):
+        return PeftConfig.from_pretrained(str(adapter))
+
+
 def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
     """PEFT's layers in place of the model's, with the adapter's values, and the base's weights that came along.
     Raises CannotStream, and ParityError unless each tensor of the adapter has its place and each place its tensor."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
+    start = getattr(adapter_config(adapter), "init_lora_weights", True)
+    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
+        raise CannotStream(f"init_lora_weights {start} changes the base")
     empty = without_memory(model)
     with readable(str(adapter)):
-        start = getattr(PeftConfig.from_pretrained(str(adapter)), "init_lora_weights", True)
-        if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-            raise CannotStream(f"init_lora_weights {start} changes the base")
         tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
     adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

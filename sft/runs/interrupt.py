@@ -5,7 +5,7 @@ import os
 import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +72,20 @@ class SaveOnSignal(TrainerCallback):
 
 @contextmanager
 def locked(run: Path, main: bool) -> Iterator[None]:
-    """Hold the folder for this run; the lock is released when the process ends, however it ends. Only the main process
-    (`main`) takes it. Raises RunLocked, which names the process that holds it."""
-    if not main:
+    """Hold the folder for this run. Only the main process (`main`) takes the lock."""
+    with lock_file(run / LOCK, f"{run}: is being trained by") if main else nullcontext():
         yield
-        return
-    with (run / LOCK).open("a+", encoding="utf-8") as file:
+
+
+@contextmanager
+def lock_file(path: Path, busy: str) -> Iterator[None]:
+    """Hold a lock until the block or the process ends, however it ends. Raises RunLocked: `busy` and who holds it."""
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise RunLocked(
-                f"{run}: is being trained by {file.read().strip()}; wait until it ends, or stop it"
-            ) from None
+            raise RunLocked(f"{busy} {file.read().strip()}; wait until it ends, or stop it") from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

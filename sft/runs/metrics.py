@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data.atomic import write_text
+from data.atomic import atomic_path, write_text
 from sft.errors import RunError
 
 
@@ -28,21 +28,19 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 def plot_loss(run: Path) -> None:
     """Write loss.png: training loss of each step, its running mean, and the held-out loss if there is one."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = read_metrics(run)
-    train = [(r["step"], r["loss"]) for r in rows if "loss" in r]
-    held_out = [(r["step"], r["eval_loss"]) for r in rows if "eval_loss" in r]
+    train = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
     if not train:
         return
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
     steps, losses = zip(*train, strict=True)
     axes.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1, label="each step")
     window = max(1, len(losses) // 20)
-    means = [sum(losses[max(0, i - window + 1) : i + 1]) / min(i + 1, window) for i in range(len(losses))]
+    means = [sum(losses[max(0, i - window) : i]) / min(i, window) for i in range(1, len(losses) + 1)]
     axes.plot(steps, means, color="tab:blue", label=f"mean of {window} steps")
     if held_out:
         axes.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", label="held out")
@@ -50,5 +48,5 @@ def plot_loss(run: Path) -> None:
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(run / "loss.png", dpi=130)
-    pyplot.close(figure)
+    with atomic_path(run / "loss.png") as new:
+        figure.savefig(new, dpi=130, format="png")

@@ -8,7 +8,7 @@ from data.conversation import Conversation
 from data.readers.source import read_all
 from data.readers.squad import UNANSWERABLE
 from eval.answer_log import Note, kept
-from eval.client import ask_server, served_model
+from eval.client import served_model, server_predictions
 from eval.likelihood import classify_by_likelihood, no_answer_differences
 from eval.metrics import squad_scores
 from eval.predict import generate
@@ -59,7 +59,7 @@ def model_answerer(
         if options.labels or options.threshold_from:
             raise RecipeError(f"{target}: a server tells no likelihoods; leave --labels and --threshold-from out")
         served = served_model(target, options.served)
-        return lambda asked: ask_server(target, served, asked, length, options.concurrency, keep)
+        return lambda asked: server_predictions(target, served, asked, length, options.concurrency, keep)
     labels = TASKS[task].labels
     if options.labels and not labels:
         raise RecipeError(f"--labels: task {task} has no labels to choose from; leave it out")

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
+from data.atomic import atomic_path, write_json, write_text
+from data.page import markdown_table
 from sft.baselines.encoder import positions_of
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import MOVES_POSITIONS, AnyRecipe, BaselineRecipe
@@ -33,6 +35,14 @@ VARIANT_OF = {"qlora": "lora", "dora": "lora", "gradual_unfreezing": "full"}  # 
 # linear_probe: a guess; the loss of one linear layer is convex and bears more.
 RATES = {"full": 0.1, "gradual_unfreezing": 0.1, "freeze": 0.1, "linear_probe": 3.0, "ia3": 8.0, "prompt_tuning": 30.0}
 COST = ("trainable_parameters", "parameters", "train_peak_memory_gib", "train_seconds", "disk_mib")
+COLUMNS = {  # heading in the table -> what a finished rung shows
+    "95 %": "{score_95[0]:.1f} - {score_95[1]:.1f}",
+    "trained": "{trainable_parameters:,}",
+    "% of all": "{trainable_percent:.3g}",
+    "peak GiB": "{train_peak_memory_gib:.2f}",
+    "train s": "{train_seconds:.0f}",
+    "disk MiB": "{disk_mib:.1f}",
+}
 
 
 def ladder(
@@ -41,8 +51,8 @@ def ladder(
     """A row for each method (none named: all that suit the recipe's kind of base); `failed` is None or the reason.
     `rates`: METHOD=VALUE, instead of the recipe's learning rate times the method's factor.
 
-    What is finished in `out` is not done again, so the same call goes on with a ladder that broke off. Raises
-    RecipeError before the first rung, KeyboardInterrupt on Ctrl-C, after the report of the rungs until then.
+    What is finished in `out` is not done again, so the same call continues an interrupted ladder. Raises RecipeError
+    before the first rung, KeyboardInterrupt on Ctrl-C, after the report of the rungs until then.
     """
     from sft.models.load import load_config
     from sft.runs.folder import check_writable
@@ -56,20 +66,19 @@ def ladder(
     for method in chosen:
         changes = rung_overrides(method, recipe, kind, out / method, given.get(method))
         try:
-            rungs[method] = rung = load_any_recipe(recipe_path, [*overrides, *changes])
+            rungs[method] = made = load_any_recipe(recipe_path, [*overrides, *changes])
         except RecipeError as error:
             rungs[method] = error
             continue
-        kept = out / f"{method}.yaml"
-        if (out / method).exists() and not (kept.is_file() and kept.read_text(encoding="utf-8") == dump_recipe(rung)):
-            raise RecipeError(
-                f"{out / method} was made by other settings than this ladder's; remove it, or name another --out"
-            )
+        own = out / f"{method}.yaml"
+        if (out / method).exists() and not (own.is_file() and own.read_text(encoding="utf-8") == dump_recipe(made)):
+            remedy = "remove it, or name another --out"
+            raise RecipeError(f"{out / method} was made by other settings than this ladder's; {remedy}")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     try:
-        for method, made in rungs.items():
-            rows.append(_climb(method, made, out))
+        for method, rung in rungs.items():
+            rows.append(_climb(method, rung, out))
     except KeyboardInterrupt:
         command = ["graft", "ladder", str(recipe_path), "--out", str(out), "--methods", ",".join(chosen)]
         command += [word for text in overrides for word in ("--set", text)]
@@ -82,8 +91,8 @@ def ladder(
 
 
 def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: float | None = None) -> list[str]:
-    """What --set would be told to make this method's rung of a recipe, whose base is of the model_type `kind`. Every
-    rung but qlora starts from the unquantized base, so that they differ in the method alone."""
+    """The --set overrides that make this method's rung of a recipe, whose base is of the model_type `kind`. Every rung
+    except qlora starts from the unquantized base, so that they differ in the method alone."""
     changes: dict[str, Any] = {
         "tune": _tune(method, recipe, kind),
         "train.learning_rate": rate or rate_of(method, recipe),
@@ -97,7 +106,7 @@ def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: f
         own = recipe.model.quantization
         nf4 = own.model_dump(mode="json") if own and own.load_in_4bit else {"load_in_4bit": True}
         changes["model.quantization"] = nf4 if method == "qlora" else None
-        if method == "prompt_tuning" and recipe.data.share_prefixes is True:  # virtual tokens stand before each example
+        if method == "prompt_tuning" and recipe.data.share_prefixes is True:  # virtual tokens come before each example
             changes["data.share_prefixes"] = "auto"
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
@@ -108,7 +117,7 @@ def rate_of(method: str, recipe: AnyRecipe) -> float:
 
 
 def _tune(method: str, recipe: AnyRecipe, kind: str) -> dict[str, Any]:
-    """The rung's section `tune`: the recipe's own settings where they are of this method, else usual ones."""
+    """The rung's section `tune`: the recipe's own settings if they are of this method, else usual ones."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
     family, own = VARIANT_OF.get(method, method), recipe.tune.method
@@ -133,7 +142,7 @@ def _tune(method: str, recipe: AnyRecipe, kind: str) -> dict[str, Any]:
 
 
 def _check(recipe: AnyRecipe, path: Path, methods: Sequence[str]) -> list[str]:
-    """The methods, each once. Raises RecipeError where the recipe can't be a ladder, or a method is not its kind's."""
+    """The methods, each once. Raises RecipeError if the recipe can't be a ladder, or a method does not suit it."""
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
         reason = f"{recipe.model.base} has no weights to tune" if recipe.is_floor else "objective mlm has no score"
         raise RecipeError(f"{path}: {reason}; a ladder needs an LLM's recipe, or an encoder's with another objective")
@@ -149,16 +158,16 @@ def _check(recipe: AnyRecipe, path: Path, methods: Sequence[str]) -> list[str]:
 
 
 def _rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
-    found: dict[str, float] = {}
+    rates = {}
     for text in texts:
         method, _, value = text.partition("=")
         try:
-            found[method] = float(value)
+            rates[method] = float(value)
         except ValueError:
-            found[method] = 0.0
-        if method not in methods or not 0 < found[method] < float("inf"):
+            rates[method] = 0.0
+        if method not in methods or not 0 < rates[method] < float("inf"):
             raise RecipeError(f"--rate {text}: write METHOD=VALUE, a positive number for one of {', '.join(methods)}")
-    return found
+    return rates
 
 
 def _climb(method: str, rung: AnyRecipe | RecipeError, out: Path) -> Row:
@@ -173,10 +182,10 @@ def _climb(method: str, rung: AnyRecipe | RecipeError, out: Path) -> Row:
         code = run_logged(command, log)
         if code:
             lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-            said = f"ended by signal {-code}" if code < 0 else lines[-1].strip().removeprefix("error: ")
-            print(f"{method}: failed after {time.monotonic() - start:.0f} s: {said}", flush=True)
+            reason = f"ended by signal {-code}" if code < 0 else lines[-1].strip().removeprefix("error: ")
+            print(f"{method}: failed after {time.monotonic() - start:.0f} s: {reason}", flush=True)
             print(*(f"    {line}" for line in lines[-3:]), f"    all of it: {log}", sep="\n", flush=True)
-            return row | {"failed": said}
+            return row | {"failed": reason}
     row |= _measured(run)
     seconds = f"{time.monotonic() - start:.0f} s" if commands else "finished before"
     print(f"{method}: {seconds}, {row['metric']} {row['score']:.1f}", flush=True)
@@ -184,7 +193,7 @@ def _climb(method: str, rung: AnyRecipe | RecipeError, out: Path) -> Row:
 
 
 def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
-    """Commands that train a rung, anew or from its checkpoint, and score it."""
+    """Commands that train a rung, from the start or from its checkpoint, and score it."""
     if (run / "eval" / "results.json").is_file():
         return []
     score = graft_command("eval", run, "--out", run / "eval")
@@ -194,13 +203,13 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
         return [graft_command("train", "--resume", run), score]
     if run.exists():  # it failed before its first checkpoint, and training writes into no folder that holds something
         shutil.rmtree(run)
-    path.write_text(dump_recipe(rung), encoding="utf-8")
+    write_text(path, dump_recipe(rung))
     return [graft_command("train", path), score]
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
-    """The exit code; what the command prints goes to the end of the log. Ctrl-C reaches the command too: it is given
-    the time to save its checkpoint, until a second Ctrl-C."""
+    """The exit code; what the command prints goes to the end of the log. Ctrl-C reaches the command too, which
+    has time to save its checkpoint until a second Ctrl-C."""
     with log.open("a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
         process = subprocess.Popen(
@@ -233,19 +242,13 @@ def _measured(run: Path) -> Row:
 
 
 def report(rows: Sequence[Row], out: Path) -> None:
-    """ladder.json, ladder.md, ladder.png; the table on the screen, and what to do next."""
-    (out / "ladder.json").write_text(json.dumps(rows, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    headings, lines = table_of(rows)
-    marked = [headings, ["---"] + ["--:"] * (len(headings) - 1), *lines]
-    text = "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in marked)
-    (out / "ladder.md").write_text(text, encoding="utf-8")
-    table = Table(title=str(out), title_justify="left")
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if 0 < i < 9 else "left")
-    for line in lines:
-        table.add_row(*(cell.replace("[", r"\[") for cell in line))  # no markup
+    """ladder.json, ladder.md, ladder.png; the table on the screen, and the next command."""
+    write_json(out / "ladder.json", rows)
+    table = markdown_table(*table_of(rows))
+    write_text(out / "ladder.md", table + "\n")
     screen = Console()
-    (screen if screen.is_terminal else Console(width=140)).print(table)  # a file is as wide as it likes
+    (screen if screen.is_terminal else Console(width=140)).print(Markdown(table))  # a file is as wide as it likes
+    print(f"written to {out}/ladder.md and ladder.json")
     done = [row for row in rows if not row["failed"]]
     if done:
         plot(done, out / "ladder.png")
@@ -254,18 +257,13 @@ def report(rows: Sequence[Row], out: Path) -> None:
 
 
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the cells of each row; why a rung failed stands in a last column."""
-    done = [row for row in rows if not row["failed"]]
-    headings = ["method", done[0]["metric"] if done else "score", "95 %", "trained", "% of all", "peak GiB", "train s"]
-    headings += ["disk MiB", "rate", *(["failed"] if len(done) < len(rows) else [])]
+    """Headings, and the cells of each row; if a rung failed, the last column says why."""
+    columns = {next((row["metric"] for row in rows if not row["failed"]), "score"): "{score:.1f}", **COLUMNS}
+    headings = ["method", *columns, "rate", *["failed"] * any(row["failed"] for row in rows)]
     lines = []
     for row in rows:
-        cells = ["-"] * 7
-        if not row["failed"]:
-            cells = [f"{row['score']:.1f}", "{:.1f} - {:.1f}".format(*row["score_95"])]
-            cells += [f"{row['trainable_parameters']:,}", f"{row['trainable_percent']:.3g}"]
-            cells += [f"{row['train_peak_memory_gib']:.2f}", f"{row['train_seconds']:.0f}", f"{row['disk_mib']:.1f}"]
-        rate = f"{row['learning_rate']:.3g}" if row["learning_rate"] else "-"
+        cells = ["–" if row["failed"] else form.format(**row) for form in columns.values()]
+        rate = f"{row['learning_rate']:.3g}" if row["learning_rate"] else "–"
         reason = f"failed: {' '.join(row['failed'].split())}" if row["failed"] else ""
         lines.append([row["method"], *cells, rate, reason][: len(headings)])
     return headings, lines
@@ -273,12 +271,10 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def plot(rows: Sequence[Row], path: Path) -> None:
     """Score with its interval, and peak memory, each against the trained parameters."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (scores, memory) = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    scores, memory = figure.subplots(1, 2)
     for i, row in enumerate(rows):
         x, y, gib = (row[key] for key in ("trainable_parameters", "score", "train_peak_memory_gib"))
         low, high = row["score_95"]
@@ -292,5 +288,5 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.margins(x=0.3, y=0.1)  # room for the labels
         axes.grid(alpha=0.3)
     memory.set_ylim(bottom=0)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    with atomic_path(path) as new:
+        figure.savefig(new, dpi=130, format="png")

@@ -1,11 +1,16 @@
 """How fast servers answer under load: throughput, time to first token, inter-token latency, at 1 to 64 clients.
 
 graft bench serve URL...
+
+Not vLLM's own `bench serve`: it needs vLLM on the client's machine and 10 s to start, counts the empty first event of
+an answer as a token, and reports a refused request by its status alone.
 """
 
 import asyncio
 import itertools
 import json
+import random
+import secrets
 import statistics
 import time
 from collections.abc import Sequence
@@ -15,9 +20,9 @@ from typing import Any
 import httpx
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
-from data.progress import Bar
+from data.progress import track
 from eval.client import ServerError, api_key, served_models
 
 WORDS = (
@@ -32,29 +37,19 @@ class Target:
     model: str
 
 
-@dataclass(frozen=True)
-class Request:
-    """Seconds from sending to the first token and to the last, the seconds between tokens, and how many came."""
-
-    first_s: float
-    total_s: float
-    gaps_s: list[float]
-    tokens: int
+Answer = tuple[list[float], int]  # seconds from sending to each event with text, and tokens: an event may hold several
 
 
 @dataclass(frozen=True)
 class Load:
-    """One target's requests of one round at so many clients, and the seconds from the first sent to the last done."""
+    """The answers to one round of requests by a number of clients at once, and the seconds that all took."""
 
-    target: Target
-    clients: int
-    round: int
     seconds: float
-    requests: list[Request]
+    answers: list[Answer]
 
     @property
     def tokens_per_s(self) -> float:
-        return sum(r.tokens for r in self.requests) / self.seconds
+        return sum(tokens for _, tokens in self.answers) / self.seconds
 
 
 def bench_serve(
@@ -66,113 +61,58 @@ def bench_serve(
     new_tokens: int,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """A row for each target and number of clients. Targets take turns within a round, so that what else the machine
-    does meets all of them; prompts are random words, the same for all targets, and never twice in a cache.
-    Raises ServerError where a request fails."""
-    targets = find_targets(urls, models)
-    total = rounds * len(targets) * sum(max(requests, n) for n in clients)
-    bar, loads = Bar("requests", total), []
-    done = 0
-    try:
-        for number in range(rounds):
-            for n in clients:
-                for turn in range(len(targets)):
-                    target = targets[(turn + number) % len(targets)]
-                    prompts = make_prompts(max(requests, n), prompt_words, f"{number}-{n}")
-                    if not number and n == clients[0]:  # what is made at the first request is not measured
-                        asyncio.run(_load(target, make_prompts(1, prompt_words, "first"), 1, new_tokens))
-                    start = time.monotonic()
-                    found = asyncio.run(_load(target, prompts, n, new_tokens))
-                    loads.append(Load(target, n, number, time.monotonic() - start, found))
-                    done += len(prompts)
-                    bar.update(done, f"{target.model}, {n} clients: {loads[-1].tokens_per_s:.0f} tokens/s")
-    finally:
-        bar.close()
-    return [summarize(loads, target, n, targets[0]) for n in clients for target in targets]
+    """A row for each target and number of clients. Targets take turns within a round, so that other work on the machine
+    slows all of them; they get the same prompts, each only once. Raises ServerError if a request fails."""
+    targets, run = find_targets(urls, models), secrets.token_hex(3)  # the server's prefix cache outlives a run
+    loads: dict[tuple[Target, int], list[Load]] = {(target, n): [] for n in clients for target in targets}
+    turns = range(len(targets))
+    plan = [(i, n, targets[(turn + i) % len(targets)]) for i in range(rounds) for n in clients for turn in turns]
+    for i, n, target in track(plan, "loads"):
+        if i == 0 and n == clients[0]:  # a target's first request is a warm-up
+            asyncio.run(_load(target, 1, make_prompts(1, prompt_words, f"{run}-first"), new_tokens))
+        prompts = make_prompts(max(requests, n), prompt_words, f"{run}-{i}-{n}")
+        loads[target, n].append(asyncio.run(_load(target, n, prompts, new_tokens)))
+    return [
+        {"url": target.url, "model": target.model, "clients": n, **summarize(own, loads[targets[0], n])}
+        for (target, n), own in loads.items()
+    ]
 
 
 def find_targets(urls: Sequence[str], models: Sequence[str]) -> list[Target]:
-    """The named models in their order, or all that the servers serve."""
-    every = [Target(url, name) for url in urls for name in served_models(url)]
-    if not models:
-        return every
-    chosen = [target for name in models for target in every if target.model == name]
-    if missing := [name for name in models if name not in {target.model for target in every}]:
-        names = ", ".join(target.model for target in every)
-        raise ServerError(f"--model {missing[0]}: is not among those served: {names}")
-    return chosen
+    """The named models in that order, or all served ones."""
+    served = [Target(url, name) for url in urls for name in served_models(url)]
+    names = [target.model for target in served]
+    if missing := [name for name in models if name not in names]:
+        raise ServerError(f"--model {missing[0]}: is not among those served: {', '.join(names)}")
+    return [target for name in models for target in served if target.model == name] if models else served
 
 
 def make_prompts(count: int, words: int, salt: str) -> list[str]:
-    """Random words behind a beginning of their own, so that no prompt finds another's prefix in the server's cache."""
-    seed = [*salt.encode(), count, words]
-    draws = np.random.default_rng(seed).integers(len(WORDS), size=(count, words))
-    return [f"{salt}-{i} " + " ".join(WORDS[w] for w in row) for i, row in enumerate(draws)]
+    """Random words after a beginning that no other prompt has, so that the server's prefix cache never helps."""
+    draw = random.Random(f"{salt} {count} {words}")
+    return [" ".join([f"{salt}-{i}", *draw.choices(WORDS, k=words)]) for i in range(count)]
 
 
-def summarize(loads: Sequence[Load], target: Target, clients: int, first: Target) -> dict[str, Any]:
-    """Over all rounds; `relative`: tokens/s against the first target's of the same round: median, lowest, highest."""
-    own = [load for load in loads if (load.target, load.clients) == (target, clients)]
-    base = {load.round: load.tokens_per_s for load in loads if (load.target, load.clients) == (first, clients)}
-    requests, seconds = [r for load in own for r in load.requests], sum(load.seconds for load in own)
-    ratios = [load.tokens_per_s / base[load.round] for load in own]
-
-    def percentiles(values: Sequence[float]) -> dict[str, float]:
-        return {f"p{q}": round(1000 * float(np.percentile(values, q)), 1) for q in (50, 95)} if values else {}
-
-    return {
-        "url": target.url,
-        "model": target.model,
-        "clients": clients,
-        "requests": len(requests),
-        "requests_per_s": round(len(requests) / seconds, 3),
-        "output_tokens_per_s": round(sum(r.tokens for r in requests) / seconds, 1),
-        "first_token_ms": percentiles([r.first_s for r in requests]),
-        "inter_token_ms": percentiles([gap for r in requests for gap in r.gaps_s]),
-        "relative": [round(pick(ratios), 3) for pick in (statistics.median, min, max)],
-    }
-
-
-def print_loads(rows: Sequence[dict[str, Any]], console: Console) -> None:
-    several = len({row["url"] for row in rows}) > 1
-    first = f"{rows[0]['model']}'s tokens/s of the same round, median (lowest - highest)"
-    table = Table(caption=f"milliseconds: p50 / p95; relative to {first}", caption_justify="left")
-    table.add_column("clients")
-    table.add_column("model")
-    for heading in ("requests/s", "tokens/s", "first token", "between tokens", "relative"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        times = [" / ".join(f"{v:.0f}" for v in row[key].values()) for key in ("first_token_ms", "inter_token_ms")]
-        middle, low, high = row["relative"]
-        name = row["model"] + (f" at {row['url']}" if several else "")
-        numbers = (f"{row['requests_per_s']:.2f}", f"{row['output_tokens_per_s']:.1f}", *times)
-        table.add_row(str(row["clients"]), name, *numbers, f"{middle:.3f} ({low:.3f} - {high:.3f})")
-    console.print(table)
-
-
-async def _load(target: Target, prompts: Sequence[str], clients: int, new_tokens: int) -> list[Request]:
+async def _load(target: Target, clients: int, prompts: Sequence[str], new_tokens: int) -> Load:
     """All prompts, `clients` at a time: each client sends its next one once it has its answer."""
-    waiting = iter(prompts)
-    limits = httpx.Limits(max_connections=clients)
-    headers = {"Authorization": f"Bearer {api_key()}"}
-    found: list[Request] = []
+    waiting, answers = iter(prompts), list[Answer]()
+    # httpx, since openai's client takes 100 us of processor time for each token
+    headers, limits = {"Authorization": f"Bearer {api_key()}"}, httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=target.url, headers=headers, timeout=600, limits=limits) as http:
 
         async def client() -> None:
             for prompt in waiting:
-                found.append(await _ask(http, target, prompt, new_tokens))
+                answers.append(await _ask(http, target, prompt, new_tokens))
 
+        start = time.monotonic()
         try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(clients):
-                    group.create_task(client())
-        except* (ServerError, httpx.HTTPError) as errors:
-            first = errors.exceptions[0]
-            raise ServerError(f"{target.url}: {first if str(first) else repr(first)}; see the server's log") from None
-    return found
+            await asyncio.gather(*(client() for _ in range(clients)))
+        except httpx.HTTPError as error:
+            raise ServerError(f"{target.url}: {str(error) or repr(error)}; see the server's log") from error
+        return Load(time.monotonic() - start, answers)
 
 
-async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens: int) -> Request:
+async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens: int) -> Answer:
     body = {
         "model": target.model,
         "messages": [{"role": "user", "content": prompt}],
@@ -185,17 +125,49 @@ async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens:
     start, times, tokens = time.monotonic(), list[float](), 0
     async with http.stream("POST", "/chat/completions", json=body) as reply:
         if reply.status_code != 200:
-            text = (await reply.aread()).decode(errors="replace")
-            raise ServerError(f"{target.model}: status {reply.status_code}: {text[:200]}")
+            text = (await reply.aread()).decode(errors="replace")[:200]
+            raise ServerError(f"{target.url}: {target.model}: status {reply.status_code}: {text}; see the server's log")
         async for line in reply.aiter_lines():
-            if not line.startswith("data: {"):
-                continue
-            event = json.loads(line.removeprefix("data: "))
-            if event.get("usage"):
-                tokens = event["usage"]["completion_tokens"]
-            if any(choice["delta"].get("content") for choice in event.get("choices", [])):
-                times.append(time.monotonic())
+            if line.startswith("data: {"):
+                event = json.loads(line.removeprefix("data: "))
+                tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
+                if any(choice["delta"].get("content") for choice in event.get("choices", ())):
+                    times.append(time.monotonic() - start)
     if not times:
-        raise ServerError(f"{target.model}: an answer without a token")
-    gaps = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Request(times[0] - start, times[-1] - start, gaps, tokens or len(times))
+        raise ServerError(f"{target.url}: {target.model}: an answer without a token; see the server's log")
+    return times, tokens or len(times)
+
+
+def summarize(loads: Sequence[Load], base: Sequence[Load]) -> dict[str, Any]:
+    """Over all rounds; `relative`: tokens/s over those of `base` in the same round: median, lowest, highest."""
+    answers, seconds = [answer for load in loads for answer in load.answers], sum(load.seconds for load in loads)
+    gaps = [later - earlier for times, _ in answers for earlier, later in itertools.pairwise(times)]
+    ratios = [load.tokens_per_s / other.tokens_per_s for load, other in zip(loads, base, strict=True)]
+
+    def milliseconds(values: Sequence[float]) -> dict[str, float]:
+        return {f"p{q}": round(1000 * float(np.percentile(values, q)), 1) for q in (50, 95)} if values else {}
+
+    return {
+        "requests": len(answers),
+        "requests_per_s": round(len(answers) / seconds, 3),
+        "output_tokens_per_s": round(sum(tokens for _, tokens in answers) / seconds, 1),
+        "first_token_ms": milliseconds([times[0] for times, _ in answers]),
+        "inter_token_ms": milliseconds(gaps),
+        "relative": [round(pick(ratios), 3) for pick in (statistics.median, min, max)],
+    }
+
+
+def print_loads(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    first = f"{rows[0]['model']}'s tokens/s of the same round, median (lowest - highest)"
+    numbers = ("requests/s", "tokens/s", "first token", "between tokens", "relative")
+    table = Table(
+        "clients", "model", *(Column(name, justify="right") for name in numbers),
+        caption=f"milliseconds: p50 / p95; relative to {first}", caption_justify="left",
+    )  # fmt: skip
+    several = len({row["url"] for row in rows}) > 1
+    for row in rows:
+        name = f"{row['model']} at {row['url']}" if several else row["model"]
+        rates = f"{row['requests_per_s']:.2f}", f"{row['output_tokens_per_s']:.1f}"
+        times = [" / ".join(f"{v:.0f}" for v in row[key].values()) for key in ("first_token_ms", "inter_token_ms")]
+        table.add_row(str(row["clients"]), name, *rates, *times, "{:.3f} ({:.3f} - {:.3f})".format(*row["relative"]))
+    console.print(table)

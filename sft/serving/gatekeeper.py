@@ -1,8 +1,8 @@
-"""What stands before every route of a served model: vLLM loads it by `--middleware sft.gatekeeper.Gatekeeper`.
+"""Guards every route of a served model: vLLM loads it by `--middleware sft.serving.gatekeeper.Gatekeeper`.
 
-vLLM asks for its key on /v1 alone; /tokenize, /invocations, /metrics and others are open, and it takes a body of any
-size. Here every route asks for the key of VLLM_API_KEY. Without a key the server listens on loopback only, and what
-could still come in is a web page that the user has open: its requests name another Host, or an Origin.
+vLLM demands its key on /v1 alone; /tokenize, /invocations, /metrics and others are open, and it takes a body of any
+size. Here every route demands the key of VLLM_API_KEY. Without a key the server listens on loopback only, which a web
+page that the user has open can still reach: its requests name another Host, or an Origin.
 """
 
 import hmac
@@ -42,7 +42,7 @@ class Gatekeeper:
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
-            return whole.pop() if whole else await receive()  # then only the client's leaving is left to tell
+            return whole.pop() if whole else await receive()  # after the body only a disconnect can come
 
         return await self.app(scope, replay, send)
 
@@ -53,7 +53,7 @@ class Gatekeeper:
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode()):
                 return None
-            return 401, "this server wants its key: Authorization: Bearer KEY"
+            return 401, "this server demands its key: Authorization: Bearer KEY"
         host, origin = headers.get("host", ""), headers.get("origin")
         if host.rsplit(":", 1)[0] not in LOOPBACK and host not in LOOPBACK:
             return 403, f"Host {host!r} is not this machine's loopback address"
@@ -63,18 +63,17 @@ class Gatekeeper:
 
 
 async def _body(receive: Receive, declared: str) -> bytes | None:
-    """The whole body; None where it is larger than allowed, told from its header or once it is."""
+    """The whole body; None if its declared or its real size exceeds the limit."""
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         return None
-    parts, size, more = [], 0, True
-    while more:
+    body, complete = bytearray(), False
+    while not complete:
         message = await receive()
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
-        if size > MAX_BODY_BYTES:
+        body += message.get("body", b"")
+        if len(body) > MAX_BODY_BYTES:
             return None
-        more = message.get("more_body", False)
-    return b"".join(parts)
+        complete = not message.get("more_body", False)
+    return bytes(body)
 
 
 async def _reply(send: Send, status: int, problem: str) -> None:

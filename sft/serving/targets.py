@@ -1,8 +1,8 @@
-"""What `graft serve` is given -> one model and the adapters on it, checked before vLLM starts.
+"""Targets of `graft serve` -> one model and the adapters on it, checked before vLLM starts.
 
-An adapter of a quantized run is served on the base that its training saw: the rounded weights, dequantized once into
-the cache folder. On the original weights 64 of 96 answers of a QLoRA run were those of the run, so that is only what
-`graft serve BASE --lora NAME=RUN` asks for.
+The adapter of a quantized run is served on the base that its training saw: the rounded weights, dequantized once into
+the cache folder. On the original weights a QLoRA run gave 64 of 96 answers as in training, so only
+`graft serve BASE --lora NAME=RUN` does that.
 """
 
 import json
@@ -32,8 +32,8 @@ UNSERVED = ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "tr
 
 @dataclass(frozen=True)
 class Served:
-    """model: Hub id or folder. adapters: served names and folders. tokenizer: the adapters', whose chat template was
-    trained. ends: ids that end an answer, where the base's generation config may not know them."""
+    """model: Hub id or folder. adapters: folders by served name. tokenizer: the adapters', with the chat template of
+    training. ends: ids that end an answer, which the base's generation config may not know."""
 
     model: str
     name: str
@@ -46,26 +46,23 @@ class Served:
 
 def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = None) -> Served:
     """An export, a base or a run trained as a whole; or runs with adapters of one base; `loras` (name: run) beside
-    either. Raises ServerError where that is no one model with adapters that vLLM serves."""
-    for target in (*targets, *(loras or {}).values()):
+    either. Raises ServerError if that is not one model with adapters that vLLM serves."""
+    loras = loras or {}
+    for target in (*targets, *loras.values()):
         if is_url(target):
             raise ServerError(f"{target}: is a server already; name a run, an exported model or a base")
         check_target(target)
-    runs = {t: Path(t).resolve().name for t in targets if _has_adapter(t)}
-    models = [t for t in targets if t not in runs]
+    runs = [*((Path(t).resolve().name, t) for t in dict.fromkeys(targets) if _has_adapter(t)), *loras.items()]
+    models = [t for t in targets if not _has_adapter(t)]
     if len(models) > 1:
-        raise ServerError(
-            f"{' and '.join(models)} are several models: serve each with a command and a --port of its own"
-        )
-    named = [*((name, Path(run)) for run, name in runs.items()), *((n, Path(r)) for n, r in (loras or {}).items())]
+        raise ServerError(f"{' and '.join(models)} are several models: serve each on a --port of its own")
+    if not models and not runs:
+        raise ServerError("nothing to serve; name a run, an exported model or a base")
     model, name = (_folder(models[0]), served_name(models[0])) if models else (None, "base")
-    if taken := sorted({n for n, _ in named if [m for m, _ in named].count(n) > 1 or n == name}):
-        raise ServerError(f"{taken[0]}: two of them have this name; give one another: --lora NAME=RUN")
-    if not named:
-        if not models:
-            raise ServerError("nothing to serve; name a run, an exported model or a base")
-        return Served(str(model), name)
-    return _with_adapters(model, name, dict(named))
+    names = [name, *(name for name, _ in runs)]
+    if twice := sorted(n for n in names if names.count(n) > 1):
+        raise ServerError(f"{twice[0]}: two of them have this name; give one another: --lora NAME=RUN")
+    return _with_adapters(model, name, {name: Path(run) for name, run in runs}) if runs else Served(str(model), name)
 
 
 def served_name(target: str) -> str:
@@ -98,16 +95,16 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
             model, revision = base, recipe.revision if base == recipe.base else None
         if base != model:
             raise ServerError(
-                f"{run}: its adapter was trained on {recipe.base}, and the server's model is {model}; serve it with a "
-                "command and a --port of its own"
+                f"{run}: its adapter was trained on {recipe.base}, and the server's model is {model}; serve it on a "
+                "--port of its own"
             )
         with readable(f"{adapters[served]}: the tokenizer"):
             tokenizers[served] = AutoTokenizer.from_pretrained(adapters[served], trust_remote_code=False)
         for part in ("chat_template", "vocab_size"):
             if getattr(tokenizers[served], part) != getattr(tokenizers[first], part):
                 raise ServerError(
-                    f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all; serve it "
-                    "with a command and a --port of its own"
+                    f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all; serve it on "
+                    "a --port of its own"
                 )
     ends = stop_tokens(generation_config(str(model), revision).eos_token_id, tokenizers[first])
     return Served(
@@ -116,8 +113,8 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
 
 
 def trained_base(model: Model) -> str:
-    """Hub id or folder of the base that training computed with; of a quantized one its dequantized weights in bfloat16,
-    written into the cache folder once."""
+    """Hub id or folder of the base that training computed with; for a quantized one its dequantized weights in
+    bfloat16, written into the cache folder once."""
     base = resolve_base(model.base)
     if not is_quantized(model.quantization) or model.quantization is None:
         return base
@@ -127,7 +124,7 @@ def trained_base(model: Model) -> str:
     folder = cache_dir() / f"{Path(base).name}-dequantized-{digest[:16]}"
 
     def build(aside: Path) -> None:
-        print(f"the base as training saw it, dequantized, goes to {folder} (once)", file=sys.stderr, flush=True)
+        print(f"writing the dequantized base of training to {folder} (once)", file=sys.stderr, flush=True)
         loaded = load_base(model, default_device())
         if getattr(loaded, "is_quantized", False):
             loaded = cast(Any, loaded).dequantize(dtype=torch.bfloat16)
@@ -139,7 +136,7 @@ def trained_base(model: Model) -> str:
 
 
 def _rank(adapter: Path) -> int:
-    """The adapter's largest rank. Raises ServerError where vLLM can't serve it, or would open a pickle."""
+    """The adapter's largest rank. Raises ServerError if vLLM can't serve it, or would open a pickle."""
     for pickle in PICKLES:
         if (adapter / pickle).exists():
             raise ServerError(f"{adapter / pickle}: is a pickle, which can run code and is never opened; remove it")
@@ -149,9 +146,7 @@ def _rank(adapter: Path) -> int:
         raise ServerError(f"{adapter}: vLLM serves LoRA adapters, not {config['peft_type']}; `graft export` the run")
     used = [key for key in UNSERVED if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
     if used:
-        raise ServerError(
-            f"{adapter}: vLLM serves no adapter with {', '.join(used)}; `graft export` the run, serve that"
-        )
+        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(used)}; `graft export` the run first")
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         raise ServerError(f"{adapter}: its rank {rank} exceeds vLLM's {RANKS[-1]}; `graft export` the run, serve that")

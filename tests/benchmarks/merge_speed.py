@@ -1,11 +1,12 @@
-"""Time and memory of a streamed merge, beside `cp` of the base's files.
+"""Time and memory of a merge, file by file, beside `cp` of the base's files.
 
     python tests/benchmarks/merge_speed.py [--gib 3] [--rounds 3] [--folder DIR] [--warm]
 
 A random bfloat16 Llama of that size, once in several files and once in one, and a LoRA of rank 16 on all linear layers.
 Each copy and each merge is a process of its own, by turns; each starts with the base's files out of the page cache
 (--warm: in it) and ends when its files are on the disk (fsync). Seconds are those of the copy or merge itself, without
-the start of Python; memory is the kernel's VmHWM of the whole process.
+the start of Python. Memory is the largest RssAnon of the whole process, sampled: the base's files are mapped, and the
+kernel drops their pages if it needs the room.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -76,33 +78,15 @@ def write_base(folder: Path, gib: float, shard_gib: float) -> int:
     """A random Llama of that size; its bytes."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from sft.export.shards import SINGLE, Tensor, writing
-
-    folder.mkdir()
     width, inner = 2048, 5632
     layer = 2 * (2.5 * width * width + 3 * width * inner)  # bytes
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=width, intermediate_size=inner, num_attention_heads=32, num_key_value_heads=8,
-        num_hidden_layers=round((gib * 2**30 - 4 * 32_000 * width) / layer), dtype="bfloat16",
-        architectures=["LlamaForCausalLM"],
+        num_hidden_layers=round((gib * 2**30 - 4 * 32_000 * width) / layer),
     )  # fmt: skip
-    config.save_pretrained(folder)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    files: list[dict[str, Tensor]] = [{}]
-    for name, value in model.state_dict().items():
-        if sum(t.bytes for t in files[-1].values()) > shard_gib * 2**30:
-            files.append({})
-        files[-1][name] = Tensor(torch.bfloat16, tuple(value.shape))
-    of = len(files)
-    names = [f"model-{i:05}-of-{of:05}.safetensors" for i in range(1, of + 1)] if of > 1 else [SINGLE]
-    layout = dict(zip(names, files, strict=True))
-    torch.manual_seed(0)
-    with writing(folder, layout) as shards:
-        for tensors in layout.values():
-            for name, tensor in tensors.items():
-                shards[name].write(name, torch.randn(tensor.shape, dtype=torch.bfloat16) * 0.02)
-    return sum(tensor.bytes for tensors in files for tensor in tensors.values())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder, max_shard_size=int(shard_gib * 2**30))
+    return sum(value.nbytes for value in model.state_dict().values())
 
 
 def write_adapter(base: Path, folder: Path) -> None:
@@ -148,16 +132,27 @@ def merge_there(base: Path, adapter: Path, out: Path) -> dict[str, float]:
 
 
 def merge_here(base: Path, adapter: Path, out: Path) -> dict[str, float]:
+    from data.atomic import flush
     from sft.export.merge import read_merge, write_merge
 
+    peak, finished = [0], threading.Event()
+    threading.Thread(target=sample_memory, args=(peak, finished), daemon=True).start()
     start = time.monotonic()
-    told = write_merge(read_merge(base, adapter, torch.bfloat16), out)
+    facts = write_merge(read_merge(base, adapter, torch.bfloat16), out)
+    for file in out.iterdir():
+        flush(file)
     seconds = time.monotonic() - start
-    if told["unchanged"]:
-        raise RuntimeError(f"{told['unchanged'][0]} was not merged")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    return {"seconds": seconds, "peak_gb": peak * 1024 / 1e9}
+    finished.set()
+    if facts["unchanged"]:
+        raise RuntimeError(f"{facts['unchanged'][0]} was not merged")
+    return {"seconds": seconds, "peak_gb": peak[0] / 1e9}
+
+
+def sample_memory(peak: list[int], finished: threading.Event) -> None:
+    """Keep the largest RssAnon of this process, in bytes, in `peak`."""
+    while not finished.wait(0.02):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        peak[0] = max(peak[0], next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon:")))
 
 
 if __name__ == "__main__":

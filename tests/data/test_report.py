@@ -8,17 +8,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.audit.report import (
-    DataReport,
-    find_all,
-    number,
-    place_on,
-    print_example,
-    print_report,
-    share,
-    ticks,
-    write_html,
-)
+from data.audit.report import DataReport, find_all, print_example, print_report, write_html
 from tests.helpers.pages import Page
 
 EMPTY = {"stops": []}
@@ -33,8 +23,7 @@ SOURCE = {
 }  # fmt: skip
 EXAMPLE = {
     "where": "a.jsonl:1", "length": 1120, "trained": 2,
-    "tokens": [["<|im_start|>", 0, 1], ["user\n", 0, 0], ["Capital", 0, 0], [" of France?", 0, 0], ["<|im_end|>", 0, 1],
-               ["Pa", 1, 0], ["ris", 1, 0]],
+    "tokens": [["<|im_start|>", 0, 1], ["user\nCapital of France?", 0, 0], ["<|im_end|>", 0, 1], ["Paris", 1, 0]],
 }  # fmt: skip
 FULL = {
     "recipe": "squad", "task": "squad_v2", "max_length": 1024, "created_by": "graft 0.1.0", "stops": [],
@@ -85,7 +74,7 @@ def printed(show, report: dict, **options) -> str:
         "max_length 1,024 lies right of this axis",
         "frequent 990 99.0 %",
         "4.00 flat tokens for each token that is executed",
-        "3 exact and 2 near duplicates, 0 of them removed. Near ones were sought by the words of 25.0 % of the 12,000 texts.",
+        "3 exact and 2 near duplicates, 0 of them removed. Near ones were searched for in 25.0 % of the 12,000 texts, by their words.",
         "1 row is also in the held-out data",
         "same passage 0.930",
         "Capital of France?",
@@ -115,25 +104,15 @@ def test_page_says_what_is_not_there(sentence: str, tmp_path: Path) -> None:
     assert sentence in page(EMPTY, tmp_path).text
 
 
-def test_nothing_found_is_told_apart_from_not_sought(tmp_path: Path) -> None:
-    none = {"exact_rows": 0, "near_rows": 0, "removed": 0, "texts": 9, "near_share": 1.0, "pairs": []}
-    clean = {
-        "checked": True,
-        "held_out_rows": 50,
-        "rows": 0,
-        "exact": 0,
-        "context": 0,
-        "near_share": 1.0,
-        "near": 0,
-        "removed": 0,
-        "pairs": [],
-    }
+def test_nothing_found_is_told_apart_from_not_searched_for(tmp_path: Path) -> None:
+    none = {"texts": 9}
+    clean = {"checked": True, "held_out_rows": 50}
     text = page(EMPTY | {"duplicates": none, "leaks": clean}, tmp_path).text
     assert "No duplicate rows." in text
     assert "No row is also among the 50 held-out rows." in text
     unchecked = EMPTY | {"leaks": clean | {"checked": False}}
     assert "no leaks to look for" in page(unchecked, tmp_path).text
-    assert re.search("leaks +not sought", printed(print_report, unchecked))
+    assert re.search("leaks +not searched for", printed(print_report, unchecked))
 
 
 def test_stops_come_first_and_name_the_remedy(tmp_path: Path) -> None:
@@ -197,9 +176,14 @@ def test_held_out_data_has_no_training_counts() -> None:
 
 
 def test_sources_without_an_example_have_no_lengths(tmp_path: Path) -> None:
-    assert (
-        page(EMPTY | {"lengths": {"example": {}, "answer": {}}}, tmp_path).text.count("No lengths were measured.") == 2
-    )
+    text = page(EMPTY | {"lengths": {"example": {}, "answer": {}}}, tmp_path).text
+    assert text.count("No lengths were measured.") == 2
+
+
+def test_trained_text_and_special_tokens_are_marked(tmp_path: Path) -> None:
+    parsed = page(FULL, tmp_path)
+    assert parsed.classed("trained") == ["span"] * 2  # the legend's and the answer
+    assert parsed.classed("special") == ["span"] * 3
 
 
 def test_long_contexts_fold_and_keep_their_text(tmp_path: Path) -> None:
@@ -212,14 +196,13 @@ def test_long_contexts_fold_and_keep_their_text(tmp_path: Path) -> None:
 
 def test_equal_kinds_of_all_sources_are_one_finding() -> None:
     other = SOURCE | {"name": "b.jsonl", "defects": {"no answer": 1, "not UTF-8": 9}, "notes": {}, "left_out": {}}
-    found = find_all(
-        {"sources": [SOURCE, other | {"named": {"not UTF-8": ["b.jsonl:1: byte 0xff"]}}], "held_out": None}
-    )
-    assert [(f["severity"], f["kind"], f["count"], len(f["places"])) for f in found] == [
+    sources = [SOURCE, other | {"named": {"not UTF-8": ["b.jsonl:1: byte 0xff"]}}]
+    findings = find_all(DataReport.from_json(EMPTY | {"sources": sources}))
+    assert [(f.severity, f.kind, f.count, len(f.places)) for f in findings] == [
         ("defect", "not UTF-8", 9, 1), ("defect", "no answer", 8, 5), ("left out", "longer than max_length", 3, 0),
         ("note", "answer offset mended", 2, 2),
     ]  # fmt: skip
-    assert found[1]["by_source"] == [("a.jsonl", 7), ("b.jsonl", 1)]
+    assert findings[1].by_source == [("a.jsonl", 7), ("b.jsonl", 1)]
 
 
 def test_report_in_a_log_is_plain_and_complete() -> None:
@@ -245,30 +228,3 @@ def test_trained_tokens_show_in_colour_or_in_brackets() -> None:
     assert "\x1b[1;32mParis\x1b[0m" in coloured
     assert "⟦" not in coloured
     assert "⟦Paris⟧" in printed(print_example, EXAMPLE, force_terminal=True, color_system="truecolor", no_color=True)
-
-
-@pytest.mark.parametrize(
-    ("value", "text"), [(0, "0"), (1234567, "1,234,567"), (1.0, "1.00"), (1234.5, "1,234.50"), (None, "–")]
-)
-def test_numbers_have_thousands_separators(value: float | None, text: str) -> None:
-    assert number(value) == text
-
-
-@pytest.mark.parametrize(
-    ("part", "whole", "text"), [(1, 8, "12.5 %"), (1, 0, "–"), (None, 5, "–"), (0, 5, "0.0 %"), (3, 12000, "< 0.1 %")]
-)
-def test_a_share_of_nothing_is_unknown(part: int | None, whole: int, text: str) -> None:
-    assert share(part, whole) == text
-
-
-@pytest.mark.parametrize("most", [0, 1, 4, 5, 6, 9, 10, 99, 1001, 49_999, 87_599])
-def test_ticks_are_round_and_cover_the_largest_bar(most: int) -> None:
-    marks = ticks(most)
-    assert marks[-1] >= max(most, 1)
-    assert len(marks) <= 6
-    assert str(marks[1]).rstrip("0") in {"1", "2", "5"}
-
-
-@pytest.mark.parametrize(("value", "place"), [(0, 0), (5, 0.5), (10, 1), (25, 1.75), (30, 2), (31, None), (None, None)])
-def test_a_value_has_its_place_among_uneven_bins(value: int | None, place: float | None) -> None:
-    assert place_on(value, [0, 10, 30]) == place

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 from data.conversation import Conversation
 from eval import client
 from eval.answer_log import NAME
-from eval.client import ServerError, ask_server, served_model
+from eval.client import ServerError, served_model, server_predictions
 from sft.cli import app
-from tests.helpers.fake_server import Streaming, completion, serving, streaming
+from tests.helpers.fake_server import Streamer, completion, serving
 
 LONGEST = 4096  # characters
 
@@ -50,7 +50,7 @@ def texts(questions) -> list[str]:
 def test_server_is_asked_greedily_and_answers_come_in_order(questions):
     seen = []
     with serving(lambda request: (seen.append(request), echo(request))[1], "served") as url:
-        answers = ask_server(url, served_model(url, None), questions[:20], max_new_tokens=9)
+        answers = server_predictions(url, served_model(url, None), questions[:20], max_new_tokens=9)
     assert [a.text for a in answers] == texts(questions[:20])
     assert all(a.finished and a.new_tokens == 7 for a in answers)
     assert (seen[-1]["temperature"], seen[-1]["max_tokens"], seen[-1]["model"]) == (0, 9, "served")
@@ -68,18 +68,18 @@ def asked(text: str, name: str) -> Conversation:
 
 def test_question_too_long_for_the_server_is_told_and_the_others_are_answered(url, questions):
     long = asked("Question: " + "word " * 1000, "long1")
-    answers = ask_server(url, "served", [*questions[:4], long, *questions[4:8]], 9)
+    answers = server_predictions(url, "served", [*questions[:4], long, *questions[4:8]], 9)
     assert [a.asked for a in answers] == [True] * 4 + [False] + [True] * 4
 
 
 def test_question_that_the_server_refuses_is_named(url, questions):
     with pytest.raises(ServerError, match="question q9 is refused: .*no such role"):
-        ask_server(url, "served", [*questions[:4], asked("Question: forbidden", "q9")], 9)
+        server_predictions(url, "served", [*questions[:4], asked("Question: forbidden", "q9")], 9)
 
 
 def test_server_that_goes_away_is_one_line(url, questions):
     with pytest.raises(ServerError, match=r"\(7 tries\); is the server up") as caught:
-        ask_server(url, "served", [*questions[:4], asked("Question: crash", "q"), *questions[4:8]], 9)
+        server_predictions(url, "served", [*questions[:4], asked("Question: crash", "q"), *questions[4:8]], 9)
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -95,7 +95,7 @@ def test_overloaded_server_is_asked_again_and_that_is_told(questions, status, ca
         return echo(request)
 
     with serving(overloaded, "served") as url:
-        answers = ask_server(url, "served", questions[:10], 9)
+        answers = server_predictions(url, "served", questions[:10], 9)
     assert [a.text for a in answers] == texts(questions[:10])
     told = capsys.readouterr().err
     assert told.count("asking again, up to 7 times") == 1
@@ -110,7 +110,7 @@ def test_waits_grow_and_end(questions, monkeypatch):
 
     monkeypatch.setattr(client.asyncio, "sleep", sleep)
     with serving(lambda request: (503, {}), "served") as url, pytest.raises(ServerError):
-        ask_server(url, "served", questions[:1], 9)
+        server_predictions(url, "served", questions[:1], 9)
     assert len(waits) == client.TRIES - 1
     assert all(later > earlier for earlier, later in zip(waits, waits[1:], strict=False))
 
@@ -123,7 +123,7 @@ def test_refused_key_is_not_tried_again(questions):
         return 401, {"error": "Unauthorized"}
 
     with serving(refuses, "served") as url, pytest.raises(ServerError, match="401"):
-        ask_server(url, "served", questions[:1], 9)
+        server_predictions(url, "served", questions[:1], 9)
     assert len(seen) == 1
 
 
@@ -137,18 +137,18 @@ def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
 
     with serving(answer, "served", "other") as url:
         with pytest.raises(ServerError, match="broken"):
-            ask_server(url, "served", questions[:12], 9, 1, keep)
+            server_predictions(url, "served", questions[:12], 9, 1, keep)
         assert "6 answers are kept" in capsys.readouterr().err
         with keep.open("a") as file:
             file.write('{"number": 11, "te')  # as a crash leaves it
         breaks[0], seen[:] = False, []
-        answers = ask_server(url, "served", questions[:12], 9, 1, keep)
+        answers = server_predictions(url, "served", questions[:12], 9, 1, keep)
         assert (len(seen), [a.text for a in answers]) == (6, texts(questions[:12]))
         assert "6 answers are there" in capsys.readouterr().err
-        assert answers == ask_server(url, "served", questions[:12], 9, 1, None)
+        assert answers == server_predictions(url, "served", questions[:12], 9, 1, None)
         for changed in (("other", questions[:12], 9), ("served", questions[1:12], 9), ("served", questions[:12], 8)):
             seen[:] = []
-            ask_server(url, *changed, 1, keep)
+            server_predictions(url, *changed, 1, keep)
             assert len(seen) == len(changed[1]), "another model, other data or another length are asked anew"
     assert json.loads(keep.read_text().split("\n")[1])["text"]
 
@@ -166,12 +166,13 @@ def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
 
 
 def test_chat_prints_what_the_server_streams_and_sends_what_was_said_before():
-    with streaming() as url:
+    server = Streamer()
+    with serving(server, "base", "merged") as url:
         done = CliRunner().invoke(app, ["chat", url, "--model", "merged"], input="Hello\nMore\n\n")
     assert done.exit_code == 0, done.output
     assert done.output.count("abc\n") == 2
-    assert [m["content"] for m in Streaming.seen[-1]["messages"]] == ["Hello", "abc", "More"]
-    assert all(request["stream"] for request in Streaming.seen)
+    assert [m["content"] for m in server.seen[-1]["messages"]] == ["Hello", "abc", "More"]
+    assert all(request["stream"] for request in server.seen)
 
 
 def test_web_server_that_is_no_model_server_is_a_clear_error():
@@ -194,4 +195,4 @@ def test_web_server_that_is_no_model_server_is_a_clear_error():
 
 def test_server_that_is_not_there_is_a_clear_error(questions):
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*is the server up"):
-        ask_server("http://127.0.0.1:9/v1", "m", questions[:2], 5)
+        server_predictions("http://127.0.0.1:9/v1", "m", questions[:2], 5)

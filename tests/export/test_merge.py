@@ -1,6 +1,7 @@
 """Merges against PEFT's own in memory, weight by weight."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2Config
 
+from data.errors import DiskFull
 from sft.errors import ParityError
 from sft.export.merge import read_merge, write_merge
-from sft.export.shards import INDEX, Tensor, read_header, writing
+from sft.export.shards import INDEX, read_shards
 from sft.export.skeleton import CannotStream
 from sft.models.load import bitsandbytes_config, load_base
 from sft.recipe.schema import Model, Quantization
@@ -60,11 +62,10 @@ def test_streamed_merge_equals_merge_in_memory(kind, untied, tmp_path):
     assert [p.name for p in (tmp_path / "out").glob("*.safetensors")].sort() == [
         p.name for p in untied.glob("*.safetensors")
     ].sort()
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").glob("*.safetensors")} == {0o644}
 
 
-def test_bfloat16_is_the_float32_merge_rounded_once(untied, tmp_path, monkeypatch):
-    """Also where a layer is merged in several slices of rows, the last one shorter."""
-    monkeypatch.setattr("sft.export.merge.SLICE", 5 * 32)
+def test_bfloat16_is_the_float32_merge_rounded_once(untied, tmp_path):
     tuned = tune(untied, LoraConfig(**ALL), tmp_path / "adapter")
     merge(untied, tmp_path / "adapter", tmp_path / "out", torch.bfloat16)
     expected = tuned.merge_and_unload(safe_merge=True).to(torch.bfloat16).state_dict()
@@ -120,12 +121,13 @@ def test_added_tokens_keep_the_rows_that_training_gave_them(base, request, tmp_p
     assert torch.allclose(logits(model), logits(tuned), atol=1e-5)
 
 
-def test_added_rows_that_nothing_holds_are_an_error(untied, tmp_path):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # the base is stored in bfloat16
+def test_added_rows_that_nothing_holds_are_an_error(dtype, untied, tmp_path):
     """The head's new rows were drawn at random, and by this setting of PEFT saved nowhere."""
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     tune(untied, config, tmp_path / "adapter", rows=108, save_embedding_layers=False)
     with pytest.raises(ParityError, match=r"lm_head.weight is stored as \(100, 32\) and was trained as \(108, 32\)"):
-        merge(untied, tmp_path / "adapter", tmp_path / "out")
+        merge(untied, tmp_path / "adapter", tmp_path / "out", dtype)
 
 
 def test_dequantized_base_is_bit_for_bit_that_of_training(untied, tmp_path):
@@ -141,9 +143,7 @@ def test_dequantized_base_is_bit_for_bit_that_of_training(untied, tmp_path):
         out = tmp_path / str(double)
         out.mkdir()
         write_merge(plan, out)
-        found = {
-            name: stored.read() for file in out.glob("*.safetensors") for name, stored in read_header(file).items()
-        }
+        found = {name: value for shard in read_shards(out).values() for name, value in shard.items()}
         assert found.keys() == expected.keys()
         for name, value in found.items():
             assert torch.equal(value, expected[name]), name
@@ -162,37 +162,6 @@ def test_layers_untouched_by_the_adapter_are_copied_byte_for_byte(untied, tmp_pa
         before, after = load_file(file), load_file(tmp_path / "out" / file.name)
         for name, value in before.items():
             assert torch.equal(value, after[name]) is ("q_proj.weight" not in name), name
-
-
-def test_files_are_read_by_the_safetensors_library(tmp_path):
-    """Also where an odd number of bytes stands before wider items."""
-    values = {
-        "a": torch.arange(3, dtype=torch.uint8),
-        "b": torch.randn(5, 3),
-        "c": torch.randn(2, 2).bfloat16(),
-        "empty": torch.zeros(0, 4),
-    }
-    layout = {"model.safetensors": {n: Tensor(v.dtype, tuple(v.shape)) for n, v in values.items()}}
-    with writing(tmp_path, layout) as shards:
-        for name, value in values.items():
-            shards[name].write(name, value)
-    for name, value in load_file(tmp_path / "model.safetensors").items():
-        assert value.dtype == values[name].dtype
-        assert torch.equal(value, values[name])
-    for name, stored in read_header(tmp_path / "model.safetensors").items():
-        assert torch.equal(stored.read(), values[name]), name
-        assert stored.start % stored.dtype.itemsize == 0
-
-
-def test_copy_goes_on_where_the_kernel_cannot(untied, tmp_path, monkeypatch):
-    def refused(*_arguments):
-        raise OSError(18, "Invalid cross-device link")
-
-    monkeypatch.setattr("os.copy_file_range", refused)
-    merge(untied, None, tmp_path / "out", torch.bfloat16)
-    for file in untied.glob("*.safetensors"):
-        before, after = load_file(file), load_file(tmp_path / "out" / file.name)
-        assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
 def test_experts_that_transformers_fuses_are_not_streamed(tmp_path):
@@ -230,7 +199,29 @@ def test_weights_too_large_for_float16_are_not_written(tmp_path):
         merge(base, None, tmp_path / "out", torch.float16)
 
 
-def test_two_weights_are_all_that_is_in_memory(untied, tmp_path, monkeypatch):
+def test_module_whose_weights_are_in_two_files_is_unchanged_only_if_all_of_them_are(untied, tmp_path):
+    base = shutil.copytree(untied, tmp_path / "base")
+    index = json.loads((base / INDEX).read_text())
+    name = "model.layers.0.self_attn.q_proj.bias"
+    file = index["weight_map"].pop(name)
+    weights = load_file(base / file)
+    save_file({name: (bias := weights.pop(name))}, base / "bias.safetensors", {"format": "pt"})
+    save_file(weights, base / file, {"format": "pt"})
+    index["weight_map"][name] = "bias.safetensors"
+    (base / INDEX).write_text(json.dumps(index))
+    tune(base, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path / "adapter")
+    assert not merge(base, tmp_path / "adapter", tmp_path / "out")["unchanged"]  # the bias is; the weight is not
+    assert torch.equal(load_file(tmp_path / "out" / "bias.safetensors")[name], bias.float())
+
+
+def test_full_disk_is_found_before_anything_is_written(untied, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(DiskFull, match="0.00 GB"):
+        merge(untied, None, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_plan_of_a_merge_holds_no_weight_of_the_base(untied, tmp_path, monkeypatch):
     """The architecture and PEFT's layers on it hold no weight of the base, before and after."""
     tune(untied, LoraConfig(**ALL), tmp_path / "adapter")
     plan = read_merge(untied, tmp_path / "adapter", torch.float32)

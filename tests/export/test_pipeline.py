@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,13 +13,12 @@ import torch
 import yaml
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig
+from transformers import MixtralConfig, PreTrainedConfig
 
 import sft.export.pipeline
 from data.conversation import Conversation
 from eval.prediction import Prediction
-from sft.export import shards
-from sft.export.parity import Asked, HeldOut, Trace, compare
+from sft.export.parity import ExampleTrace, HeldOut, ModelTrace, compare
 from sft.export.pipeline import export
 from sft.models.load import load_base
 from sft.models.target import run_recipe
@@ -71,16 +71,16 @@ def test_original_base_is_written_where_it_is_nearer(run, tmp_path, monkeypatch)
 
 
 def test_equal_models_do_not_diverge_and_others_do():
-    same = Trace(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]))
-    other = Trace(torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([1, 1]), torch.tensor([1, 1]))
+    same = ExampleTrace(torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 1]), torch.tensor([0, 1]))
+    other = ExampleTrace(torch.tensor([[0.0, 2.0], [0.0, 1.0]]), torch.tensor([1, 1]), torch.tensor([1, 1]))
     conversations = [
         Conversation(({"role": "user", "content": "?"}, {"role": "assistant", "content": "a"}), str(i), "", ("a",))
         for i in range(2)
     ]
     held_out = HeldOut("squad_v1", conversations, [], 0, Eval())
     right, half = [Prediction("a", 1, True)] * 2, [Prediction("a", 1, True), Prediction("b", 1, True)]
-    equal = compare(Asked([same], right), Asked([same], right), held_out)
-    differ = compare(Asked([same, same], right), Asked([same, other], half), held_out)
+    equal = compare(ModelTrace([same], right), ModelTrace([same], right), held_out)
+    differ = compare(ModelTrace([same, same], right), ModelTrace([same, other], half), held_out)
     assert (equal["mean_kl_nats"], equal["max_logit_difference"], equal["answer_argmax_agreement"]) == (0, 0, 1)
     p = torch.tensor([2.0, 0.0]).softmax(0)
     kl = (p * (p.log() - p.flip(0).log())).sum().item()
@@ -218,7 +218,7 @@ def test_layer_that_the_adapter_leaves_as_it_was_needs_leave(run, tmp_path):
 
 
 def test_model_larger_than_memory_is_merged_unmeasured(run, tmp_path, monkeypatch):
-    for name in ("load_run", "load_plain"):
+    for name in ("load_run", "load_format"):
         monkeypatch.setattr(f"sft.export.parity.{name}", lambda *_: pytest.fail("a model was loaded"))
     command(run, "--no-parity", "--out", tmp_path / "out")
     told = json.loads((tmp_path / "out" / "parity.json").read_text())
@@ -258,7 +258,7 @@ def die_after(calls: int, owner, name: str) -> Callable:
 
 def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
     out = tmp_path / "out"
-    for patch in (die_after(5, shards.Shard, "write"), die_after(2, sft.export.pipeline, "flush")):
+    for patch in (die_after(0, PreTrainedConfig, "save_pretrained"), die_after(2, sft.export.pipeline, "flush")):
         kill_at(patch, plain, out)
         assert not out.exists()
     out.mkdir()
@@ -270,13 +270,24 @@ def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_disk_that_fills_up_during_an_export_leaves_none(plain, tmp_path):
+    """As a full disk: the kernel refuses every write beyond 20 kB of a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.RLIM_INFINITY))
+    try:
+        done = command(plain, "--out", tmp_path / "out", "--no-parity", code=4)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert "the disk is full" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_second_export_to_a_folder_is_refused_while_the_first_writes(plain, tmp_path):
     out = tmp_path / "out"
-    with sft.export.pipeline._aside(out) as aside:
-        (aside / "half").touch()
+    with sft.export.pipeline._temporary_folder(out) as temporary:
+        (temporary / "half").touch()
         done = command(plain, "--out", out, "--no-parity", code=5)
         assert "another export writes there" in done.stderr
-        assert (aside / "half").exists()
+        assert (temporary / "half").exists()
     command(plain, "--out", out, "--no-parity")
 
 

@@ -22,31 +22,13 @@ def questions(task: str, n: int = 120) -> list[Row]:
     for i in range(n):
         if task == "newsgroups":
             label = rng.choice(NEWSGROUPS[:5])
-            rows.append(
-                {
-                    "id": f"p{i}",
-                    "cluster": f"t{i}",
-                    "prompt": "post " * 200,
-                    "question": "",
-                    "label": label,
-                    "gold": [label],
-                }
-            )
+            asked = {"id": f"p{i}", "cluster": f"t{i}", "prompt": "post " * 200, "question": ""}
+            rows.append(asked | {"label": label, "gold": [label]})
         else:
-            gold = (
-                [] if i % 3 == 0 else [" ".join(["red", "old", "town", "hall", "tower", "clock", "face"][: 1 + i % 7])]
-            )
+            words = ["red", "old", "town", "hall", "tower", "clock", "face"][: 1 + i % 7]
             question = f"{rng.choice(['Who', 'In which year', 'How', 'Name'])} {i}?"
-            rows.append(
-                {
-                    "id": f"q{i}",
-                    "cluster": f"c{i // 4}",
-                    "prompt": f"text\n\n{question}",
-                    "question": question,
-                    "label": "",
-                    "gold": gold,
-                }
-            )
+            asked = {"id": f"q{i}", "cluster": f"c{i // 4}", "prompt": f"text\n\n{question}", "question": question}
+            rows.append(asked | {"label": "", "gold": [" ".join(words)] if i % 3 else []})
     return rows
 
 

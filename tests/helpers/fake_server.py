@@ -9,19 +9,32 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 Reply = tuple[int, dict[str, Any]]  # status and body; status 0 closes the connection, as a server that is killed
+Events = Iterator[dict[str, Any]]  # of a streamed answer
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], Reply], *models: str) -> Iterator[str]:
-    """Its /v1 address; `answer` makes the reply of a chat completion's request."""
+def serving(answer: Callable[[dict[str, Any]], Reply | Events], *models: str) -> Iterator[str]:
+    """Its /v1 address; `answer` makes the reply to a chat completion's request."""
 
     class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
         def do_GET(self) -> None:
             named = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in models]
             self.reply(200, {"object": "list", "data": named})
 
         def do_POST(self) -> None:
-            self.reply(*answer(json.loads(self.rfile.read(int(self.headers["Content-Length"])))))
+            reply = answer(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            if isinstance(reply, tuple):
+                return self.reply(*reply)
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            for event in reply:
+                self.chunk(f"data: {json.dumps(event)}\n\n")
+            self.chunk("data: [DONE]\n\n")
+            self.chunk("")
 
         def reply(self, status: int, body: dict[str, Any]) -> None:
             if not status:
@@ -34,17 +47,14 @@ def serving(answer: Callable[[dict[str, Any]], Reply], *models: str) -> Iterator
             self.end_headers()
             self.wfile.write(data)
 
+        def chunk(self, text: str) -> None:
+            self.wfile.write(f"{len(text):x}\r\n{text}\r\n".encode())
+            self.wfile.flush()
+
         def log_message(self, *args: object) -> None:
             pass
 
-    with running(Handler) as url:
-        yield url
-
-
-@contextmanager
-def running(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
-    """The /v1 address of a server with this handler."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}/v1"
@@ -63,52 +73,24 @@ def completion(
     return 200, body | more
 
 
-class Streaming(BaseHTTPRequestHandler):
-    """Streams three chunks of an answer of four tokens, 20 ms between them."""
+class Streamer:
+    """Streams three chunks of an answer of four tokens, 20 ms between them. seen: all requests; most: at once."""
 
-    protocol_version = "HTTP/1.1"
-    lock = threading.Lock()
-    seen: list[dict] = []  # noqa: RUF012
-    together = most = 0
+    def __init__(self) -> None:
+        self.lock, self.seen = threading.Lock(), list[dict[str, Any]]()
+        self.running = self.most = 0
 
-    def do_GET(self) -> None:
-        named = [{"id": n, "object": "model", "created": 0, "owned_by": "me"} for n in ("base", "merged")]
-        data = json.dumps({"object": "list", "data": named}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
+    def __call__(self, request: dict[str, Any]) -> Reply | Events:
+        return (500, {}) if request["model"] == "broken" else self.events(request)
 
-    def do_POST(self) -> None:
-        kind, request = type(self), json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with kind.lock:
-            kind.seen.append(request)
-            kind.together += 1
-            kind.most = max(kind.most, kind.together)
-        self.send_response(200 if request["model"] != "broken" else 500)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
+    def events(self, request: dict[str, Any]) -> Events:
+        with self.lock:
+            self.seen.append(request)
+            self.running += 1
+            self.most = max(self.most, self.running)
         for word in ("", "a", "b", "c"):
             time.sleep(0.02)
-            self.event({"choices": [{"delta": {"content": word}}]})
-        self.event({"choices": [], "usage": {"completion_tokens": 4}})
-        with kind.lock:
-            kind.together -= 1
-        self.wfile.write(b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n")
-
-    def event(self, body: dict) -> None:
-        data = f"data: {json.dumps(body)}\n\n".encode()
-        self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
-        self.wfile.flush()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@contextmanager
-def streaming() -> Iterator[str]:
-    """The /v1 address of a server of models base and merged that streams."""
-    Streaming.seen, Streaming.together, Streaming.most = [], 0, 0
-    with running(Streaming) as url:
-        yield url
+            yield {"choices": [{"delta": {"content": word}}]}
+        with self.lock:
+            self.running -= 1
+        yield {"choices": [], "usage": {"completion_tokens": 4}}

@@ -177,7 +177,7 @@ def test_server_is_asked_what_the_run_holds_out(trained, tmp_path, monkeypatch):
     seen = []
     monkeypatch.setattr("sft.scoring.answerers.served_model", lambda url, wanted: "m")
     monkeypatch.setattr(
-        "sft.scoring.answerers.ask_server",
+        "sft.scoring.answerers.server_predictions",
         lambda url, name, questions, *more: [seen.append(q) or Prediction("x", 1, True) for q in questions],
     )
     run("eval", "http://127.0.0.1:1/v1", "--run", trained, "--out", tmp_path / "served")

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import unquote
 
 import pytest
 import typer
@@ -32,10 +33,7 @@ from sft.recipe.strict_yaml import YamlError, parse
 from tests.helpers.places import ROOT
 from tests.helpers.recipes import MINIMAL
 
-PAGES = [
-    # ROOT / "README.md",  # joins the others once it names no removed command
-    *sorted((ROOT / "docs").rglob("*.md")),
-]
+PAGES = [ROOT / "README.md", ROOT / "README.zh.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KINDS = (Recipe, BaselineRecipe)
 SECTIONS = {name for kind in KINDS for name in kind.model_fields}
 KEY = re.compile(r"((?:model|tune|data|pretraining|train|eval|export)(?:\.[a-z]\w*)+)(?:(?:: |=)(.+))?")
@@ -227,7 +225,7 @@ def link_problems(target: str, text: str, page: Path) -> Iterator[str]:
     """Of a link on a page that holds `text`."""
     if re.match("https?:|mailto:", target):
         return
-    name, _, anchor = target.partition("#")
+    name, _, anchor = unquote(target).partition("#")  # the parser quotes what is not ASCII
     file = page.parent / name
     if not file.exists():
         yield f"{target}: leads nowhere"
@@ -343,6 +341,7 @@ def test_page_names_what_there_is(page):
         ("[a](nowhere.md)", "leads nowhere"),
         ("[a](#there)\n\n# Here", "no such heading"),
         ("[a](#the-end-of-it-1)\n\n# The `end` of it!\n\n## The end of it", None),
+        ("[a](#五分钟用-graft-训练)\n\n# 五分钟：用 `graft` 训练", None),
     ],
 )  # fmt: skip
 def test_a_planted_mistake_is_named(text, named):

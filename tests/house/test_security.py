@@ -29,9 +29,9 @@ from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import encode_turns, special_ids
 from data.encode.template import render
 from data.errors import UserError
+from data.page import plain_markdown
 from data.readers.source import FileSource, read_rows
 from data.redact import scrub, secret_line
-from eval.compare_report import _plain
 from sft.baselines.encoder import load_trained
 from sft.errors import RecipeError
 from sft.models.load import load_base, load_tokenizer
@@ -534,13 +534,13 @@ def test_pages_show_text_of_data_as_text(tmp_path: Path):
 @pytest.mark.parametrize("cell", ['=HYPERLINK("http://evil")', "+1+cmd", "@SUM(A1)", "-2+3+cmd|' /C calc'!A0", "=1"])
 def test_cell_of_a_table_is_no_formula(cell):
     """S18: report.md, the only table that is written for others; no CSV is written."""
-    assert _plain(cell)[0] == "\\"
+    assert plain_markdown(cell)[0] == "\\"
 
 
 @pytest.mark.parametrize("cell", ["-1.5 [-3.0 - 0.1]", "-2.0", "12.0 [1.0 - 2.0]", "adapter"])
 def test_numbers_of_a_table_stay(cell):
     """S18: not escaped where there is nothing to fear."""
-    assert _plain(cell).replace("\\[", "[").replace("\\]", "]") == cell
+    assert plain_markdown(cell).replace("\\[", "[").replace("\\]", "]") == cell
 
 
 def report_of(tmp_path: Path, tiny: Path, rows: list[dict[str, str]]) -> dict:

@@ -147,20 +147,11 @@ def test_ia3_names_modules_where_peft_does_not_know_the_architecture(tiny, tiny_
 
 def test_rates_follow_from_the_recipes_own_method(tiny, tiny_bert, tmp_path):
     lora = load_any_recipe(write_recipe(tmp_path / "l.yaml", tiny))  # 1e-3
-    assert [rate_of(m, lora) for m in ("lora", "dora", "full", "ia3", "prompt_tuning")] == [
-        1e-3,
-        1e-3,
-        1e-4,
-        8e-3,
-        3e-2,
-    ]
+    methods = ("lora", "dora", "full", "ia3", "prompt_tuning")
+    assert [rate_of(m, lora) for m in methods] == [1e-3, 1e-3, 1e-4, 8e-3, 3e-2]
     full = load_any_recipe(encoder_recipe(tmp_path / "e.yaml", tiny_bert))  # 1e-4
-    assert [rate_of(m, full) for m in ("full", "gradual_unfreezing", "lora", "linear_probe")] == [
-        1e-4,
-        1e-4,
-        1e-3,
-        3e-3,
-    ]
+    methods = ("full", "gradual_unfreezing", "lora", "linear_probe")
+    assert [rate_of(m, full) for m in methods] == [1e-4, 1e-4, 1e-3, 3e-3]
 
 
 @pytest.mark.slow
@@ -201,7 +192,7 @@ def test_a_failing_rung_is_named_and_the_rest_goes_on(tiny, tmp_path, fake, caps
     rows = ladder(write_recipe(tmp_path / "r.yaml", tiny), ["ia3", "lora"], [], tmp_path / "out")
     assert rows[0]["failed"] == "tune: no such modules [q_proj] in this base"
     assert rows[1]["failed"] is None
-    assert "failed: tune: no such modules [q_proj] in this base |" in (tmp_path / "out" / "ladder.md").read_text()
+    assert r"failed: tune: no such modules \[q_proj\] in this base |" in (tmp_path / "out" / "ladder.md").read_text()
     said = capsys.readouterr().out
     assert "    loading" in said  # its last lines
     assert "no such modules [q_proj]" in said.partition("lora:")[2]  # the table too, its brackets as they are

@@ -7,20 +7,25 @@ from typer.testing import CliRunner
 
 from eval.client import ServerError
 from sft.cli import app
-from sft.serving.bench import Load, Request, Target, bench_serve, make_prompts, summarize
-from tests.helpers.fake_server import Streaming, streaming
+from sft.serving.bench import Load, bench_serve, make_prompts, summarize
+from tests.helpers.fake_server import Streamer, serving
 
 
 @pytest.fixture
-def url():
-    with streaming() as address:
+def server():
+    return Streamer()
+
+
+@pytest.fixture
+def url(server):
+    with serving(server, "base", "merged") as address:
         yield address
 
 
-def test_as_many_ask_at_once_as_are_asked_for_and_all_are_counted(url):
+def test_as_many_ask_at_once_as_are_asked_for_and_all_are_counted(server, url):
     rows = bench_serve([url], ["base"], [3], requests=9, prompt_words=5, new_tokens=4, rounds=2)
-    assert Streaming.most == 3
-    assert len(Streaming.seen) == 2 * 9 + 1, "one more before the first round"
+    assert server.most == 3
+    assert len(server.seen) == 2 * 9 + 1, "one more before the first round"
     (row,) = rows
     assert (row["requests"], row["relative"]) == (18, [1.0, 1.0, 1.0])
     assert row["output_tokens_per_s"] == pytest.approx(4 * row["requests_per_s"], rel=0.01), "tokens, not chunks"
@@ -29,15 +34,18 @@ def test_as_many_ask_at_once_as_are_asked_for_and_all_are_counted(url):
     assert row["requests_per_s"] <= 3 / 0.08, "four waits of 20 ms a request"
 
 
-def test_models_take_turns_and_are_asked_the_same_which_is_never_asked_again(url):
+def test_models_take_turns_and_are_asked_the_same_which_is_never_asked_again(server, url):
     bench_serve([url], [], [2], requests=2, prompt_words=5, new_tokens=4, rounds=2)
-    order = [request["model"] for request in Streaming.seen]
+    order = [request["model"] for request in server.seen]
     assert order == ["base"] * 3 + ["merged"] * 5 + ["base"] * 2, "the second round begins with the other one"
-    asked = {name: sorted(r["messages"][0]["content"] for r in Streaming.seen if r["model"] == name) for name in order}
+    asked = {name: sorted(r["messages"][0]["content"] for r in server.seen if r["model"] == name) for name in order}
     assert asked["base"] == asked["merged"]
     beginnings = {text.split()[0] for text in asked["base"]}
     assert len(beginnings) == len(asked["base"])
-    assert all(request["ignore_eos"] for request in Streaming.seen)
+    assert all(request["ignore_eos"] for request in server.seen)
+    server.seen.clear()
+    bench_serve([url], ["base"], [2], requests=2, prompt_words=5, new_tokens=4, rounds=2)
+    assert not {r["messages"][0]["content"] for r in server.seen} & set(asked["base"]), "nor by the next run"
 
 
 def test_prompts_are_the_same_each_time():
@@ -46,12 +54,10 @@ def test_prompts_are_the_same_each_time():
 
 
 def test_ratio_is_taken_round_by_round():
-    def load(target: Target, number: int, seconds: float) -> Load:
-        return Load(target, 1, number, seconds, [Request(0.1, seconds, [0.1], 10)])
+    def loads(*seconds: float) -> list[Load]:
+        return [Load(s, [([0.1, s], 10)]) for s in seconds]
 
-    one, two = Target("u", "one"), Target("u", "two")
-    loads = [load(one, 0, 1.0), load(two, 0, 2.0), load(one, 1, 10.0), load(two, 1, 10.0), load(one, 2, 3.0)]
-    assert summarize([*loads, load(two, 2, 4.0)], two, 1, one)["relative"] == [0.75, 0.5, 1.0]
+    assert summarize(loads(2.0, 10.0, 4.0), loads(1.0, 10.0, 3.0))["relative"] == [0.75, 0.5, 1.0]
 
 
 def test_refused_request_ends_it_with_one_line(url, monkeypatch):

@@ -47,6 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             os._exit(3)
     def do_POST(self):
         self.send_response(200)
+        self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write(b'{"choices": [{"message": {"content": "Paris"}}]}')
         self.wfile.flush()
@@ -58,7 +59,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 @pytest.fixture
 def fake_vllm(tmp_path, monkeypatch) -> Path:
-    """A vLLM that is found first by what is started; the file that it writes its and its child's id to."""
+    """A vLLM that a started Python imports first; the file that it writes its own and its child's process id to."""
     package = tmp_path / "fake" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
@@ -327,14 +328,14 @@ def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_
     """It dies with its first answer each time, before or after that has arrived."""
     with pytest.raises(SystemExit) as ended:
         serve_command_line([str(tiny)], port=free_port(), retries=2)
-    told = capfd.readouterr()
+    shown = capfd.readouterr().err
     assert ended.value.code == 2
-    kept = sorted(tiny.glob("serve-*.[12].log"))
-    assert len(kept) == 2  # of each that died
-    for log in kept:
+    logs = sorted(tiny.glob("serve-*.[12].log"))
+    assert len(logs) == 2  # of each that died
+    for log in logs:
         log.unlink()
-    assert "starting it again, 2 of 2" in told.err
-    assert told.err.count("out of memory; lower") == 3
+    assert "restarting it, 2 of 2" in shown
+    assert shown.count("out of memory; lower") == 3
     assert gone(processes(fake_vllm), 0)
 
 
@@ -369,7 +370,7 @@ def test_kill_9_of_the_supervisor_leaves_no_process(fake_vllm, tmp_path, tiny):
 
 
 @pytest.mark.parametrize(
-    ("log", "told"),
+    ("log", "message"),
     [
         (
             "ValueError: To serve at least one request with the model's max seq len (8192), (0.70 GiB KV cache is needed, "
@@ -387,9 +388,9 @@ def test_kill_9_of_the_supervisor_leaves_no_process(fake_vllm, tmp_path, tiny):
         ("TypeError: what nobody foresaw", r"stopped with code 7; see .*\n.*TypeError: what nobody foresaw"),
     ],
 )
-def test_reason_in_the_log_is_told_with_its_remedy(tmp_path, log, told):
+def test_reason_in_the_log_is_named_with_its_remedy(tmp_path, log, message):
     (tmp_path / "log").write_text(f"INFO loading\n(EngineCore pid=1) ERROR {log}\n")
-    with pytest.raises(ServerError, match=told):
+    with pytest.raises(ServerError, match=message):
         raise ServerError(why_it_stopped(tmp_path / "log", 7))
 
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,9 @@ from typer.testing import CliRunner
 from data.encode.chat import encode_prompt, stop_tokens
 from eval.generate import generate_one
 from eval.likelihood import next_logprobs
+from eval.prediction import Prediction
 from eval.results import limit_questions
-from eval.server_checks import Here, There, check_first_token, check_score, check_stop
+from eval.server_checks import LocalAnswer, ServerAnswer, check_first_token, check_score, check_stop
 from sft.cli import app
 from sft.models.load import load_base
 from sft.models.target import Loaded, load_run
@@ -92,8 +94,8 @@ class Engine:
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
         if not self.tells:
             return completion(text, finish)
-        told = {"content": [{**top[0], "top_logprobs": top}]}
-        return completion(text, finish, len(answer), {"logprobs": told, "token_ids": answer}, prompt_token_ids=prompt)
+        listed = {"content": [{**top[0], "top_logprobs": top}]}
+        return completion(text, finish, len(answer), {"logprobs": listed, "token_ids": answer}, prompt_token_ids=prompt)
 
 
 def verified(run: Path, engine: Engine, code: int, *more: str) -> tuple[dict, str]:
@@ -131,13 +133,13 @@ def test_other_template_is_shown_side_by_side(run, engine):
     )
     record, shown = verified(run, engine, 1)
     assert results(record)["render"] is False
-    found = record["first_difference"]
-    assert (found["check"], record["checks"]["render"]["equal"]) == ("render", 0)
-    here, there = found["prompt"]["in_process"], found["prompt"]["server"]
-    assert here["text"].endswith("<|im_start|>assistant\n")
-    assert there["text"].endswith("<|im_start|>robot\n")
-    assert engine.tokenizer.decode(here["ids"]) == "assistant\n", "ids from the first that differs"
-    assert found["id"] in shown
+    difference = record["first_difference"]
+    assert (difference["check"], record["checks"]["render"]["equal"]) == ("render", 0)
+    own, other = difference["prompt"]["in_process"], difference["prompt"]["server"]
+    assert own["text"].endswith("<|im_start|>assistant\n")
+    assert other["text"].endswith("<|im_start|>robot\n")
+    assert engine.tokenizer.decode(own["ids"]) == "assistant\n", "ids from the first that differs"
+    assert difference["id"] in shown
     assert "<|im_start|>robot" in shown
 
 
@@ -203,77 +205,79 @@ def test_address_that_is_none_is_one_line(run):
 def test_next_logprobs_are_those_of_each_prompt_alone(tiny, tokenizer, questions):
     model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
     prompts = [encode_prompt(q.prompt, tokenizer) for q in (*questions[:6], questions[0])]
-    found = next_logprobs(model, prompts, 900)
+    together = next_logprobs(model, prompts, 900)
     with torch.inference_mode():
         alone = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts])
-    assert torch.allclose(found, alone, atol=1e-4)
+    assert torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(next_logprobs(model, prompts, 900, packed=False), alone, atol=1e-4)
     assert not torch.allclose(alone[0], alone[1], atol=1e-2), "else any order would do"
 
 
-def here(answer: list[int], ended: bool = True, first: list[float] = [0.0, -1.0, -9.0]) -> Here:  # noqa: B006
-    return Here([1], answer, ended, torch.tensor(first))
+def local(answer: list[int], ended: bool = True, first: Sequence[float] = (0.0, -1.0, -9.0)) -> LocalAnswer:
+    return LocalAnswer(Prediction("", 0, ended, ids=tuple(answer)), [1], torch.tensor(first))
 
 
-def there(answer: list[int] | None, ended: bool = True, top: dict[int, float] | None = None) -> There:
-    return There([1], answer, ended, top, "")
+def server(answer: list[int] | None, ended: bool = True, top: dict[int, float] | None = None) -> ServerAnswer:
+    return ServerAnswer(Prediction("", 0, ended), [1], answer, top)
 
 
 @pytest.mark.parametrize(
     ("one", "other", "passed"),
     [
-        (here([5, 9]), there([5, 9]), True),
-        (here([5, 9]), there([5, 9], ended=False), False),  # cut by length on the very token
-        (here([5, 9]), there([5, 9, 5], ended=False), False),
-        (here([5, 6, 9]), there([5]), False),
-        (here([5, 6], ended=False), there([5, 6, 9]), False),
-        (here([5, 6, 9]), there([5, 7, 7, 7], ended=False), False),  # nothing is left that proves it
-        (here([5, 6], ended=False), there([5, 6], ended=False), False),
+        (local([5, 9]), server([5, 9]), True),
+        (local([5, 9]), server([5, 9], ended=False), False),  # cut by length on the very token
+        (local([5, 9]), server([5, 9, 5], ended=False), False),
+        (local([5, 6, 9]), server([5]), False),
+        (local([5, 6], ended=False), server([5, 6, 9]), False),
+        (local([5, 6, 9]), server([5, 7, 7, 7], ended=False), False),  # nothing is left that proves it
+        (local([5, 6], ended=False), server([5, 6], ended=False), False),
     ],
 )
 def test_ends_are_compared_where_tokens_are_the_same_before(one, other, passed):
-    assert check_stop([one], [other]).passed is passed
+    assert check_stop([(one, other)]).passed is passed
 
 
 def test_answers_that_went_other_ways_are_counted_and_not_judged():
-    check = check_stop([here([5, 9]), here([5, 6, 9])], [there([5, 9]), there([5, 7, 7], ended=False)])
+    check = check_stop([(local([5, 9]), server([5, 9])), (local([5, 6, 9]), server([5, 7, 7], ended=False))])
     assert check.passed
     assert check.numbers["diverged_and_cut"] == 1
 
 
 def test_first_token_may_differ_within_the_margin_only():
-    near, far = there([], top={1: -0.5, 0: -0.6}), there([], top={2: -0.5, 0: -0.6})
-    assert check_first_token([here([])], [near], margin=1.5).passed
-    assert not check_first_token([here([])], [near], margin=0.5).passed
-    assert not check_first_token([here([])], [far], margin=1.5).passed
-    assert not check_first_token([here([])], [there([], top={7: -0.1})]).passed, "an id that the run's vocabulary lacks"
+    near, far = server([], top={1: -0.5, 0: -0.6}), server([], top={2: -0.5, 0: -0.6})
+    assert check_first_token([(local([]), near)], margin=1.5).passed
+    assert not check_first_token([(local([]), near)], margin=0.5).passed
+    assert not check_first_token([(local([]), far)], margin=1.5).passed
+    assert not check_first_token([(local([]), server([], top={7: -0.1}))]).passed, (
+        "an id that the run's vocabulary lacks"
+    )
 
 
 def test_likely_first_tokens_have_the_same_probability_on_both_sides():
     logprobs = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    mine = Here([1], [], True, logprobs)
+    mine = LocalAnswer(Prediction("", 0, True), [1], logprobs)
     same = {i: float(p) for i, p in enumerate(logprobs)}
 
     def judge(**changed: float) -> bool | None:
-        told = same | {int(k[1:]): math.log(v) for k, v in changed.items() if v}
+        top = same | {int(k[1:]): math.log(v) for k, v in changed.items() if v}
         for k in (k for k, v in changed.items() if not v):
-            del told[int(k[1:])]
-        return check_first_token([mine], [there([], top=told)], margin=0.5).passed
+            del top[int(k[1:])]
+        return check_first_token([(mine, server([], top=top))], margin=0.5).passed
 
     assert judge()
     assert judge(_3=0.001), "an unlikely token may differ"
     assert judge(_1=0.2), "0.41 nats"
     assert not judge(_2=0.05), "1.1 nats, although the likeliest is the same"
     assert not judge(_3=0.3), "likely at the server only"
-    broken = Here([1], [], True, torch.full((4,), float("nan")))
-    assert not check_first_token([broken], [there([], top=same)]).passed
+    broken = LocalAnswer(Prediction("", 0, True), [1], torch.full((4,), float("nan")))
+    assert not check_first_token([(broken, server([], top=same))]).passed
     assert not judge(_1=0), "likely in-process, and not even among those that the server lists"
 
 
 def test_ends_of_too_few_answers_prove_nothing():
-    same, other = (here([5, 9]), there([5, 9])), (here([5, 6, 9]), there([5, 7, 9]))
+    same, other = (local([5, 9]), server([5, 9])), (local([5, 6, 9]), server([5, 7, 9]))
     for pairs, passed in (([same, same, other], True), ([same, other, other], False)):
-        check = check_stop([h for h, _ in pairs], [t for _, t in pairs])
+        check = check_stop(pairs)
         assert check.passed is passed, check.text
 
 
