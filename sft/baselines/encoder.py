@@ -12,14 +12,16 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from data.progress import track
 from sft.errors import RecipeError
 from sft.models.load import load_config
+from sft.models.load import load_tokenizer as load_any_tokenizer
 from sft.models.resolve import readable, resolve_base, stored_config
 from sft.models.tune import add_adapter, train_matching
 from sft.recipe.baseline_schema import PEFT_TASKS, BaselineTune, EncoderModel
+from sft.recipe.schema import Model
 from sft.untrusted import check_adapter, check_config
 
 HEADS = {
@@ -36,16 +38,14 @@ Row = dict[str, Any]  # a model's inputs by name, and perhaps its targets
 
 def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
     """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for, or can't pad."""
-    with readable(f"model.base: {model.base}: the tokenizer"):
-        folder = resolve_base(model.base)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
+    tokenizer = load_any_tokenizer(Model(base=model.base, revision=model.revision))
     if not tokenizer.is_fast:
         raise RecipeError(f"model.base: {model.base}: no fast tokenizer, which maps tokens to characters; convert it")
     if tokenizer.pad_token is None:
         raise RecipeError(
             f"model.base: {model.base}: no padding token; name an encoder, as google-bert/bert-base-uncased"
         )
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    return tokenizer
 
 
 def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str] = ()) -> PreTrainedModel:

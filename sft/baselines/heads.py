@@ -28,7 +28,6 @@ from sft.baselines.data import Split
 from sft.baselines.encoder import (
     PER_TOKEN,
     Row,
-    check_positions,
     load_encoder,
     load_tokenizer,
     load_trained,
@@ -125,15 +124,6 @@ class SpanReader(Head):
         answers, _ = read_spans(model, self.recipe, self.dev, self.tokenizer, self.dev_windows)
         threshold = best_threshold(self.recipe, self.dev, answers)
         return {"null_threshold": threshold if math.isfinite(threshold) else None}  # null: always answer
-
-
-def head_of(recipe: BaselineRecipe, split: Split) -> Head:
-    check_positions(recipe.model, recipe.data.max_seq_length, recipe.tune.peft.get("num_virtual_tokens") or 0)
-    if recipe.objective == "mlm":
-        from sft.baselines.mlm import MaskedLM
-
-        return MaskedLM(recipe, split)
-    return Classifier(recipe, split) if recipe.objective == "classification" else SpanReader(recipe, split)
 
 
 def load_run(

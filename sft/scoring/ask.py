@@ -55,8 +55,7 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
     if HEADERS.match(text):  # a whole post is read as those of training are
         text = strip_post(text)
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
-        system, user = {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}
-        asked = Conversation((system, user, {"role": "assistant", "content": ""}), "text", "text", context=text)
+        asked = Conversation((), "text", "text", context=text)
         yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
         return
     labels, probabilities = _label_probabilities(run, recipe, text)

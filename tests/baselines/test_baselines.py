@@ -358,7 +358,7 @@ def test_commands_of_adapters_say_that_a_recipe_is_a_baseline(tmp_path):
         load_recipe(Path("recipes/minilm_newsgroups.yaml"))
     run = trained(recipe("classification", "floor:majority", tmp_path / "run"))
     with pytest.raises(RecipeError, match="a baseline answers by its head"):
-        evaluate(str(run), tmp_path / "eval", asking=AnswerOptions(labels=True))
+        evaluate(str(run), tmp_path / "eval", options=AnswerOptions(labels=True))
 
 
 def test_scored_runs_of_different_kinds_are_compared_on_the_same_questions(tiny_bert, tmp_path):

@@ -15,13 +15,12 @@ from data.encode.tokens import plain_backend
 from sft.baselines.data import Split, read_split
 from sft.baselines.encoder import load_encoder, tune_encoder
 from sft.baselines.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
-from sft.baselines.train import train_baseline
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import BaselineRecipe, BaselineTune, EncoderModel
 from sft.runs.metrics import read_metrics
+from tests.helpers.baselines import recipe, trained
 from tests.helpers.qa import bert_tokenizer
 
-POSTS = "data/samples/newsgroups.jsonl"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -39,12 +38,11 @@ def bert(tmp_path_factory) -> str:
     return save(transformers.BertModel(config), tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
-def recipe_of(base: str, out: Path | None = None, **sections) -> BaselineRecipe:
-    train = {"max_steps": 2, "examples_per_step": 8, "bf16": False, "eval_strategy": "no", "logging_steps": 1}
-    train |= {"output_dir": out} | sections.pop("train", {})
-    data = {"train": POSTS, "max_seq_length": 64, "max_query_length": 8, "dev_share": 0.1} | sections.pop("data", {})
-    fixed = {"objective": "mlm", "task": "newsgroups", "model": {"base": base}}
-    return BaselineRecipe.model_validate(fixed | {"data": data, "train": train} | sections)
+def recipe_of(base: str, out: Path | str = "", **sections) -> BaselineRecipe:
+    train = {"max_steps": 2, "examples_per_step": 8, "eval_strategy": "no", "logging_steps": 1}
+    defaults = {"train": train, "data": {"dev_share": 0.1}, "eval": {"share": None}}
+    sections |= {name: values | sections.get(name, {}) for name, values in defaults.items()}
+    return recipe(sections.pop("objective", "mlm"), base, out, **sections)
 
 
 def post(text: str, number: int = 0) -> Conversation:
@@ -61,7 +59,7 @@ def words(count: int) -> str:
 
 
 def train(recipe: BaselineRecipe) -> tuple[Path, dict, list[dict]]:
-    run = train_baseline(recipe, Path("recipes/tiny.yaml"))
+    run = trained(recipe)
     return run, json.loads((run / "chosen.json").read_text()), read_metrics(run)
 
 
