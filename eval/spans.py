@@ -1,16 +1,18 @@
-"""Logits of a span model over windows -> answers, and the threshold above which the answer is that there is none.
+"""Logits of a span model over windows -> answers, and the threshold above which there is no answer.
 
 The rules are those of google-research/bert's run_squad.py, the texts exact quotes: nothing is put together from tokens.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from datasets import Dataset
+from scipy.special import softmax
 
 from data.conversation import Conversation, DataError
-from data.encode.qa_windows import Windows
+from data.encode.qa_windows import NO_PASSAGE
 from data.readers.squad import UNANSWERABLE
 
 Candidate = tuple[float, int, int]  # score, and from and to which character of the context
@@ -20,8 +22,8 @@ Candidate = tuple[float, int, int]  # score, and from and to which character of 
 class SpanAnswer:
     """The best span of a question. Scores are sums of a start and an end logit.
 
-    text: its quote; empty, with score -inf, where no token can be one. null_score: that of [CLS], the lowest of the
-    question's windows. null_difference: null_score - score; there is no answer where it exceeds a threshold.
+    text: its quote; empty, with score -inf, if no token can be one. null_score: that of [CLS], the lowest of the
+    question's windows. null_difference: null_score - score; there is no answer if it exceeds a threshold.
     n_best: texts, best first, "" for no answer, with probabilities by softmax over them. probability,
     null_probability: those of text and of "".
     """
@@ -36,7 +38,7 @@ class SpanAnswer:
 
 
 def best_spans(
-    windows: Windows,
+    windows: Dataset,
     start_logits: Sequence[np.ndarray],
     end_logits: Sequence[np.ndarray],
     conversations: Sequence[Conversation],
@@ -46,39 +48,34 @@ def best_spans(
     """An answer for each conversation, in order. Logits: for each window an array of its row's length or longer (the
     rows of a padded batch do); max_answer_length in tokens.
 
-    A span begins at a token that has its max context in the window, so that each begins in one window only. Of equal
-    texts the best one counts, so n_best may hold fewer texts. Raises DataError for logits that are not numbers.
+    A span begins in the core of a window, so that each begins in one window only. Of equal texts the best one counts,
+    so n_best may hold fewer texts. Raises DataError for logits that are not numbers.
     """
     if not len(start_logits) == len(end_logits) == len(windows):
         raise ValueError(f"{len(start_logits)} and {len(end_logits)} rows of logits for {len(windows)} windows")
-    found: list[list[Candidate]] = [[] for _ in conversations]
-    null = [math.inf] * len(conversations)
-    rows = zip(windows.conversation.tolist(), windows.lengths.tolist(), start_logits, end_logits, strict=True)
-    places = _places(windows)
-    for (index, length, start, end), (at, begin, shown, low, high) in zip(rows, places, strict=True):
+    candidates: list[list[Candidate]] = [[] for _ in conversations]
+    null_scores = [math.inf] * len(conversations)
+    places = windows.select_columns(["conversation", "char_starts", "char_ends", "core_start", "core_end"])
+    for row, start, end in zip(places, start_logits, end_logits, strict=True):
+        index, first, length = row["conversation"], row["core_start"], len(row["char_ends"])
         starts, ends = np.asarray(start, np.float64)[:length], np.asarray(end, np.float64)[:length]
         if len(starts) != length or len(ends) != length:
             raise ValueError(f"{len(starts)} and {len(ends)} logits for the {length} tokens of a window")
         if not (np.isfinite(starts).all() and np.isfinite(ends).all()):
-            problem = (
-                "the model's logits are not finite; evaluate it in float32, or train it with a lower learning rate"
-            )
-            raise DataError(conversations[index].where, problem, "logits")
-        null[index] = min(null[index], float(starts[0] + ends[0]))
-        scores, first, last = _best(
-            starts[at + low : at + high], ends[at + low : at + shown], n_best, max_answer_length
-        )
-        offsets = windows.passage_offsets[begin : begin + shown]
-        spans = zip(scores.tolist(), offsets[first + low, 0].tolist(), offsets[last + low, 1].tolist(), strict=True)
-        found[index] += spans
+            remedy = "evaluate it in float32, or train it with a lower learning rate"
+            raise DataError(conversations[index].where, f"the model's logits are not finite; {remedy}", "logits")
+        null_scores[index] = min(null_scores[index], float(starts[0] + ends[0]))
+        ends = np.where(np.array(row["char_ends"]) == NO_PASSAGE, -np.inf, ends)
+        best = _best(starts[first : row["core_end"]], ends[first:], n_best, max_answer_length)
+        candidates[index] += [(s, row["char_starts"][first + i], row["char_ends"][first + j]) for s, i, j in best]
     return [
         _answer(conversation.context, sorted(spans, key=lambda s: -s[0]), score, n_best)
-        for conversation, spans, score in zip(conversations, found, null, strict=True)
+        for conversation, spans, score in zip(conversations, candidates, null_scores, strict=True)
     ]
 
 
 def choose(answers: Sequence[SpanAnswer], threshold: float = 0.0, allow_null: bool = True) -> list[str]:
-    """Texts to be scored: UNANSWERABLE where null_difference exceeds the threshold; never, unless allow_null."""
+    """Texts to be scored: UNANSWERABLE if null_difference exceeds the threshold; never, unless allow_null."""
     return [
         UNANSWERABLE if allow_null and (not answer.text or answer.null_difference > threshold) else answer.text
         for answer in answers
@@ -101,49 +98,29 @@ def tune_threshold(
     if not nulled.any():
         return math.inf, float(spanned.mean())
     order = np.argsort(given, kind="stable")
-    gains = np.concatenate(([0.0], np.cumsum((spanned - nulled)[order])))
-    # after k questions in order of their difference get their span, the rest none; equal differences go together
-    values, counts = np.unique(given[order], return_counts=True)
-    totals = gains[np.concatenate(([0], np.cumsum(counts)))] + nulled.sum()
-    # choice i holds for thresholds from bounds[i] to just below bounds[i + 1]
-    bounds = np.concatenate(([-math.inf], values, [math.inf]))
-    totals[
-        bounds[:-1] == bounds[1:]
-    ] = -math.inf  # none does where a question without a span has an infinite difference
-    best = np.flatnonzero(totals >= totals.max() - 1e-9)
-    choices = [_nearest_0(bounds[i], bounds[i + 1]) for i in best]
-    return min(choices, key=abs), float(totals.max() / len(given))
-
-
-def _nearest_0(low: float, beyond: float) -> float:
-    """The number that is nearest to 0 of those from `low` to just below `beyond`."""
-    if low > 0:
-        return float(low)
-    return 0.0 if beyond > 0 else float(np.nextafter(beyond, -math.inf))
-
-
-def _places(windows: Windows) -> list[list[int]]:
-    """Of each window: position of its first passage token, number of that among all passages', tokens shown, and which
-    of them, from and to, may begin an answer."""
-    begin = windows.passage_rows[windows.passage] + windows.first
-    core = windows.core - np.asarray(windows.first)[:, None]
-    return np.stack((windows.passage_at, begin, windows.length, *core.T), axis=1).tolist()
+    gains = np.concatenate(([0.0], np.cumsum((spanned - nulled)[order])))  # of the first N getting their span
+    # the score only changes at a difference: each threshold is as good as one of these that is not farther from 0
+    thresholds = np.concatenate(([0.0], given, np.nextafter(given, -np.inf)))
+    thresholds = np.unique(thresholds[np.isfinite(thresholds)])  # a question without a span has an infinite difference
+    totals = nulled.sum() + gains[np.searchsorted(given[order], thresholds, side="right")]
+    best = thresholds[totals >= totals.max() - 1e-9]
+    return float(min(best, key=abs)), float(totals.max() / len(given))
 
 
 def _best(
     starts: np.ndarray, ends: np.ndarray, n_best: int, max_answer_length: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Iterator[tuple[float, int, int]]:
     """Scores, first and last tokens of the n_best best spans that begin at one of `starts` and end at one of `ends`,
     which begin at the same token; not in order. All spans compete, not those of the best starts and ends only."""
     if not len(starts):
-        return np.zeros(0), np.zeros(0, int), np.zeros(0, int)
+        return iter(())
     padded = np.full(len(starts) + max_answer_length - 1, -np.inf)
     padded[: len(ends)] = ends[: len(padded)]
     sums = (starts[:, None] + np.lib.stride_tricks.sliding_window_view(padded, max_answer_length)).ravel()
     chosen = np.argpartition(-sums, n_best - 1)[:n_best] if n_best < len(sums) else np.arange(len(sums))
     chosen = chosen[np.isfinite(sums[chosen])]
-    first = chosen // max_answer_length
-    return sums[chosen], first, first + chosen % max_answer_length
+    first, length = np.divmod(chosen, max_answer_length)
+    return zip(sums[chosen].tolist(), first.tolist(), (first + length).tolist(), strict=True)
 
 
 def _answer(context: str, spans: Sequence[Candidate], null_score: float, n_best: int) -> SpanAnswer:
@@ -154,9 +131,8 @@ def _answer(context: str, spans: Sequence[Candidate], null_score: float, n_best:
         if text and len(scores) < n_best:
             scores.setdefault(text, score)
     text, score = next(iter(scores.items()), ("", -math.inf))
-    ranked = sorted([*scores.items(), ("", null_score)], key=lambda pair: -pair[1])
-    weights = np.exp(np.array([value for _, value in ranked]) - ranked[0][1])
-    shares = {name: float(share) for (name, _), share in zip(ranked, weights / weights.sum(), strict=True)}
+    ranked = dict(sorted({**scores, "": null_score}.items(), key=lambda pair: -pair[1]))
+    shares = dict(zip(ranked, softmax([*ranked.values()]).tolist(), strict=True))
     return SpanAnswer(
         text=text,
         score=score,

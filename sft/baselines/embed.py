@@ -31,10 +31,6 @@ def embedder(model: EncoderModel, max_seq_length: int) -> tuple[Callable[[Sequen
     its parameters. Raises RecipeError for what is no encoder, or is longer than it reads."""
     check_positions(model, max_seq_length)
     tokenizer = load_tokenizer(model)
-    if tokenizer.pad_token_id is None:
-        raise RecipeError(
-            f"model.base: {model.base} pads nothing, so it is no encoder; name one, as google-bert/bert-base-uncased"
-        )
     encoder = load_encoder(model, "features", seed=0)
     if encoder.config.is_encoder_decoder:
         remedy = "name an encoder, as google-bert/bert-base-uncased"
@@ -45,6 +41,6 @@ def embedder(model: EncoderModel, max_seq_length: int) -> tuple[Callable[[Sequen
         rows, cut = encode_texts(texts, tokenizer, max_seq_length)
         if cut and len(rows) > 1:
             print(f"{cut} of {len(rows)} texts are embedded by their first {max_seq_length} tokens", flush=True)
-        return np.stack([row[0] for row in predict(mean, rows, tokenizer.pad_token_id, ("embedding",), bf16=False)])
+        return np.stack([row for (row,) in predict(mean, rows, tokenizer, ("embedding",), bf16=False)])
 
     return embed, sum(p.numel() for p in mean.parameters())

@@ -4,7 +4,7 @@ The heads are transformers' own: AutoModelForSequenceClassification, ...ForQuest
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,21 +12,16 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    set_seed,
-)
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from data.progress import Bar
+from data.progress import track
 from sft.errors import RecipeError
+from sft.models.load import load_config
+from sft.models.load import load_tokenizer as load_any_tokenizer
 from sft.models.resolve import readable, resolve_base, stored_config
-from sft.models.tune import peft_settings, train_matching
+from sft.models.tune import add_adapter, train_matching
 from sft.recipe.baseline_schema import PEFT_TASKS, BaselineTune, EncoderModel
-from sft.recipe.load import peft_types
+from sft.recipe.schema import Model
 from sft.untrusted import check_adapter, check_config
 
 HEADS = {
@@ -36,22 +31,26 @@ HEADS = {
     "nsp": "BertForPreTraining",
     "features": "AutoModel",
 }
+PER_TOKEN = ("start_logits", "end_logits")
 BATCH_TOKENS = 8192  # of a batch of predictions, padding included
+Row = dict[str, Any]  # a model's inputs by name, and perhaps its targets
 
 
 def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
-    """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for."""
-    with readable(f"model.base: {model.base}: the tokenizer"):
-        folder = resolve_base(model.base)
-        tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
+    """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for, or can't pad."""
+    tokenizer = load_any_tokenizer(Model(base=model.base, revision=model.revision))
     if not tokenizer.is_fast:
         raise RecipeError(f"model.base: {model.base}: no fast tokenizer, which maps tokens to characters; convert it")
-    return cast(PreTrainedTokenizerBase, tokenizer)
+    if tokenizer.pad_token is None:
+        raise RecipeError(
+            f"model.base: {model.base}: no padding token; name an encoder, as google-bert/bert-base-uncased"
+        )
+    return tokenizer
 
 
 def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str] = ()) -> PreTrainedModel:
     """The encoder in float32 with a new head, drawn by the seed; a head that the base brings is taken. Raises
-    RecipeError where a weight of the encoder itself is missing."""
+    RecipeError if a weight of the encoder itself is missing."""
     set_seed(seed)
     numbers = {label: i for i, label in enumerate(labels)}
     names = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers} if labels else {}
@@ -60,16 +59,16 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
         check_config(stored_config(model.base, model.revision), f"model.base: {model.base}")
         config = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False, **names)
         _set_attention_dropout(config, model)
-        loaded, found = getattr(transformers, HEADS[head]).from_pretrained(
+        loaded, info = getattr(transformers, HEADS[head]).from_pretrained(
             folder, config=config, revision=model.revision, use_safetensors=True, trust_remote_code=False,
             dtype=torch.float32, output_loading_info=True,
         )  # fmt: skip
     inside = "" if head == "features" else f"{loaded.base_model_prefix}."
-    of_encoder = sorted(k.removeprefix(inside) for k in found["missing_keys"] if k.startswith(inside))
+    of_encoder = sorted(k.removeprefix(inside) for k in info["missing_keys"] if k.startswith(inside))
     loaded.drawn = [k for k in of_encoder if "pooler." in k]  # which is the head's rather than the encoder's
     if missing := [k for k in of_encoder if "pooler." not in k]:
         raise RecipeError(
-            f"model.base: {model.base}: the weight {missing[0]} is not there ({len(missing)} such weights); "
+            f"model.base: {model.base}: the weight {missing[0]} is missing ({len(missing)} such weights); "
             "name a whole encoder such as google-bert/bert-base-uncased"
         )
     return cast(PreTrainedModel, loaded)
@@ -85,9 +84,8 @@ def _set_attention_dropout(config: PretrainedConfig, model: EncoderModel) -> Non
 
 
 def positions_of(model: EncoderModel) -> int | None:
-    """Tokens of the longest input; None where the config sets no limit."""
-    with readable(f"model.base: {model.base}"):
-        config = AutoConfig.from_pretrained(resolve_base(model.base), revision=model.revision, trust_remote_code=False)
+    """Tokens of the longest input; None if the config sets no limit."""
+    config = load_config(model)
     most: int | None = config.to_dict().get("max_position_embeddings")
     if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
         most -= 2  # their positions begin behind that of padding
@@ -95,7 +93,7 @@ def positions_of(model: EncoderModel) -> int | None:
 
 
 def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:
-    """Raise RecipeError where an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
+    """Raise RecipeError if an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
     most = positions_of(model)
     if most is not None and max_seq_length + virtual_tokens > most:
         behind = f" behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
@@ -116,32 +114,22 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
         for name, parameter in model.base_model.named_parameters():
             parameter.requires_grad_(name in cast(Any, model).drawn)
         return model
-    from peft import get_peft_model
-
-    kind, settings = peft_types()[tune.method], dict(peft_settings(tune, model))
-    if objective == "extractive_qa" and settings.get("target_modules") == "all-linear":
-        settings.setdefault("exclude_modules", ["qa_outputs"])  # the new head is trained whole, as a classifier's is
-    config = kind(task_type=PEFT_TASKS[objective], **settings)
-    try:
-        return cast(PreTrainedModel, get_peft_model(model, config))
-    except ValueError as error:
-        raise RecipeError(f"tune: {error}") from error
+    # the new head is trained whole, as a classifier's is
+    whole = objective == "extractive_qa" and tune.peft.get("target_modules") == "all-linear"
+    return add_adapter(model, tune, PEFT_TASKS[objective], {"exclude_modules": ["qa_outputs"]} if whole else {})
 
 
 def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
     """Depth of each parameter by name: 0 the head and pooler, 1 the uppermost layer, ..., the embeddings; and the
-    deepest. Raises RecipeError where the names don't tell layers."""
+    deepest. Raises RecipeError if the names have no layers."""
     layers = model.config.num_hidden_layers
-    found = {}
+    depth = {}
     for name, _ in model.named_parameters():
         layer = re.search(r"\.layers?\.(\d+)\.", name)
-        if layer:
-            found[name] = layers - int(layer[1])
-        else:
-            found[name] = layers + 1 if "embeddings" in name else 0
-    if not any(0 < depth <= layers for depth in found.values()):
+        depth[name] = layers - int(layer[1]) if layer else (layers + 1) * ("embeddings" in name)
+    if not any(0 < level <= layers for level in depth.values()):
         raise RecipeError(f"tune: {type(model).__name__} names no layers to go through; use full without layer_decay")
-    return found, layers + 1
+    return depth, layers + 1
 
 
 def load_trained(
@@ -162,44 +150,27 @@ def load_trained(
 
 @torch.inference_mode()
 def predict(
-    model: nn.Module, rows: Sequence[Mapping[str, Any]], pad_id: int, outputs: Sequence[str], bf16: bool
+    model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, outputs: Sequence[str], bf16: bool
 ) -> list[tuple[np.ndarray, ...]]:
     """The named outputs of each row (float32), in order; per token ones without padding. Rows of like length share a
     batch of at most BATCH_TOKENS."""
     model.eval()
     device = next(model.parameters()).device
-    found: list[tuple[np.ndarray, ...]] = [()] * len(rows)
-    bar = Bar("predict", len(rows))
-    done = 0
-    for batch in _batches([len(r["input_ids"]) for r in rows]):
-        padded = pad([rows[i] for i in batch], pad_id)
+    lengths = [len(row["input_ids"]) for row in rows]
+    predictions: list[tuple[np.ndarray, ...]] = [()] * len(lengths)
+    for batch in track(list(_batches(lengths)), "predict, in batches"):
+        inputs = pad([rows[i] for i in batch], tokenizer)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            output = model(**{name: tensor.to(device) for name, tensor in padded.items()})
-        values = [output[name].float().cpu().numpy() for name in outputs]
+            output = model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+        values = {name: output[name].float().cpu().numpy() for name in outputs}
         for j, i in enumerate(batch):
-            length = len(rows[i]["input_ids"])
-            per_token = (name in ("start_logits", "end_logits") for name in outputs)
-            found[i] = tuple(v[j, :length] if each else v[j] for v, each in zip(values, per_token, strict=True))
-        done += len(batch)
-        bar.update(done)
-    bar.close()
-    return found
+            predictions[i] = tuple(v[j, : lengths[i]] if n in PER_TOKEN else v[j] for n, v in values.items())
+    return predictions
 
 
-def pad(rows: Sequence[Mapping[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
-    """Rows of token ids as tensors (rows, longest), padded on the right, with their attention mask."""
-    longest = max(len(r["input_ids"]) for r in rows)
-
-    def tensor(name: str, fill: int) -> torch.Tensor:
-        return torch.tensor([[*r[name], *[fill] * (longest - len(r[name]))] for r in rows])
-
-    batch = {"input_ids": tensor("input_ids", pad_id)}
-    batch["attention_mask"] = torch.tensor(
-        [[1] * len(r["input_ids"]) + [0] * (longest - len(r["input_ids"])) for r in rows]
-    )
-    if "token_type_ids" in rows[0]:
-        batch["token_type_ids"] = tensor("token_type_ids", 0)
-    return batch
+def pad(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """Rows as tensors (rows, longest), padded on the right, with their attention mask; a target as a tensor (rows)."""
+    return dict(tokenizer.pad(list(rows), padding_side="right", return_attention_mask=True, return_tensors="pt"))
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -63,7 +63,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
         arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
         # coef_ is in column order, whose bytes safetensors would write as if they were rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
-        facts |= {"labels": [str(c) for c in classifier.classes_], "words": _in_order(vectorizer.vocabulary_)}
+        facts |= {"labels": [str(c) for c in classifier.classes_], "words": vectorizer.get_feature_names_out().tolist()}
     (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
     return fitted
 
@@ -117,13 +117,13 @@ def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
         return math.log((facts["documents"] + 1) / (facts["counts"].get(word, 0) + 1))
 
     asked = {word for word in _words(conversation.question) if idf(word) > 1}
-    found = [(m.group().lower(), m.start(), m.end()) for m in WORD.finditer(conversation.context)]
-    places = [(i, idf(word)) for i, (word, _, _) in enumerate(found) if word in asked]
+    words_at = [(m.group().lower(), m.start(), m.end()) for m in WORD.finditer(conversation.context)]
+    places = [(i, idf(word)) for i, (word, _, _) in enumerate(words_at) if word in asked]
     best, answer = -math.inf, ""
-    for first in range(len(found)):
-        for last in range(first, min(first + LONGEST, len(found))):
-            words = [word for word, _, _ in found[first : last + 1]]
-            text = conversation.context[found[first][1] : found[last][2]]
+    for first in range(len(words_at)):
+        for last in range(first, min(first + LONGEST, len(words_at))):
+            words = [word for word, _, _ in words_at[first : last + 1]]
+            text = conversation.context[words_at[first][1] : words_at[last][2]]
             if asked & set(words) or idf(words[0]) < 2 or idf(words[-1]) < 2 or re.search(r"[.;:!?]\s|\n", text):
                 continue
             near = sum(weight / (1 + min(abs(i - first), abs(i - last))) for i, weight in places)
@@ -135,7 +135,3 @@ def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
 
 def _words(text: str) -> list[str]:
     return [m.group().lower() for m in WORD.finditer(text)]
-
-
-def _in_order(vocabulary: dict[str, int]) -> list[str]:
-    return sorted(vocabulary, key=vocabulary.__getitem__)

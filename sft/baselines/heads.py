@@ -5,67 +5,78 @@ A head knows nothing of optimizers; sft/baselines/trainer.py knows nothing of la
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
+from datasets import Dataset
 from scipy.special import log_softmax
 from sklearn.metrics import f1_score
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation
-from data.encode.qa_windows import Windows, load_windows, make_windows
+from data.encode.qa_windows import load_windows, make_windows
 from data.encode.tokens import encode_texts
 from data.readers.squad import UNANSWERABLE
 from eval.metrics import squad_scores
 from eval.prediction import Prediction
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
 from sft.baselines.data import Split
-from sft.baselines.encoder import check_positions, load_encoder, load_tokenizer, load_trained, pad, predict
+from sft.baselines.encoder import (
+    PER_TOKEN,
+    Row,
+    load_encoder,
+    load_tokenizer,
+    load_trained,
+    pad,
+    predict,
+)
+from sft.errors import RunError
 from sft.models.load import default_device
 from sft.models.resolve import cache_dir
 from sft.recipe.baseline_schema import BaselineRecipe
 
 CHOSEN = "chosen.json"
-Row = dict[str, Any]
 
 
-class Head(Protocol):
+class Head:
     """`rows`: what a step draws from. `notes`: what a user should know of them before training."""
 
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
-    @property
-    def rows(self) -> Sequence[Row]: ...
-    @property
-    def notes(self) -> list[str]: ...
+    rows: Sequence[Row]
 
-    def load(self) -> PreTrainedModel: ...
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]: ...
-    def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:
-        """Of the slice that chooses the checkpoint: loss, and metrics from 0 to 100 (but perplexity)."""
-        ...
+    def __init__(self, recipe: BaselineRecipe) -> None:
+        self.recipe, self.tokenizer, self.notes = recipe, load_tokenizer(recipe.model), list[str]()
 
-    def choose(self, model: torch.nn.Module, bf16: bool) -> dict[str, Any]:
+    def load(self) -> PreTrainedModel:
+        return load_encoder(self.recipe.model, self.recipe.objective, self.recipe.train.seed)
+
+    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
+        return pad(rows, self.tokenizer)
+
+    def score_dev(self, model: nn.Module) -> dict[str, float]:
+        """Loss of the slice that chooses the checkpoint, and its metrics from 0 to 100 (except perplexity)."""
+        raise NotImplementedError
+
+    def choose(self, model: nn.Module) -> dict[str, Any]:
         """What scoring needs beside the weights, chosen on that slice: labels, or the no-answer threshold."""
-        ...
+        raise NotImplementedError
 
 
-class Classifier:
+class Classifier(Head):
     def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
-        self.recipe, self.tokenizer = recipe, load_tokenizer(recipe.model)
+        super().__init__(recipe)
         self.labels = sorted({c.label for c in split.train})
         number = {label: i for i, label in enumerate(self.labels)}
         length = recipe.data.max_seq_length
         rows, cut = encode_texts([c.context for c in split.train], self.tokenizer, length)
         self.rows = [row | {"labels": number[c.label]} for row, c in zip(rows, split.train, strict=True)]
-        self.dev, _ = encode_texts([c.context for c in split.dev], self.tokenizer, length) if split.dev else ([], 0)
+        self.dev, _ = encode_texts([c.context for c in split.dev], self.tokenizer, length)
         self.gold = np.array([number.get(c.label, -1) for c in split.dev])  # -1: a label that training lacks
-        self.notes = (
-            [f"{cut} of {len(rows)} posts are longer than data.max_seq_length {length} and were cut"] if cut else []
-        )
+        if cut:
+            self.notes.append(f"{cut} of {len(rows)} posts are longer than data.max_seq_length {length} and were cut")
 
     def load(self) -> PreTrainedModel:
         model: Any = load_encoder(self.recipe.model, "classification", self.recipe.train.seed, self.labels)
@@ -74,107 +85,74 @@ class Classifier:
             self.notes.append(f"{self.recipe.model.base} has no pooler: it is drawn at random{trained}")
         return cast(PreTrainedModel, model)
 
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return pad(rows, self.tokenizer.pad_token_id) | {"labels": torch.tensor([row["labels"] for row in rows])}
-
-    def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:
-        logits = np.array([row[0] for row in predict(model, self.dev, self.tokenizer.pad_token_id, ("logits",), bf16)])
-        known = self.gold >= 0
+    def score_dev(self, model: nn.Module) -> dict[str, float]:
+        logits, known = class_logits(model, self.recipe, self.dev, self.tokenizer), self.gold >= 0
         loss = -log_softmax(logits[known], axis=1)[np.arange(known.sum()), self.gold[known]].mean()
         chosen = logits.argmax(axis=1)
         macro = f1_score(self.gold[known], chosen[known], average="macro", zero_division=0)
-        return {
-            "loss": float(loss),
-            "accuracy": 100 * float((chosen == self.gold).mean()),
-            "macro_f1": 100 * float(macro),
-        }
+        accuracy = (chosen == self.gold).mean()
+        return {"loss": float(loss), "accuracy": 100 * float(accuracy), "macro_f1": 100 * float(macro)}
 
-    def choose(self, model: torch.nn.Module, bf16: bool) -> dict[str, Any]:
+    def choose(self, model: nn.Module) -> dict[str, Any]:
         return {"labels": self.labels}
 
 
-class SpanReader:
+class SpanReader(Head):
     def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
-        self.recipe, self.tokenizer = recipe, load_tokenizer(recipe.model)
-        self.windows = read_windows(recipe, split.train, self.tokenizer)
-        self.rows = WindowRows(self.windows, self.tokenizer)
+        super().__init__(recipe)
+        windows, data = windows_of(recipe, split.train, self.tokenizer, cached=True), recipe.data
+        self.rows = inputs_of(windows, self.tokenizer, "start_positions", "end_positions")
         self.dev = split.dev
-        self.dev_windows = read_windows(recipe, split.dev or split.train[:1], self.tokenizer)  # none without dev_share
-        data = recipe.data
-        self.notes = [f"{len(self.windows)} windows of at most {data.max_seq_length} tokens"]
-        if cut := self.windows.cut_questions:
-            self.notes.append(
-                f"{cut} questions are longer than data.max_query_length {data.max_query_length} and were cut"
-            )
-        if lost := self.windows.lost_answers:
-            self.notes.append(
-                f"{lost} answers fit no window and are trained as if there were none; raise max_seq_length"
-            )
+        self.dev_windows = windows_of(recipe, self.dev, self.tokenizer, cached=True) if self.dev else None
+        self.notes.append(f"{len(windows)} windows of at most {data.max_seq_length} tokens")
+        if cut := sum(windows["cut_question"][:]):
+            longest = f"data.max_query_length {data.max_query_length}"
+            self.notes.append(f"{cut} questions are longer than {longest} and were cut")
+        if lost := sum(windows["lost_answer"][:]):
+            problem = "answers fit no window and are trained as if there were none"
+            self.notes.append(f"{lost} {problem}; raise data.max_seq_length")
 
-    def load(self) -> PreTrainedModel:
-        return load_encoder(self.recipe.model, "extractive_qa", self.recipe.train.seed)
-
-    def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        targets = {name: torch.tensor([row[name] for row in rows]) for name in ("start_positions", "end_positions")}
-        return pad(rows, self.tokenizer.pad_token_id) | targets
-
-    def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:
-        answers, loss = read_spans(model, self.recipe, self.dev, self.dev_windows, self.tokenizer, bf16)
-        threshold = best_threshold(self.recipe, self.dev, answers)
-        texts = choose(answers, threshold, self.recipe.task == "squad_v2")
+    def score_dev(self, model: nn.Module) -> dict[str, float]:
+        answers, loss = read_spans(model, self.recipe, self.dev, self.tokenizer, self.dev_windows)
+        texts = choose(answers, best_threshold(self.recipe, self.dev, answers), self.recipe.task == "squad_v2")
         scores = [squad_scores(c.answers, text) for c, text in zip(self.dev, texts, strict=True)]
         return {"loss": loss} | {name: 100 * float(np.mean([s[name] for s in scores])) for name in ("exact", "f1")}
 
-    def choose(self, model: torch.nn.Module, bf16: bool) -> dict[str, Any]:
+    def choose(self, model: nn.Module) -> dict[str, Any]:
         if not self.dev:
             return {"null_threshold": 0.0}
-        answers, _ = read_spans(model, self.recipe, self.dev, self.dev_windows, self.tokenizer, bf16)
+        answers, _ = read_spans(model, self.recipe, self.dev, self.tokenizer, self.dev_windows)
         threshold = best_threshold(self.recipe, self.dev, answers)
         return {"null_threshold": threshold if math.isfinite(threshold) else None}  # null: always answer
 
 
-class WindowRows(Sequence[Row]):
-    def __init__(self, windows: Windows, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.windows, self.with_types = windows, "token_type_ids" in tokenizer.model_input_names
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: Any) -> Any:
-        window = self.windows.row(index)
-        row = {"input_ids": window.input_ids, "start_positions": window.start, "end_positions": window.end}
-        return row | ({"token_type_ids": window.token_type_ids} if self.with_types else {})
-
-
-def head_of(recipe: BaselineRecipe, split: Split) -> Head:
-    check_positions(recipe.model, recipe.data.max_seq_length, recipe.tune.peft.get("num_virtual_tokens") or 0)
-    if recipe.objective == "mlm":
-        from sft.baselines.mlm import MaskedLM
-
-        return MaskedLM(recipe, split)
-    return Classifier(recipe, split) if recipe.objective == "classification" else SpanReader(recipe, split)
+def load_run(
+    run: Path, recipe: BaselineRecipe, base: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
+    """The run's model (`base`: the untrained one), tokenizer, and what its head chose. Raises RunError for a run that
+    is not finished."""
+    if not (run / CHOSEN).is_file():
+        raise RunError(f"{run}: is not finished; go on with `graft train --resume {run}`")
+    chosen = json.loads((run / CHOSEN).read_text())
+    settings = recipe.objective, recipe.model, recipe.train.seed, chosen.get("labels", ())
+    model: Any = (
+        load_encoder(recipe.model, recipe.objective, recipe.train.seed) if base else load_trained(run, *settings)
+    )
+    return model.to(default_device()), load_tokenizer(recipe.model), chosen
 
 
 def load_answerer(run: Path, recipe: BaselineRecipe) -> Callable[[Sequence[Conversation]], list[Prediction]]:
     """The run's answers, in order: a label with its probability, or a quote of the passage or UNANSWERABLE."""
-    chosen: Mapping[str, Any] = json.loads((run / CHOSEN).read_text())
-    tokenizer, labels, bf16 = load_tokenizer(recipe.model), chosen.get("labels", ()), bool(recipe.train.bf16)
-    model = load_trained(run, recipe.objective, recipe.model, recipe.train.seed, labels)
-    torch.nn.Module.to(model, default_device())
+    model, tokenizer, chosen = load_run(run, recipe)
 
     def classify(asked: Sequence[Conversation]) -> list[Prediction]:
         rows, _ = encode_texts([c.context for c in asked], tokenizer, recipe.data.max_seq_length)
-        logits = np.array([row[0] for row in predict(model, rows, tokenizer.pad_token_id, ("logits",), bf16)])
-        probabilities = np.exp(log_softmax(logits, axis=1))
-        best = logits.argmax(axis=1)
-        return [
-            Prediction(labels[i], 0, True, probability=float(p[i])) for i, p in zip(best, probabilities, strict=True)
-        ]
+        logits = class_logits(model, recipe, rows, tokenizer)
+        best = zip(logits.argmax(axis=1), np.exp(log_softmax(logits, axis=1)), strict=True)
+        return [Prediction(chosen["labels"][i], 0, True, probability=float(p[i])) for i, p in best]
 
     def read(asked: Sequence[Conversation]) -> list[Prediction]:
-        data = recipe.data
-        windows = make_windows(asked, tokenizer, data.max_seq_length, data.doc_stride, data.max_query_length)
-        answers, _ = read_spans(model, recipe, asked, windows, tokenizer, bf16)
+        answers, _ = read_spans(model, recipe, asked, tokenizer)
         threshold = math.inf if chosen["null_threshold"] is None else chosen["null_threshold"]
         texts = choose(answers, threshold, recipe.task == "squad_v2")
         return [
@@ -185,35 +163,49 @@ def load_answerer(run: Path, recipe: BaselineRecipe) -> Callable[[Sequence[Conve
     return classify if recipe.objective == "classification" else read
 
 
-def read_windows(
-    recipe: BaselineRecipe, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
-) -> Windows:
-    data = recipe.data
-    lengths = (data.max_seq_length, data.doc_stride, data.max_query_length)
-    return load_windows(conversations, tokenizer, cache_dir() / "windows", *lengths)
+def class_logits(
+    model: nn.Module, recipe: BaselineRecipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
+) -> np.ndarray:
+    """[rows, labels]"""
+    bf16 = bool(recipe.train.bf16)
+    return np.array([logits for (logits,) in predict(model, rows, tokenizer, ("logits",), bf16)])
 
 
 def read_spans(
-    model: torch.nn.Module,
+    model: nn.Module,
     recipe: BaselineRecipe,
     conversations: Sequence[Conversation],
-    windows: Windows,
     tokenizer: PreTrainedTokenizerBase,
-    bf16: bool,
+    windows: Dataset | None = None,
 ) -> tuple[list[SpanAnswer], float]:
     """An answer for each question, and the mean loss of the windows' start and end."""
-    found = predict(model, WindowRows(windows, tokenizer), tokenizer.pad_token_id, ("start_logits", "end_logits"), bf16)
-    starts, ends = [row[0] for row in found], [row[1] for row in found]
-    targets = zip(starts, windows.start.tolist(), ends, windows.end.tolist(), strict=True)
+    windows = windows or windows_of(recipe, conversations, tokenizer)
+    logits = predict(model, inputs_of(windows, tokenizer), tokenizer, PER_TOKEN, bool(recipe.train.bf16))
+    starts, ends = [start for start, _ in logits], [end for _, end in logits]
+    targets = zip(starts, windows["start_positions"][:], ends, windows["end_positions"][:], strict=True)
     loss = np.mean([-(log_softmax(s)[i] + log_softmax(e)[j]) / 2 for s, i, e, j in targets])
-    settings = recipe.eval
-    answers = best_spans(windows, starts, ends, conversations, settings.n_best, settings.max_answer_length)
+    answers = best_spans(windows, starts, ends, conversations, recipe.eval.n_best, recipe.eval.max_answer_length)
     return answers, float(loss)
 
 
+def windows_of(
+    recipe: BaselineRecipe, asked: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, cached: bool = False
+) -> Dataset:
+    lengths = recipe.data.max_seq_length, recipe.data.doc_stride, recipe.data.max_query_length
+    if cached:
+        return load_windows(asked, tokenizer, cache_dir() / "windows", *lengths)
+    return make_windows(asked, tokenizer, *lengths)
+
+
+def inputs_of(windows: Dataset, tokenizer: PreTrainedTokenizerBase, *targets: str) -> Sequence[Row]:
+    """The columns that the model reads, and targets."""
+    read = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    return cast(Sequence[Row], windows.select_columns([*read, *targets]))
+
+
 def best_threshold(recipe: BaselineRecipe, questions: Sequence[Conversation], answers: Sequence[SpanAnswer]) -> float:
-    """The null_difference above which there is no answer, by EM on these questions, those without an answer weighted
-    to the share that the recipe expects; inf in version 1."""
+    """The null_difference above which the answer is that there is none: by EM on these questions, those without an
+    answer weighted to the share that the recipe expects; inf in version 1."""
     if recipe.task == "squad_v1":
         return math.inf
     texts = np.array([squad_scores(c.answers, a.text)["exact"] for c, a in zip(questions, answers, strict=True)])

@@ -2,7 +2,7 @@
 
 graft train recipes/minilm_mlm.yaml
 
-Devlin et al. 2019 (BERT), section 3.1. Masks are drawn anew whenever a row is read (Liu et al. 2019, section 4.1).
+Devlin et al. 2019 (BERT), section 3.1. Masks are drawn each time a row is read (Liu et al. 2019, section 4.1).
 """
 
 import random
@@ -15,31 +15,30 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation
 from data.encode.tokens import plain_backend
 from data.progress import track
 from sft.baselines.data import Split
-from sft.baselines.encoder import load_encoder, load_tokenizer
+from sft.baselines.encoder import Row, load_encoder
+from sft.baselines.heads import Head
 from sft.errors import RecipeError
-from sft.models.load import default_device
-from sft.models.resolve import readable, resolve_base
+from sft.models.load import default_device, load_config
 from sft.recipe.baseline_schema import BaselineRecipe, EncoderModel
 
 SCORED_ROWS = 8  # held-out rows of a batch: of 512 tokens over 30,522 words, their float32 logits take 0.5 GB
 TARGETS = ("labels", "next_sentence_label")
-Row = dict[str, Any]
 Block = list[int]  # token ids of consecutive text, without control tokens
 
 
-class MaskedLM:
-    """A head (heads.py) that fills masked tokens in; with pretraining.next_sentence it also tells whether the second
-    part of a row follows the first. The held-out rows are masked once, by the seed: their perplexities are comparable.
+class MaskedLM(Head):
+    """Fills masked tokens in; with pretraining.next_sentence it also predicts whether the second part of a row follows
+    the first. The held-out rows are masked once, by the seed: their perplexities are comparable.
     """
 
     def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
-        self.recipe, self.tokenizer = recipe, load_tokenizer(recipe.model)
+        super().__init__(recipe)
         self.pairs = recipe.pretraining.next_sentence
         self.perplexity_before: float | None = None  # None: no data.dev_share, nothing to measure it on
         if None in (self.tokenizer.mask_token, self.tokenizer.cls_token, self.tokenizer.sep_token):
@@ -49,7 +48,6 @@ class MaskedLM:
             )
         if self.pairs:
             check_next_sentence(recipe.model)
-        self.notes: list[str] = []
         self.rows = self._read(split.train, "trained on")
         self.dev_rows = self._read(split.dev, "held out") if split.dev else []
         probability = recipe.pretraining.mlm_probability
@@ -59,7 +57,7 @@ class MaskedLM:
         self.dev = [mask(in_order[i : i + SCORED_ROWS], once) for i in range(0, len(in_order), SCORED_ROWS)]
 
     def load(self) -> PreTrainedModel:
-        base, bf16 = self.recipe.model, bool(self.recipe.train.bf16)
+        base = self.recipe.model
         model = load_encoder(base, "nsp" if self.pairs else "mlm", self.recipe.train.seed)
         if is_drawn(model):
             self.notes.append(
@@ -67,26 +65,24 @@ class MaskedLM:
                 "and the perplexity before training is that of a random head, not of what the encoder knows"
             )
         if self.dev:
-            scores = self.score_dev(cast(torch.nn.Module, model).to(default_device()), bf16)
+            scores = self.score_dev(cast(torch.nn.Module, model).to(default_device()))
             self.perplexity_before = scores["perplexity"]
             masked = sum(int((batch["labels"] != -100).sum()) for batch in self.dev)
             self.notes.append(f"perplexity before training {scores['perplexity']:.1f}, on {masked} held-out tokens")
         return model
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return mask(
-            rows, self.masking
-        )  # no seed: from PyTorch's generator, which checkpoints keep (encoder_trainer.py)
+        return mask(rows, self.masking)  # no seed: from PyTorch's generator, which checkpoints keep
 
     @torch.inference_mode()
-    def score_dev(self, model: torch.nn.Module, bf16: bool) -> dict[str, float]:
+    def score_dev(self, model: torch.nn.Module) -> dict[str, float]:
         """ "loss": mean negative log-likelihood of the masked tokens, in nats; "perplexity": its exponential, no
         percentage; with next_sentence "next_sentence_accuracy" from 0 to 100."""
         model.eval()
         device = next(model.parameters()).device
         nll, asked, right = 0.0, 0, 0
         for batch in track(self.dev, "fill masks in"):
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.recipe.train.bf16)):
                 output = model(**{name: t.to(device) for name, t in batch.items() if name not in TARGETS})
             labels = batch["labels"].to(device)
             chosen = labels != -100
@@ -99,12 +95,12 @@ class MaskedLM:
         scores = {"loss": nll / asked, "perplexity": float(np.exp(nll / asked))}
         return scores | ({"next_sentence_accuracy": 100 * right / len(self.dev_rows)} if self.pairs else {})
 
-    def choose(self, model: torch.nn.Module, bf16: bool) -> dict[str, Any]:
-        after = self.score_dev(model, bf16)["perplexity"] if self.dev else None
+    def choose(self, model: torch.nn.Module) -> dict[str, Any]:
+        after = self.score_dev(model)["perplexity"] if self.dev else None
         return {"perplexity_before": self.perplexity_before, "perplexity_after": after}
 
     def _read(self, conversations: Sequence[Conversation], name: str) -> list[Row]:
-        """Rows of all posts; how many and of what goes to the notes. Raises RecipeError where there is none."""
+        """Rows of all posts; their number and kind go to the notes. Raises RecipeError if there is none."""
         length, seed = self.recipe.data.max_seq_length, self.recipe.train.seed
         room = length - (3 if self.pairs else 2)
         posts = [p for p in cut_posts([c.context for c in conversations], self.tokenizer, room) if p]
@@ -125,9 +121,7 @@ class MaskedLM:
 
 
 def check_next_sentence(model: EncoderModel) -> None:
-    with readable(f"model.base: {model.base}"):
-        folder = resolve_base(model.base)
-        kind = AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False).model_type
+    kind = load_config(model).model_type
     if kind != "bert":
         raise RecipeError(
             f"pretraining.next_sentence: {model.base} is of type {kind}, and BERT alone has a head for it; "
@@ -136,14 +130,14 @@ def check_next_sentence(model: EncoderModel) -> None:
 
 
 def keep_pooler(base: EncoderModel, folder: Path) -> None:
-    """Add the base's pooler to what was saved, where masked tokens left it aside: a classifier of it begins there."""
+    """Add the base's pooler, which a head for masked tokens does not have, to the saved weights for a classifier."""
     features: Any = load_encoder(base, "features", 0)
     with safe_open(folder / "model.safetensors", "pt") as file:
         weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
     inside = f"{features.base_model_prefix}."
     own = {inside + name: w for name, w in features.state_dict().items() if "pooler." in name and not features.drawn}
-    if more := {name: weight.contiguous() for name, weight in own.items() if name not in weights}:
-        save_file(weights | more, folder / "model.safetensors", {"format": "pt"})
+    if missing := {name: weight.contiguous() for name, weight in own.items() if name not in weights}:
+        save_file(weights | missing, folder / "model.safetensors", {"format": "pt"})
 
 
 def is_drawn(model: PreTrainedModel) -> bool:
@@ -167,7 +161,7 @@ def cut_posts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: in
 
 def pair_up(posts: Sequence[Sequence[Block]], seed: int) -> Iterator[tuple[Block, Block, int]]:
     """Both halves of each block and 0; half of the time, another post's second half instead and 1. A block of a single
-    token has no halves. None at all where only one post has any. Drawn once, as Devlin et al. do."""
+    token has no halves. None at all if only one post has any. Drawn once, as Devlin et al. do."""
     draw = random.Random(seed)
     halves = [[(b[: len(b) // 2], b[len(b) // 2 :]) for b in post if len(b) > 1] for post in posts]
     halves = [post for post in halves if post]

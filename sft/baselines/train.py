@@ -4,10 +4,10 @@ from pathlib import Path
 
 from data.atomic import write_json
 from sft.baselines.data import Split, read_split
-from sft.baselines.encoder import tune_encoder
+from sft.baselines.encoder import check_positions, tune_encoder
 from sft.baselines.floors import beside_embedding, fit_floor
-from sft.baselines.heads import CHOSEN, head_of
-from sft.baselines.mlm import keep_pooler
+from sft.baselines.heads import CHOSEN, Classifier, SpanReader
+from sft.baselines.mlm import MaskedLM, keep_pooler
 from sft.baselines.trainer import EncoderTrainer, arguments_of, check_processes, resolve_bf16
 from sft.errors import RecipeError
 from sft.models.tune import count_parameters
@@ -17,11 +17,15 @@ from sft.runs.cost import Stopwatch
 from sft.runs.resume import Resume
 from sft.training.open_run import OpenRun, open_run
 
+HEAD_CLASSES: dict[str, type[Classifier | SpanReader | MaskedLM]] = {
+    "classification": Classifier, "extractive_qa": SpanReader, "mlm": MaskedLM,
+}  # fmt: skip
+
 
 def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Resume | None = None) -> Path | None:
     """The run folder on the main process, None on others.
 
-    Raises SystemExit with the signal's exit code where one ended the training.
+    Raises SystemExit with the signal's exit code if one ended the training.
     """
     if resume and resume.elastic:
         raise RecipeError("--elastic: the rows of a baseline's step depend on the processes; start as many as before")
@@ -49,7 +53,8 @@ def _fit_floor(recipe: BaselineRecipe, split: Split, run: OpenRun) -> Path | Non
 def _train_encoder(recipe: BaselineRecipe, split: Split, run: OpenRun) -> Path | None:
     recipe = resolve_bf16(recipe, run.device)
     with run.state.main_process_first():
-        head = head_of(recipe, split)
+        check_positions(recipe.model, recipe.data.max_seq_length, recipe.tune.peft.get("num_virtual_tokens") or 0)
+        head = HEAD_CLASSES[recipe.objective](recipe, split)
     model = tune_encoder(head.load(), recipe.tune, recipe.objective, recipe.train.seed)
     trainable, parameters = count_parameters(model)
     folder = run.claim(recipe, split.report, (trainable, parameters))

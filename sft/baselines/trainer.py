@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 
 from sft.baselines.encoder import depths
 from sft.baselines.heads import Head
-from sft.errors import RecipeError, TrainingDiverged
+from sft.errors import RecipeError
 from sft.models.speed import bfloat16_pays
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.recipe.schema import changed
@@ -18,7 +18,7 @@ from sft.training.durable_trainer import DurableTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): the head first, then a layer more at a time from the
+    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): the head first, then one more layer at a time from the
     top; all of them after `share` of the steps."""
 
     def __init__(self, model: PreTrainedModel, share: float) -> None:
@@ -52,18 +52,15 @@ class EncoderTrainer(DurableTrainer):
     def chosen(self) -> dict[str, Any]:
         """What the head chose, the step of the weights that stay, and its scores on the slice that chose it."""
         best = self.state.best_model_checkpoint
-        model, bf16 = cast(nn.Module, self.model), self.args.bf16
+        model = cast(nn.Module, self.model)
         step = int(best.rsplit("-", 1)[1]) if best else self.state.global_step
-        scores = self.head.score_dev(model, bf16) if self.recipe.data.dev_share else {}
-        return {**self.head.choose(model, bf16), "step": step, "dev": scores}
+        scores = self.head.score_dev(model) if self.recipe.data.dev_share else {}
+        return {**self.head.choose(model), "step": step, "dev": scores}
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         inputs = self.head.collate(inputs["rows"])
         loss = super().training_step(model, inputs, *args, **kwargs)
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss of step {self.state.global_step + 1} is {loss}; lower train.learning_rate"
-            )
+        self.check_loss(loss)
         counts = torch.tensor([inputs["attention_mask"].sum(), len(inputs["input_ids"])], device=loss.device)
         tokens, examples = self.accelerator.reduce(counts, reduction="sum").tolist()
         self.executed_tokens += tokens
@@ -72,7 +69,7 @@ class EncoderTrainer(DurableTrainer):
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
         """The head's slice of the training data; each process scores all of it, so that all choose alike."""
-        scores = self.head.score_dev(cast(nn.Module, self.model), self.args.bf16)
+        scores = self.head.score_dev(cast(nn.Module, self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -104,12 +101,6 @@ class EncoderTrainer(DurableTrainer):
         )
         return self.optimizer
 
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        cast(Any, self.model).save_pretrained(output_dir, state_dict=state_dict)  # without training_args.bin, a pickle
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run folder says it."""
-
 
 def resolve_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
     """The recipe with train.bf16 said: what the main process measures, for all."""
@@ -120,7 +111,7 @@ def resolve_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe
 
 
 def check_processes(recipe: BaselineRecipe, processes: int) -> None:
-    """Raise RecipeError where a step can't be divided over the processes."""
+    """Raise RecipeError if a step can't be divided over the processes."""
     examples = recipe.train.examples_per_step
     if examples % processes:
         raise RecipeError(f"train.examples_per_step {examples} is no multiple of the {processes} processes; change it")

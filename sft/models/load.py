@@ -20,6 +20,7 @@ from eval.predict import max_positions
 from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config
 from sft.models.speed import bfloat16_pays
+from sft.recipe.baseline_schema import EncoderModel
 from sft.recipe.schema import Model, Quantization, Recipe
 from sft.untrusted import check_config
 
@@ -28,7 +29,7 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load_config(model: Model) -> PretrainedConfig:
+def load_config(model: Model | EncoderModel) -> PretrainedConfig:
     folder = resolve_base(model.base)
     with readable(f"model.base: {model.base}"):
         return AutoConfig.from_pretrained(folder, revision=model.revision, trust_remote_code=False)

@@ -1,15 +1,12 @@
 """Choose what of a base model is trained: PEFT's methods, and full, freeze, linear_probe."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import (
-    PreTrainedModel,
-    set_seed,
-)
+from transformers import PreTrainedModel, set_seed
 
 from sft.errors import RecipeError
 from sft.recipe.load import peft_types
@@ -26,26 +23,29 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
     set_seed(seed)
     if tune.method in ("full", "freeze", "linear_probe"):
         return _train_part(base, tune)
+    return add_adapter(base, tune, "CAUSAL_LM", one_dtype=one_dtype)
+
+
+def add_adapter(
+    base: PreTrainedModel, tune: Tune, task: str | None, defaults: Mapping[str, Any] = {}, one_dtype: bool = False
+) -> PreTrainedModel:
+    """The base with the method's adapter for a task type of PEFT. defaults: settings that the recipe may leave out.
+
+    Raises RecipeError for settings that do not fit the base, and for virtual tokens without a number.
+    """
     from peft import get_peft_model
 
-    config = peft_types()[tune.method](task_type="CAUSAL_LM", **peft_settings(tune, base))
+    settings = {**defaults, **tune.peft}
+    if tune.method in VIRTUAL_TOKENS and not settings.get("num_virtual_tokens"):
+        raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
+    if settings.get("prompt_tuning_init") == "TEXT":  # read by the base's tokenizer
+        settings["tokenizer_name_or_path"] = base.config._name_or_path
     try:
+        config = peft_types()[tune.method](task_type=task, **settings)
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
     except ValueError as error:  # PEFT names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
     return cast(PreTrainedModel, model)  # it has the same methods
-
-
-def peft_settings(tune: Tune, base: PreTrainedModel) -> dict[str, Any]:
-    """Arguments of the PEFT config; a prompt that starts as a text also gets the base's tokenizer.
-
-    Raises RecipeError for virtual tokens without a number.
-    """
-    settings = tune.peft
-    if tune.method in VIRTUAL_TOKENS and not settings.get("num_virtual_tokens"):
-        raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
-    text = settings.get("prompt_tuning_init") == "TEXT"
-    return {**settings, "tokenizer_name_or_path": base.config._name_or_path} if text else settings
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

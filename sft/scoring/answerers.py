@@ -16,7 +16,7 @@ from eval.prediction import Prediction
 from eval.results import limit_questions
 from eval.spans import tune_threshold
 from eval.tasks import TASKS
-from sft.errors import RecipeError, RunError
+from sft.errors import RecipeError
 from sft.models.target import is_url, load_target
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.recipe.schema import Eval
@@ -120,10 +120,8 @@ def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, options: An
         from sft.baselines.floors import load_floor
 
         return load_floor(recipe, run / "model")
-    from sft.baselines.heads import CHOSEN, load_answerer
+    from sft.baselines.heads import load_answerer
 
-    if not (run / CHOSEN).is_file():
-        raise RunError(f"{run}: is not finished; go on with `graft train --resume {run}`")
     return load_answerer(run, recipe)
 
 

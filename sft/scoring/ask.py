@@ -1,22 +1,19 @@
 """One question or one text, from the command line: `graft ask`, `graft classify`."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 
 from data.conversation import Conversation
-from data.encode.qa_windows import make_windows
 from data.encode.tokens import encode_texts
 from data.readers.newsgroups import HEADERS, INSTRUCTION, NEWSGROUPS, strip_post
 from data.readers.squad import INSTRUCTION_V1, squad_conversation
 from eval.likelihood import answer_logprobs
 from eval.predict import generate
-from sft.baselines.encoder import load_encoder, load_tokenizer, load_trained, predict
-from sft.baselines.heads import CHOSEN, read_spans
+from sft.baselines.heads import class_logits, load_run, read_spans
 from sft.errors import RecipeError
 from sft.models.target import load_target, run_any_recipe
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
@@ -24,6 +21,7 @@ from sft.recipe.schema import Recipe
 from sft.scoring.answerers import AnswerOptions, baseline_answerer
 
 SQUAD = ("squad_v1", "squad_v2")
+BEFORE_AND_AFTER = (("before", True), ("after", False))  # training; whether the untrained base answers
 
 
 def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str]:
@@ -36,8 +34,11 @@ def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str
     if isinstance(recipe, Recipe):
         if recipe.task == "squad_v1":
             asked = replace(asked, messages=({"role": "system", "content": INSTRUCTION_V1}, *asked.messages[1:]))
-        for name, base in (("before", True), ("after", False)):
-            yield f"{name} training: {_generated(run, recipe, asked, base)}"
+        length, tokens = recipe.eval.max_new_tokens, recipe.eval.batch_tokens
+        for name, base in BEFORE_AND_AFTER:
+            loaded = load_target(str(run), base)
+            (written,) = generate(loaded.model, loaded.tokenizer, [asked], length, tokens, loaded.packed)
+            yield f"{name} training: {written.text}"
     elif recipe.is_floor:
         yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
     else:
@@ -54,8 +55,7 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
     if HEADERS.match(text):  # a whole post is read as those of training are
         text = strip_post(text)
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
-        system, user = {"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}
-        asked = Conversation((system, user, {"role": "assistant", "content": ""}), "text", "text", context=text)
+        asked = Conversation((), "text", "text", context=text)
         yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
         return
     labels, probabilities = _label_probabilities(run, recipe, text)
@@ -63,46 +63,25 @@ def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
         yield f"{labels[i]:26} {probabilities[i]:.3f}"
 
 
-def _generated(run: Path, recipe: Recipe, asked: Conversation, base: bool) -> str:
-    loaded = load_target(str(run), base)
-    settings = recipe.eval
-    length, tokens = settings.max_new_tokens, settings.batch_tokens
-    return generate(loaded.model, loaded.tokenizer, [asked], length, tokens, loaded.packed)[0].text
-
-
 def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int) -> Iterator[str]:
-    if not (run / CHOSEN).is_file():
-        raise RecipeError(f"{run}: is not finished; go on with `graft train --resume {run}`")
-    tokenizer, data = load_tokenizer(recipe.model), recipe.data
-    windows = make_windows([asked], tokenizer, data.max_seq_length, data.doc_stride, data.max_query_length)
-    before = load_encoder(recipe.model, recipe.objective, recipe.train.seed)
-    chosen = json.loads((run / CHOSEN).read_text())
-    for name, model in (
-        ("before", before),
-        ("after", load_trained(run, recipe.objective, recipe.model, recipe.train.seed)),
-    ):
-        (answer,), _ = read_spans(model, recipe, [asked], windows, tokenizer, False)
+    for name, base in BEFORE_AND_AFTER:
+        model, tokenizer, chosen = load_run(run, recipe, base)
+        (answer,), _ = read_spans(model, recipe, [asked], tokenizer)
         yield f"{name} training: {answer.text}"
-        if name == "after":
-            threshold = chosen["null_threshold"]
-            if threshold is not None and recipe.task == "squad_v2" and answer.null_difference > threshold:
-                yield "by the threshold chosen in training: unanswerable"
-            for text, probability in answer.n_best[:n_best]:
-                yield f"  {probability:.3f}  {text or '(no answer)'}"
+    threshold = chosen["null_threshold"]
+    if threshold is not None and recipe.task == "squad_v2" and answer.null_difference > threshold:
+        yield "by the threshold chosen in training: unanswerable"
+    for text, probability in answer.n_best[:n_best]:
+        yield f"  {probability:.3f}  {text or '(no answer)'}"
 
 
 def _label_probabilities(run: Path, recipe: AnyRecipe, text: str) -> tuple[list[str], np.ndarray]:
-    if isinstance(recipe, Recipe):
-        loaded = load_target(str(run))
-        prompt = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
-        tokens = recipe.eval.batch_tokens
-        found = answer_logprobs(loaded.model, loaded.tokenizer, [prompt], [NEWSGROUPS], tokens, loaded.packed)
-        return list(NEWSGROUPS), softmax(np.array(found[0]))
-    if not (run / CHOSEN).is_file():
-        raise RecipeError(f"{run}: is not finished; go on with `graft train --resume {run}`")
-    labels = json.loads((run / CHOSEN).read_text())["labels"]
-    tokenizer = load_tokenizer(recipe.model)
-    rows, _ = encode_texts([text], tokenizer, recipe.data.max_seq_length)
-    model = load_trained(run, recipe.objective, recipe.model, recipe.train.seed, labels)
-    (logits,) = predict(model, rows, tokenizer.pad_token_id, ("logits",), False)[0]
-    return labels, np.exp(log_softmax(logits))
+    if isinstance(recipe, BaselineRecipe):
+        model, tokenizer, chosen = load_run(run, recipe)
+        rows, _ = encode_texts([text], tokenizer, recipe.data.max_seq_length)
+        return chosen["labels"], softmax(class_logits(model, recipe, rows, tokenizer)[0])
+    loaded = load_target(str(run))
+    prompt = ({"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text})
+    tokens = recipe.eval.batch_tokens
+    scores = answer_logprobs(loaded.model, loaded.tokenizer, [prompt], [NEWSGROUPS], tokens, loaded.packed)
+    return list(NEWSGROUPS), softmax(np.array(scores[0]))

@@ -51,6 +51,13 @@ class DurableTrainer(Trainer):
                     f"{name} is not finite after step {self.state.global_step}; lower train.learning_rate"
                 )
 
+    def check_loss(self, loss: torch.Tensor) -> None:
+        """Raise TrainingDiverged if the step's loss is not finite."""
+        if not torch.isfinite(loss):
+            raise TrainingDiverged(
+                f"the loss of step {self.state.global_step + 1} is {loss}; lower train.learning_rate"
+            )
+
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         if norm is not None and not math.isfinite(float(norm)):  # before the optimizer's step
@@ -58,6 +65,15 @@ class DurableTrainer(Trainer):
                 f"the gradient of step {self.state.global_step + 1} is not finite; lower train.learning_rate"
             )
         return norm
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        # without Trainer's training_args.bin, which is a pickle
+        cast(Any, self.model).save_pretrained(output_dir, state_dict=state_dict)
+        if self.processing_class is not None:
+            cast(Any, self.processing_class).save_pretrained(output_dir)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """The run folder has a card of its own."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         return 0  # Trainer's estimate wants padded rows

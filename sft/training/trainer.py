@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from data.encode.pack import Pack
-from sft.errors import TrainingDiverged
 from sft.recipe.schema import Train
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
@@ -119,10 +118,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss of step {self.state.global_step + 1} is {loss}; lower train.learning_rate"
-            )
+        self.check_loss(loss)
         self.executed_tokens += inputs["executed_tokens"]
         self.trained_examples += inputs["examples"]
         return loss
@@ -165,14 +161,6 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         model.train()
         return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        # without Trainer's training_args.bin, which is a pickle
-        cast(Any, self.model).save_pretrained(output_dir, state_dict=state_dict)
-        cast(Any, self.processing_class).save_pretrained(output_dir)
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """The run folder has a card of its own."""
 
 
 def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> SFTConfig:

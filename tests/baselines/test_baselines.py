@@ -31,6 +31,7 @@ from sft.scoring.ask import ask_run, classify_text
 from sft.scoring.evaluate import evaluate, print_scores
 from tests.helpers.baselines import NEWS, SQUAD, recipe, trained
 from tests.helpers.places import ROOT, SAMPLES
+from tests.helpers.qa import bert_tokenizer
 
 
 @pytest.mark.parametrize("objective", ["classification", "extractive_qa"])
@@ -255,7 +256,7 @@ def test_an_adapter_is_scored_on_the_pooler_that_it_was_trained_on(tiny_bert, tm
 def test_logits_of_classes_are_whole_where_a_batch_is_as_long_as_there_are_classes(tiny_bert):
     model = load_encoder(EncoderModel(base=str(tiny_bert)), "classification", 0, [str(i) for i in range(5)])
     rows = [{"input_ids": [101] * n} for n in (2, 3, 5)]
-    assert [logits.shape for (logits,) in predict(model, rows, 0, ("logits",), False)] == [(5,)] * 3
+    assert [logits.shape for (logits,) in predict(model, rows, bert_tokenizer(), ("logits",), False)] == [(5,)] * 3
 
 
 def test_the_best_checkpoint_is_restored(tiny_bert, tmp_path):
@@ -357,7 +358,7 @@ def test_commands_of_adapters_say_that_a_recipe_is_a_baseline(tmp_path):
         load_recipe(Path("recipes/minilm_newsgroups.yaml"))
     run = trained(recipe("classification", "floor:majority", tmp_path / "run"))
     with pytest.raises(RecipeError, match="a baseline answers by its head"):
-        evaluate(str(run), tmp_path / "eval", asking=AnswerOptions(labels=True))
+        evaluate(str(run), tmp_path / "eval", options=AnswerOptions(labels=True))
 
 
 def test_scored_runs_of_different_kinds_are_compared_on_the_same_questions(tiny_bert, tmp_path):

@@ -15,13 +15,12 @@ from data.encode.tokens import plain_backend
 from sft.baselines.data import Split, read_split
 from sft.baselines.encoder import load_encoder, tune_encoder
 from sft.baselines.mlm import MaskedLM, cut_posts, make_row, mask, pair_up
-from sft.baselines.train import train_baseline
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import BaselineRecipe, BaselineTune, EncoderModel
 from sft.runs.metrics import read_metrics
+from tests.helpers.baselines import recipe, trained
 from tests.helpers.qa import bert_tokenizer
 
-POSTS = "data/samples/newsgroups.jsonl"
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
 
@@ -39,12 +38,11 @@ def bert(tmp_path_factory) -> str:
     return save(transformers.BertModel(config), tmp_path_factory.mktemp("models") / "tiny-bert")
 
 
-def recipe_of(base: str, out: Path | None = None, **sections) -> BaselineRecipe:
-    train = {"max_steps": 2, "examples_per_step": 8, "bf16": False, "eval_strategy": "no", "logging_steps": 1}
-    train |= {"output_dir": out} | sections.pop("train", {})
-    data = {"train": POSTS, "max_seq_length": 64, "max_query_length": 8, "dev_share": 0.1} | sections.pop("data", {})
-    fixed = {"objective": "mlm", "task": "newsgroups", "model": {"base": base}}
-    return BaselineRecipe.model_validate(fixed | {"data": data, "train": train} | sections)
+def recipe_of(base: str, out: Path | str = "", **sections) -> BaselineRecipe:
+    train = {"max_steps": 2, "examples_per_step": 8, "eval_strategy": "no", "logging_steps": 1}
+    defaults = {"train": train, "data": {"dev_share": 0.1}, "eval": {"share": None}}
+    sections |= {name: values | sections.get(name, {}) for name, values in defaults.items()}
+    return recipe(sections.pop("objective", "mlm"), base, out, **sections)
 
 
 def post(text: str, number: int = 0) -> Conversation:
@@ -61,7 +59,7 @@ def words(count: int) -> str:
 
 
 def train(recipe: BaselineRecipe) -> tuple[Path, dict, list[dict]]:
-    run = train_baseline(recipe, Path("recipes/tiny.yaml"))
+    run = trained(recipe)
     return run, json.loads((run / "chosen.json").read_text()), read_metrics(run)
 
 
@@ -127,8 +125,8 @@ def test_training_masks_anew_but_the_held_out_slice_is_masked_once(bert):
     for a, b in zip(head.dev, again.dev, strict=True):
         assert all(torch.equal(a[name], b[name]) for name in a)
     model = head.load()
-    assert head.score_dev(model, False) == head.score_dev(model, False)
-    assert head.score_dev(model, False)["perplexity"] == head.perplexity_before
+    assert head.score_dev(model) == head.score_dev(model)
+    assert head.score_dev(model)["perplexity"] == head.perplexity_before
 
 
 def test_masks_follow_the_probability_and_spare_control_tokens(bert):
@@ -151,7 +149,7 @@ def test_a_row_of_one_token_always_has_a_loss(bert):
     batch = head.collate(head.rows)
     assert (batch["labels"] != -100).sum(1).tolist() == [1, 1]
     assert batch["input_ids"][:, 1].tolist() == [head.tokenizer.mask_token_id] * 2
-    assert math.isfinite(head.score_dev(head.load(), False)["loss"])
+    assert math.isfinite(head.score_dev(head.load())["loss"])
 
 
 def test_the_loss_is_the_mean_over_masked_tokens(bert):
@@ -162,7 +160,7 @@ def test_the_loss_is_the_mean_over_masked_tokens(bert):
         with torch.no_grad():
             n = int((batch["labels"] != -100).sum())
             total, count = total + float(model(**batch).loss) * n, count + n
-    scores = head.score_dev(model, False)
+    scores = head.score_dev(model)
     assert scores["loss"] == pytest.approx(total / count, rel=1e-5)
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
 
@@ -181,7 +179,7 @@ def test_a_missing_head_is_told_and_tied_to_the_embeddings(bert, tmp_path):
 
 def test_without_a_held_out_slice_nothing_is_measured(bert):
     head = MaskedLM(recipe_of(bert, data={"dev_share": 0}), split_of(["alpha"]))
-    assert head.choose(head.load(), False) == {"perplexity_before": None, "perplexity_after": None}
+    assert head.choose(head.load()) == {"perplexity_before": None, "perplexity_after": None}
 
 
 def test_halves_pair_with_their_own_or_another_posts():
@@ -207,7 +205,7 @@ def test_next_sentence_rows_fit_and_are_typed(bert):
         assert row["input_ids"].count(tokenizer.sep_token_id) == 2
     batch = head.collate(head.rows)
     assert batch["next_sentence_label"].tolist() == [row["next_sentence_label"] for row in head.rows]
-    assert 0 <= head.score_dev(head.load(), False)["next_sentence_accuracy"] <= 100
+    assert 0 <= head.score_dev(head.load())["next_sentence_accuracy"] <= 100
     with pytest.raises(RecipeError, match="two posts"):
         MaskedLM(recipe, split_of([words(40)]))
 
@@ -218,7 +216,7 @@ def test_next_sentence_needs_a_bert(tmp_path):
     with pytest.raises(RecipeError, match="is of type distilbert.*name a BERT"):
         MaskedLM(recipe_of(base, pretraining={"next_sentence": True}), split_of(["alpha"]))
     head = MaskedLM(recipe_of(base), split_of(["alpha"], ["beta"]))
-    assert head.score_dev(head.load(), False)["loss"] > 0
+    assert head.score_dev(head.load())["loss"] > 0
 
 
 def test_pretraining_lowers_perplexity_and_classification_goes_on_from_it(bert, tmp_path):

@@ -1,18 +1,19 @@
 """Windows show a whole passage, know where the answer is, and are made once."""
 
-import dataclasses
 import random
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from datasets import Dataset
 from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data.encode.qa_windows
 from data.conversation import Conversation, DataError
-from data.encode.qa_windows import NO_PASSAGE, Windows, load_windows, make_windows, windows_key
+from data.encode.qa_windows import NO_PASSAGE, load_windows, make_windows, windows_key
 from data.errors import UserError
 from tests.helpers.builders import read_squad
 from tests.helpers.places import REAL_DATA, needs_real
@@ -21,27 +22,31 @@ from tests.helpers.qa import ask, bert_tokenizer, roberta_tokenizer
 SETTINGS = (384, 128, 64)
 
 
-def rows_of(windows: Windows, conversation: int = 0) -> list[data.encode.qa_windows.Window]:
-    return [row for row in map(windows.row, range(len(windows))) if row.conversation == conversation]
-
-
-def quote(conversation: Conversation, row: data.encode.qa_windows.Window) -> str:
+def quote(conversation: Conversation, row: dict[str, Any]) -> str:
     """The characters from the first to the last gold token."""
-    return conversation.context[row.offsets[row.start, 0] : row.offsets[row.end, 1]]
+    return conversation.context[row["char_starts"][row["start_positions"]] : row["char_ends"][row["end_positions"]]]
+
+
+def offsets(row: dict[str, Any], places: slice = slice(None)) -> list[list[int]]:
+    return [list(o) for o in zip(row["char_starts"][places], row["char_ends"][places], strict=True)]
+
+
+def core(row: dict[str, Any]) -> slice:
+    return slice(row["core_start"], row["core_end"])
 
 
 def shortest(conversation: Conversation) -> str:
     return min(conversation.answers, key=len)
 
 
-def inexact(conversations: list[Conversation], windows: Windows) -> int:
+def inexact(conversations: list[Conversation], windows: Dataset) -> int:
     """How many answers are shorter than their tokens; every answer must stand in a window, and in no other text."""
     held, longer = {}, 0
-    for row in map(windows.row, range(len(windows))):
-        if row.start:
-            text = quote(conversations[row.conversation], row)
-            assert shortest(conversations[row.conversation]) in text
-            held[row.conversation] = text
+    for row in windows:
+        if row["start_positions"]:
+            text = quote(conversations[row["conversation"]], row)
+            assert shortest(conversations[row["conversation"]]) in text
+            held[row["conversation"]] = text
     for i, conversation in enumerate(conversations):
         if not conversation.answers:
             assert i not in held
@@ -53,7 +58,8 @@ def inexact(conversations: list[Conversation], windows: Windows) -> int:
 @pytest.mark.parametrize("settings", [SETTINGS, (80, 20, 24)])
 def test_every_answer_of_the_samples_is_whole_in_a_window(questions, settings):
     assert inexact(questions, windows := make_windows(questions, bert_tokenizer(), *settings)) <= 2
-    assert windows.lost_answers == windows.cut_questions == 0
+    assert not any(windows["lost_answer"])
+    assert not any(windows["cut_question"])
     assert len(windows) > len(questions) or settings == SETTINGS
 
 
@@ -63,31 +69,30 @@ def test_every_answer_of_real_data_is_whole_in_a_window():
     assert inexact(conversations, make_windows(conversations, bert_tokenizer())) <= 0.01 * len(conversations)
 
 
-def test_row_is_what_the_tokenizer_makes_of_question_and_passage(questions):
-    tokenizer = bert_tokenizer()
-    windows = make_windows(questions, tokenizer)
-    for i in range(len(windows)):
-        row = windows.row(i)
-        c = questions[row.conversation]
-        expected = tokenizer(c.question, c.context, truncation=False, padding=False, return_offsets_mapping=True)
-        assert row.input_ids.tolist() == expected["input_ids"]
-        assert row.token_type_ids.tolist() == expected["token_type_ids"]
-        of_passage = [s == 1 for s in expected.sequence_ids()]
-        pairs = zip(expected["offset_mapping"], of_passage, strict=True)
-        assert row.offsets.tolist() == [list(o) if inside else [NO_PASSAGE] * 2 for o, inside in pairs]
-        assert row.max_context.tolist() == of_passage
-        assert len(row.input_ids) == windows.lengths[i]
-        assert of_passage.index(True) == windows.passage_at[i]
+@pytest.mark.parametrize(("length", "doc_stride"), [(512, 128), (80, 20), (80, 31), (80, 500)])
+@pytest.mark.parametrize("tokenizer", [bert_tokenizer, roberta_tokenizer, lambda: roberta_tokenizer(False)])
+def test_rows_are_what_the_tokenizer_makes_of_question_and_passage(tokenizer, length, doc_stride, questions):
+    tokenizer = tokenizer()
+    for c in questions[:24]:
+        room = length - tokenizer.num_special_tokens_to_add(pair=True) - len(tokenizer.tokenize(c.question))
+        overlap = max(0, room - doc_stride)  # transformers' stride
+        expected = tokenizer(
+            c.question, c.context, truncation="only_second", max_length=length, stride=overlap, padding=False,
+            return_overflowing_tokens=True, return_offsets_mapping=True, return_token_type_ids=True,
+        )  # fmt: skip
+        rows = make_windows([c], tokenizer, length, doc_stride, 40)
+        assert rows["input_ids"][:] == expected["input_ids"]
+        assert rows["token_type_ids"][:] == expected["token_type_ids"]
+        for i, row in enumerate(rows):
+            of_passage = [part == 1 for part in expected.sequence_ids(i)]
+            pairs = zip(expected["offset_mapping"][i], of_passage, strict=True)
+            assert offsets(row) == [list(o) if inside else [NO_PASSAGE] * 2 for o, inside in pairs]
+            if len(rows) == 1:
+                assert np.flatnonzero(of_passage).tolist() == list(range(row["core_start"], row["core_end"]))
 
 
-def test_tokenizer_without_token_types_frames_its_own_way(questions):
-    tokenizer = roberta_tokenizer()
-    windows = make_windows(questions, tokenizer, 512)
-    for row in map(windows.row, range(12)):
-        c = questions[row.conversation]
-        whole = tokenizer(c.question, c.context)["input_ids"]
-        assert row.input_ids.tolist() == whole or len(whole) > 512
-        assert not row.token_type_ids.any()
+def test_answers_are_found_without_token_types_and_words_of_their_own(questions):
+    windows = make_windows(questions, roberta_tokenizer(), 512)
     assert inexact(questions, windows) < len(questions) / 2  # a small vocabulary: its tokens run over words' ends
 
 
@@ -95,21 +100,22 @@ def test_a_tokenizers_own_limits_and_state_do_not_matter_and_stay(questions):
     tokenizer = AutoTokenizer.from_pretrained(bert_tokenizer().name_or_path)
     before = tokenizer.backend_tokenizer.to_str()
     assert '"max_length":128' in before
-    assert make_windows(questions, tokenizer).lengths.max() > 128
+    assert max(map(len, make_windows(questions, tokenizer)["input_ids"])) > 128
     assert tokenizer.backend_tokenizer.to_str() == before
     assert not tokenizer.backend_tokenizer.encode_special_tokens
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 17, 60, 61, 400, 5000])
+@pytest.mark.parametrize("doc_stride", [31, 128])  # longer than a window: no gap
 @pytest.mark.parametrize("question", ["Who?", "Who then was it, and why did they not say so at once?"])
-def test_windows_cover_the_passage_and_each_token_has_one_max_context(tokens, question):
+def test_windows_cover_the_passage_and_each_token_has_one_max_context(tokens, question, doc_stride):
     context = " ".join(random.Random(tokens).choices(["cat", "dog", "sun"], k=tokens)) or "\u200b"  # dropped by BERT
-    windows = make_windows([ask(context, question)], bert_tokenizer(), 80, 31, 16)
+    windows = make_windows([ask(context, question)], bert_tokenizer(), 80, doc_stride, 16)
     seen, owned = [], []
-    for row in rows_of(windows):
-        assert len(row.input_ids) <= 80
-        seen += row.offsets[row.offsets[:, 0] >= 0].tolist()
-        owned += row.offsets[row.max_context].tolist()
+    for row in windows:
+        assert len(row["input_ids"]) <= 80
+        seen += [o for o in offsets(row) if o[0] >= 0]
+        owned += offsets(row, core(row))
     every = [[4 * i, 4 * i + 3] for i in range(tokens)]
     assert sorted(owned) == every
     assert sorted({tuple(o) for o in seen}) == [tuple(o) for o in every]
@@ -118,46 +124,43 @@ def test_windows_cover_the_passage_and_each_token_has_one_max_context(tokens, qu
 
 def test_window_moves_on_by_the_stride_and_max_context_is_run_squads():
     windows = make_windows([ask("cat " * 300)], bert_tokenizer(), 80, 31, 16)
+    shown = [[start // 4 for start in row["char_starts"] if start >= 0] for row in windows]
     room = 80 - 3 - 4
-    assert windows.first.tolist() == list(range(0, 300 - room + 31, 31))
+    assert [tokens[0] for tokens in shown] == list(range(0, 300 - room + 31, 31))
+    cores = [[start // 4 for start in row["char_starts"][core(row)]] for row in windows]
     for token in range(300):
         scores = [
-            min(token - first, first + length - 1 - token) + 0.01 * length if first <= token < first + length else -1
-            for first, length in zip(windows.first, windows.length, strict=True)
+            min(token - tokens[0], tokens[-1] - token) + 0.01 * len(tokens) if token in tokens else -1
+            for tokens in shown
         ]
-        (owner,) = (i for i, (low, high) in enumerate(windows.core) if low <= token < high)
+        (owner,) = (i for i, tokens in enumerate(cores) if token in tokens)
         assert owner == scores.index(max(scores))
-
-
-def test_stride_longer_than_a_window_leaves_no_gap():
-    windows = make_windows([ask("cat " * 300)], bert_tokenizer(), 40, 128, 16)
-    assert (np.diff(windows.first) == windows.length[:-1]).all()
 
 
 def test_answer_over_the_border_of_windows_is_no_answer_there_and_found_elsewhere():
     context = "cat " * 70 + "the long answer here " + "dog " * 200
     windows = make_windows([ask(context, answer="the long answer here")], bert_tokenizer(), 80, 31, 16)
-    rows = rows_of(windows)
-    held = [row for row in rows if row.start]
-    assert 0 < len(held) < len(rows)
+    held = [row for row in windows if row["start_positions"]]
+    assert 0 < len(held) < len(windows)
     assert {quote(ask(context), row) for row in held} == {"the long answer here"}
-    assert all((row.start, row.end) == (0, 0) for row in rows if not row.start)
-    assert windows.lost_answers == 0
+    assert all(row["end_positions"] == 0 for row in windows if not row["start_positions"])
+    assert not any(windows["lost_answer"])
 
 
 def test_answer_longer_than_a_window_is_counted():
     context = "cat " * 100
-    assert make_windows([ask(context, answer=context.strip())], bert_tokenizer(), 40, 16, 16).lost_answers == 1
+    windows = make_windows([ask(context, answer=context.strip()), ask(context)], bert_tokenizer(), 40, 16, 16)
+    assert windows["lost_answer"][:] == [True] + [False] * (len(windows) - 1)
 
 
 @pytest.mark.parametrize("tokenizer", [bert_tokenizer, roberta_tokenizer])
 def test_control_tokens_in_texts_stay_text(tokenizer):
     tokenizer = tokenizer()
     text = "one [SEP] two [CLS] [MASK] [PAD] </s> <mask> <s> <think> Paris end"
-    (row,) = rows_of(make_windows([ask(text, "Is [SEP] or </s> or <think> meant?", "Paris")], tokenizer, 200))
+    (row,) = make_windows([ask(text, "Is [SEP] or </s> or <think> meant?", "Paris")], tokenizer, 200)
     frame = tokenizer("a", "b")["input_ids"]
     control = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id} | {tokenizer.convert_tokens_to_ids("<think>")}
-    assert [i for i in row.input_ids if i in control] == [i for i in frame if i in control]
+    assert [i for i in row["input_ids"] if i in control] == [i for i in frame if i in control]
     assert quote(ask(text), row).strip() == "Paris"
 
 
@@ -174,62 +177,51 @@ def test_control_tokens_in_texts_stay_text(tokenizer):
     ],
 )
 def test_offsets_are_characters_of_the_context(tokenizer, context, answer):
-    (row,) = rows_of(make_windows([ask(context, answer=answer)], tokenizer()))
+    (row,) = make_windows([ask(context, answer=answer)], tokenizer())
     assert quote(ask(context), row).strip() == answer
 
 
 def test_overlong_question_is_cut_and_counted():
     conversations = [ask("A cat sat.", "why " * 70 + "?"), ask("A cat sat.", "why " * 64)]
-    windows = make_windows(conversations, bert_tokenizer(), 128)
-    assert windows.cut_questions == 1
-    assert windows.cut.tolist() == [True, False]
-    assert [row.input_ids.tolist() for row in rows_of(windows, 0)] == [
-        row.input_ids.tolist() for row in rows_of(windows, 1)
-    ]
+    cut, whole = make_windows(conversations, bert_tokenizer(), 128)
+    assert (cut["cut_question"], whole["cut_question"]) == (True, False)
+    assert cut["input_ids"] == whole["input_ids"]
+
+
+@pytest.mark.parametrize("trim_offsets", [True, False])
+def test_a_cut_question_is_never_longer_than_asked(trim_offsets):
+    tokenizer = roberta_tokenizer(trim_offsets)
+    for question in ("who did 🙂 " * 9, "  ".join(["why"] * 30), "東京は日本の首都です" * 3):
+        for length in range(1, 12):
+            (row,) = make_windows([ask("A cat sat.", question)], tokenizer, 64, 64, length)
+            room = row["char_starts"].index(0) - 3  # </s></s> and <s> are before the passage
+            assert length - 4 <= room <= length  # a character of several tokens is not cut
+            assert row["cut_question"]
 
 
 def test_shortest_answer_is_trained():
     c = replace(ask("She lives in Paris, France."), answers=("in Paris", "Paris", "Paris, France"), starts=(10, 13, 13))
-    (row,) = rows_of(make_windows([c], bert_tokenizer()))
+    (row,) = make_windows([c], bert_tokenizer())
     assert quote(c, row) == "Paris"
 
 
-def test_saved_windows_load_equal(questions, tmp_path):
-    windows = make_windows(questions, bert_tokenizer())
-    windows.save(tmp_path / "w")
-    assert_equal(Windows.load(tmp_path / "w"), windows)
-
-
-def assert_equal(one: Windows, other: Windows) -> None:
-    for field in dataclasses.fields(Windows):
-        a, b = getattr(one, field.name), getattr(other, field.name)
-        assert a.dtype == b.dtype
-        np.testing.assert_array_equal(a, b)
-
-
-def test_windows_without_any_passage_token_load_too(tmp_path):
-    windows = make_windows([ask("\u200b")], bert_tokenizer())
-    windows.save(tmp_path)
-    assert Windows.load(tmp_path).row(0).input_ids.tolist() == windows.row(0).input_ids.tolist()
-
-
 def test_second_start_takes_the_windows_of_the_first(questions, tmp_path, monkeypatch):
-    fresh = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
-    assert_equal(fresh, make_windows(questions, bert_tokenizer(), *SETTINGS))
-    monkeypatch.setattr(data.encode.qa_windows, "make_windows", None)
-    assert_equal(load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS), fresh)
+    asked = [*questions, ask("\u200b")]
+    first = load_windows(asked, bert_tokenizer(), tmp_path, *SETTINGS)
+    assert first.to_list() == make_windows(asked, bert_tokenizer(), *SETTINGS).to_list()
+    monkeypatch.setattr(data.encode.qa_windows, "window_rows", None)
+    assert load_windows(asked, bert_tokenizer(), tmp_path, *SETTINGS).to_list() == first.to_list()
 
 
 @pytest.mark.parametrize(
     "damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40]), lambda path: path.write_bytes(b"")]
 )
-def test_damaged_windows_are_made_anew(damage, questions, tmp_path, capsys):
-    fresh = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
-    wanted = {field.name: np.array(getattr(fresh, field.name)) for field in dataclasses.fields(fresh)}
-    damage(next(tmp_path.glob("*/passage_ids.npy")))
-    again = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS)
+def test_damaged_windows_are_made_again(damage, questions, tmp_path, capsys):
+    rows = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS).to_list()
+    (file,) = (path for path in tmp_path.glob("*/*") if path.is_file())
+    damage(file)
+    assert load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS).to_list() == rows
     assert "is damaged" in capsys.readouterr().out
-    assert all(np.array_equal(getattr(again, name), value) for name, value in wanted.items())
 
 
 def test_whatever_changes_windows_changes_the_key(questions):
@@ -251,10 +243,7 @@ def test_whatever_changes_windows_changes_the_key(questions):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (
-            (67, 16, 64),
-            "max_query_length 64 and 3 control tokens leave no room for a passage in max_seq_length 67; raise",
-        ),
+        ((67, 16, 64), "max_query_length 64 and 3 control tokens leave no room .* max_seq_length 67; raise"),
         ((384, 0, 64), "doc_stride 0 and max_query_length 64 must be 1 or more"),
         ((384, 128, 0), "doc_stride 128 and max_query_length 0 must be 1 or more"),
     ],

@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from datasets import Dataset
 
 from data.conversation import DataError
-from data.encode.qa_windows import Windows, make_windows
+from data.encode.qa_windows import make_windows
 from data.readers.squad import UNANSWERABLE
 from eval.metrics import squad_scores
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
@@ -17,19 +18,17 @@ from tests.helpers.places import REAL_DATA, needs_real
 from tests.helpers.qa import ask, bert_tokenizer, roberta_tokenizer
 
 
-def one_hot(windows: Windows) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def one_hot(windows: Dataset) -> tuple[list[np.ndarray], ...]:
     """Logits of a model that is sure of the gold tokens."""
-    starts, ends = [], []
-    for length, start, end in zip(windows.lengths, windows.start, windows.end, strict=True):
-        starts.append(10.0 * (np.arange(length) == start))
-        ends.append(10.0 * (np.arange(length) == end))
-    return starts, ends
+    return tuple(
+        [10.0 * (np.arange(len(ids)) == gold) for ids, gold in zip(windows["input_ids"], windows[name], strict=True)]
+        for name in ("start_positions", "end_positions")
+    )
 
 
-def random_logits(windows: Windows, seed: int = 0) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def random_logits(windows: Dataset, seed: int = 0) -> tuple[list[np.ndarray], ...]:
     rng = np.random.default_rng(seed)
-    starts, ends = ([rng.normal(size=n).astype(np.float32) for n in windows.lengths] for _ in range(2))
-    return starts, ends
+    return tuple([rng.normal(size=len(ids)).astype(np.float32) for ids in windows["input_ids"]] for _ in range(2))
 
 
 def perfect_score(conversations, windows) -> float:
@@ -54,13 +53,13 @@ def test_perfect_logits_score_100_on_real_data():
 def brute_force(windows, starts, ends, conversation: int, max_answer_length: int) -> tuple[float, int, int]:
     """The best span of a conversation, from rows."""
     found = []
-    for i in range(len(windows)):
-        row = windows.row(i)
-        if row.conversation == conversation:
-            for s in np.flatnonzero(row.max_context):
-                for e in range(s, min(s + max_answer_length, len(row.input_ids))):
-                    if row.offsets[e, 0] >= 0:
-                        found.append((float(starts[i][s]) + float(ends[i][e]), row.offsets[s, 0], row.offsets[e, 1]))
+    for i, row in enumerate(windows):
+        if row["conversation"] == conversation:
+            for s in range(row["core_start"], row["core_end"]):
+                for e in range(s, min(s + max_answer_length, len(row["input_ids"]))):
+                    if row["char_starts"][e] >= 0:
+                        score = float(starts[i][s]) + float(ends[i][e])
+                        found.append((score, row["char_starts"][s], row["char_ends"][e]))
     return max(found)
 
 
@@ -74,7 +73,7 @@ def test_best_span_is_that_of_brute_force(questions, max_answer_length):
         score, start, end = brute_force(windows, *logits, i, max_answer_length)
         assert answer.score == pytest.approx(score)
         assert answer.text == c.context[start:end]
-        of_question = np.flatnonzero(windows.conversation == i)
+        of_question = np.flatnonzero(np.array(windows["conversation"]) == i)
         assert answer.null_score == pytest.approx(
             min(float(logits[0][w][0]) + float(logits[1][w][0]) for w in of_question)
         )

@@ -13,7 +13,7 @@ NEWS = SAMPLES / "newsgroups.jsonl"
 SQUAD = SAMPLES / "squad_train.json"
 
 
-def recipe(objective: str, base: Path | str, out: Path, **changes: dict) -> BaselineRecipe:
+def recipe(objective: str, base: Path | str, out: Path | str, **changes: dict | str) -> BaselineRecipe:
     news = objective != "extractive_qa"
     tree = {
         "objective": objective,
@@ -27,7 +27,7 @@ def recipe(objective: str, base: Path | str, out: Path, **changes: dict) -> Base
         "eval": {"share": 0.2} if news else {"data": str(SAMPLES / "squad_dev.json"), "limit": 20},
     }  # fmt: skip
     for section, values in changes.items():
-        tree[section] = tree.get(section, {}) | values  # type: ignore[operator]
+        tree[section] = values if isinstance(values, str) else tree.get(section, {}) | values  # type: ignore[operator]
     return check_baseline(tree)
 
 
