@@ -144,7 +144,7 @@ def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
         breaks[0], seen[:] = False, []
         answers = server_predictions(url, "served", questions[:12], 9, 1, keep)
         assert (len(seen), [a.text for a in answers]) == (6, texts(questions[:12]))
-        assert "6 answers are there" in capsys.readouterr().err
+        assert "6 answers are read" in capsys.readouterr().err
         assert answers == server_predictions(url, "served", questions[:12], 9, 1, None)
         for changed in (("other", questions[:12], 9), ("served", questions[1:12], 9), ("served", questions[:12], 8)):
             seen[:] = []
