@@ -102,7 +102,7 @@ def test_refuses_damaged_samples_by_line(squad: list[Path], tmp_path: Path, old:
 
 def test_refuses_missing_and_damaged_files(squad: list[Path], tmp_path: Path):
     out = tmp_path / "out"
-    with pytest.raises(CompareError, match="1 folders to compare where at least 2"):
+    with pytest.raises(CompareError, match="1 folders to compare, at least 2"):
         compare(squad[:1], out)
     with pytest.raises(CompareError, match=r"nowhere/results.json can't be read \(No such file"):
         compare([squad[0], tmp_path / "nowhere"], out)

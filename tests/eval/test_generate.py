@@ -10,7 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, set_s
 import eval.generate
 from data.encode.chat import Example, encode_prompt
 from data.encode.pack import build_pack
-from eval.decode_batch import Batch, attention, takes_rows
+from eval.decode_batch import Batch, takes_rows
 from eval.generate import generate_ids, generate_one
 from eval.predict import generate
 from sft.models.load import load_base
@@ -111,15 +111,20 @@ def test_batch_never_holds_more_than_batch_tokens(model, prompts, monkeypatch):
 
 
 def test_model_has_its_own_attention_again_even_if_interrupted(model, prompts):
+    implementations: list[str] = []
+
     def interrupt(*args):
-        raise KeyboardInterrupt
+        implementations.append(model.config._attn_implementation)
+        if len(implementations) == 2:
+            raise KeyboardInterrupt
 
     generate_ids(model, prompts[:2], STOP, NEW, 2000)
     assert model.config._attn_implementation == "sdpa"
-    batch_forward = model.get_output_embeddings().register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), attention(model):
-        model(torch.tensor([[5]]))
-    batch_forward.remove()
+    hook = model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate_ids(model, prompts[:2], STOP, NEW, 2000)
+    hook.remove()
+    assert implementations == ["sdpa", "rows"]
     assert model.config._attn_implementation == "sdpa"
 
 
