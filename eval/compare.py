@@ -34,7 +34,7 @@ Row = dict[str, Any]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 SEED, RESAMPLES, ALPHA = 0, 10_000, 0.05
-ROUNDING = 0.0051  # results.json has two decimals of a percentage
+ROUNDING = 0.0051  # scores in results.json are percentages with two decimals
 STATED = {"target", "scorer", "seconds", "cut_at_max_new_tokens", "too_long_for_model", "machine"}  # shown as they are
 
 
@@ -82,7 +82,7 @@ class Sample(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class System:
-    """One evaluation folder: results.json, and the rows of samples.jsonl in order."""
+    """One evaluation folder: results.json and the rows of samples.jsonl."""
 
     name: str
     folder: Path
@@ -91,13 +91,14 @@ class System:
 
     @property
     def second(self) -> str:
+        """The score beside `exact`."""
         return "valid" if "valid" in self.results.scores.get("total", {}) else "f1"
 
     def scores(self, metric: str) -> np.ndarray:
         return np.array([row[metric] for row in self.rows], dtype=float)
 
     def parts(self) -> dict[str, list[int]]:
-        """The rows of each part that is scored."""
+        """The indices of the rows of each part that is scored."""
         parts = {"total": list(range(len(self.rows)))}
         if self.results.task == "squad_v2":
             parts["HasAns"] = [i for i, row in enumerate(self.rows) if row["gold"]]

@@ -18,9 +18,9 @@ def with_shots(
     All get the same examples in the same order, drawn by seed; their own system turns are left out. Labels alternate,
     so they are as balanced as n and the data allow; so do answerable and unanswerable questions, answerable first.
     Every prompt pays for its shots, so they are drawn from the half of each kind with the shorter prompts, and from the
-    rest only if n needs it. Examples with an empty turn are left out, and those whose context or cluster (see
-    Conversation) equals that of a scored conversation after normalisation (see data/audit/duplicates.py). Raises
-    DataError if fewer than n remain.
+    rest only if n needs it. An example is left out if a turn is empty, or if its context or cluster (see Conversation)
+    is that of a scored conversation after normalisation (see data/audit/duplicates.py). Raises DataError if fewer than
+    n remain.
     """
     scored = {normalize(text) for c in conversations for text in (c.context, c.cluster)} - {""}
     usable = [
@@ -45,7 +45,7 @@ def _draw(examples: Sequence[Conversation], n: int, rng: random.Random) -> list[
     for example in examples:
         unanswerable = not example.answers and example.answer == UNANSWERABLE
         kinds.setdefault((unanswerable, example.label), []).append(example)
-    # labels in random order, since n may not reach all; answerable first: a single shot should show an answer
+    # labels in random order, since n may be smaller; answerable first, since a single shot should show an answer
     order = sorted(rng.sample(sorted(kinds), len(kinds)), key=lambda kind: kind[0])
     pools = []
     for kind in order:
@@ -53,7 +53,7 @@ def _draw(examples: Sequence[Conversation], n: int, rng: random.Random) -> list[
         half = (len(rising) + 1) // 2
         pools.append([*rng.sample(rising[:half], half), *rising[half:]])
     drawn = [example for turn in zip_longest(*pools) for example in turn if example is not None][:n]
-    return rng.sample(drawn, n)  # the order of labels would be a pattern to copy
+    return rng.sample(drawn, n)  # without shuffling, the order of labels would be a pattern to copy
 
 
 def _prompt_characters(example: Conversation) -> int:

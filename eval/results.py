@@ -128,6 +128,6 @@ def _summary(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
     if labels:
         counts = label_counts([sample_row(one) for one in scored], labels)
         sums = np.vstack([counts.sum(0), bootstrap_sums(counts, clusters)])
-        found = cell(100 * macro_f1(sums), len(set(clusters)))
-        summary |= {"macro_f1": found["score"], "macro_f1_95": [found["low"], found["high"]]}
+        macro = cell(100 * macro_f1(sums), len(set(clusters)))
+        summary |= {"macro_f1": macro["score"], "macro_f1_95": [macro["low"], macro["high"]]}
     return summary

@@ -1,4 +1,4 @@
-"""Logits become exact quotes, and the threshold for no answer is the best one there is."""
+"""Logits become exact quotes, and the threshold for no answer is the best possible one."""
 
 import math
 import random
@@ -53,15 +53,15 @@ def test_perfect_logits_score_100_on_real_data():
 
 def brute_force(windows, starts, ends, conversation: int, max_answer_length: int) -> tuple[float, int, int]:
     """The best span of a conversation, from rows."""
-    found = []
+    spans = []
     for i in range(len(windows)):
         row = windows.row(i)
         if row.conversation == conversation:
             for s in np.flatnonzero(row.max_context):
                 for e in range(s, min(s + max_answer_length, len(row.input_ids))):
                     if row.offsets[e, 0] >= 0:
-                        found.append((float(starts[i][s]) + float(ends[i][e]), row.offsets[s, 0], row.offsets[e, 1]))
-    return max(found)
+                        spans.append((float(starts[i][s]) + float(ends[i][e]), row.offsets[s, 0], row.offsets[e, 1]))
+    return max(spans)
 
 
 @pytest.mark.parametrize("max_answer_length", [1, 4, 30])
@@ -95,7 +95,7 @@ def test_n_best_is_a_softmax_over_distinct_texts_and_no_answer(questions):
             assert answer.probability / answer.null_probability == pytest.approx(math.exp(-answer.null_difference))
 
 
-def test_rows_of_a_padded_batch_do(questions):
+def test_logits_of_a_padded_batch_give_the_same_answers(questions):
     windows = make_windows(questions, bert_tokenizer())
     starts, ends = random_logits(windows)
     padded = [np.full((len(windows), 400), 99.0, np.float32) for _ in range(2)]
@@ -128,7 +128,7 @@ def test_threshold_and_version_1_decide_on_no_answer():
     assert choose([answer], -math.inf, allow_null=False) == ["cat"]
 
 
-def test_logits_that_are_no_numbers_or_of_other_windows_are_told(questions):
+def test_logits_that_are_not_finite_or_of_other_windows_are_refused(questions):
     windows = make_windows(questions, bert_tokenizer())
     starts, ends = random_logits(windows)
     with pytest.raises(ValueError, match="96 rows of logits for|95 and 96"):

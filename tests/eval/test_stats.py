@@ -26,7 +26,7 @@ from eval.stats import (
 
 
 def planted(items: int, gain: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two systems on the same items; the first is right on `gain` more of them."""
+    """Two systems on the same items; the first is right on a share `gain` more than the second."""
     rng = np.random.default_rng(seed)
     b = (rng.random(items) < 0.6).astype(float)
     a = b.copy()
@@ -75,7 +75,7 @@ def test_randomisation_by_hand_and_against_mcnemar():
     assert approximate_randomisation(a, b, clusters) == pytest.approx(mcnemar_exact(a, b)[0], abs=0.02)
 
 
-def test_cluster_test_keeps_its_false_positive_rate_where_mcnemar_does_not():
+def test_cluster_test_keeps_its_false_positive_rate_and_mcnemar_does_not():
     rng = np.random.default_rng(5)
     clusters = [str(i // 10) for i in range(400)]
     trials, cluster_hits, naive_hits = 200, 0, 0
@@ -121,11 +121,11 @@ def test_items_to_settle_by_hand_and_by_power():
     assert items_to_settle(a, b, [str(i // 4) for i in range(20)]) < needed  # every passage has the same difference
     assert items_to_settle(a, b, ["one"] * 20) is None
     assert items_to_settle(a, b, [str(i) for i in range(20)], alpha=0.005) > needed
-    rng, found = np.random.default_rng(1), 0
+    rng, detected = np.random.default_rng(1), 0
     for _ in range(200):
         draw = rng.random(needed) < 0.25
-        found += abs(draw.mean()) > 1.96 * math.sqrt(0.1875 / needed)
-    assert 0.7 < found / 200 < 0.9
+        detected += abs(draw.mean()) > 1.96 * math.sqrt(0.1875 / needed)
+    assert 0.7 < detected / 200 < 0.9
 
 
 def test_wilson_by_hand_and_at_the_ends():
@@ -161,7 +161,7 @@ def test_macro_f1_is_that_of_scikit_learn():
     assert macro_f1(sums) == pytest.approx(f1_score(gold, predicted, labels=range(5), average="macro", zero_division=0))
 
 
-def test_interval_of_macro_f1_holds_score_and_truth_where_classes_are_small():
+def test_interval_of_macro_f1_holds_score_and_truth_if_classes_are_small():
     """36 items of 20 classes: a resample lacks a third of the classes."""
     rng, inside, covered = np.random.default_rng(0), 0, 0
     for _ in range(100):
@@ -170,9 +170,9 @@ def test_interval_of_macro_f1_holds_score_and_truth_where_classes_are_small():
         one_hot = [of[:, None] == np.arange(20) for of in (gold, predicted)]
         counts = np.hstack([one_hot[0] & one_hot[1], *one_hot]).astype(float)
         sums = np.vstack([counts.sum(0), bootstrap_sums(counts, [str(i) for i in range(36)], 400)])
-        found = cell(100 * macro_f1(sums), 36)
-        inside += found["low"] <= found["score"] <= found["high"]
-        covered += found["low"] <= 100 * (0.55 + 0.45 / 20) <= found["high"]  # what each class's F1 is near
+        interval = cell(100 * macro_f1(sums), 36)
+        inside += interval["low"] <= interval["score"] <= interval["high"]
+        covered += interval["low"] <= 100 * (0.55 + 0.45 / 20) <= interval["high"]  # what each class's F1 is near
     assert inside == 100
     assert covered >= 80
 
@@ -180,8 +180,8 @@ def test_interval_of_macro_f1_holds_score_and_truth_where_classes_are_small():
 def test_scores_without_variance_have_wilsons_interval_of_their_clusters():
     for value, wanted in ((0.0, wilson_interval(0, 5)), (1.0, wilson_interval(5, 5))):
         assert score_interval([value] * 10, [str(i // 2) for i in range(10)]) == wanted
-        seen = cell(np.full(50, 100 * value), 5)
-        assert (seen["low"], seen["high"]) == tuple(round(100 * end, 2) for end in wanted)
+        score = cell(np.full(50, 100 * value), 5)
+        assert (score["low"], score["high"]) == tuple(round(100 * end, 2) for end in wanted)
     assert score_interval([1.0, 0.0], ["a", "b"]) == cluster_interval([1.0, 0.0], ["a", "b"])
     assert cell(np.zeros(50)) == {"score": 0, "low": 0, "high": 0}  # a difference that is none
 
