@@ -28,7 +28,7 @@ def exact_match(gold: str, predicted: str) -> float:
 
 
 def token_f1(gold: str, predicted: str) -> float:
-    """F1 of the bags of normalised tokens; if one is empty, 1 if both are, else 0."""
+    """F1 of the bags of normalised tokens; if either is empty, 1 if both are, else 0."""
     gold_tokens, predicted_tokens = normalize_answer(gold).split(), normalize_answer(predicted).split()
     common = sum((Counter(gold_tokens) & Counter(predicted_tokens)).values())
     if not gold_tokens or not predicted_tokens:

@@ -29,15 +29,15 @@ class Scored:
 
 
 def limit_questions(conversations: Sequence[Conversation], limit: int | None, seed: int = 0) -> list[Conversation]:
-    """At most `limit` questions drawn at random by seed, in file order. Single questions, not whole contexts: those of
-    one passage tend to be right or wrong together, so many passages give the narrower interval."""
+    """At most `limit` questions drawn at random by seed, in file order. Questions rather than whole contexts: those
+    of one passage tend to be right or wrong together, and many passages give the narrower interval."""
     if limit is None or limit >= len(conversations):
         return list(conversations)
     return [conversations[i] for i in sorted(random.Random(seed).sample(range(len(conversations)), limit))]
 
 
 def score(task: str, conversations: Sequence[Conversation], predictions: Sequence[Prediction]) -> list[Scored]:
-    """Every question with its scores, each from 0 to 1. Raises ValueError unless each has one prediction."""
+    """Every question with its scores, each from 0 to 1. Raises ValueError if one lacks its prediction."""
     scored = []
     for c, p in zip(conversations, predictions, strict=True):
         scores = TASKS[task].score(c.answers, p.text)
@@ -80,8 +80,8 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
     """Writes results.json, samples.jsonl (a line per question: prompt, answer, gold answers, scores) and, for labels,
     confusion.png.
 
-    All go to temporary files first, so a full disk leaves the old ones; beside a results.json, samples.jsonl is whole
-    and belongs to it.
+    Both are written to temporary files, so that a full disk leaves the old ones; beside a results.json, samples.jsonl
+    is its own and whole.
     """
     out.mkdir(parents=True, exist_ok=True)
     summary, plot = out / "results.json", out / "confusion.png"

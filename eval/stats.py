@@ -104,9 +104,9 @@ def approximate_randomisation(
 def mcnemar_exact(a: Sequence[float], b: Sequence[float]) -> tuple[float, int, int]:
     """Two-sided exact p on paired 0/1 scores, how many items only a has right, and how many only b.
 
-    p is 1 if no item is discordant. The test takes items as independent: if several share a cluster, it reports
-    differences that do not exist, see `approximate_randomisation`. Source: McNemar (1947), in its exact binomial form;
-    Edwards' (1948) correction approximates that one.
+    1 if no item is discordant. It takes items as independent: if several share a cluster it finds differences
+    that are none, see `approximate_randomisation`. Source: McNemar (1947), in its exact binomial form; Edwards' (1948)
+    correction approximates that one.
     """
     from scipy.stats import binomtest
 
@@ -131,8 +131,8 @@ def items_to_settle(
 ) -> int | None:
     """About how many items in all, clustered alike, would show this difference at `alpha` (two-sided) with `power`.
 
-    None if the difference is 0, or if a single cluster gives no variance. Source: Miller (2024, arXiv 2411.00640),
-    clustered standard error of the paired differences, and power analysis.
+    None if there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
+    2411.00640), clustered standard error of the paired differences, and power analysis.
     """
     differences = _paired(a, b)
     mean = differences.mean()

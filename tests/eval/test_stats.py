@@ -170,9 +170,9 @@ def test_interval_of_macro_f1_holds_score_and_truth_if_classes_are_small():
         one_hot = [of[:, None] == np.arange(20) for of in (gold, predicted)]
         counts = np.hstack([one_hot[0] & one_hot[1], *one_hot]).astype(float)
         sums = np.vstack([counts.sum(0), bootstrap_sums(counts, [str(i) for i in range(36)], 400)])
-        interval = cell(100 * macro_f1(sums), 36)
-        inside += interval["low"] <= interval["score"] <= interval["high"]
-        covered += interval["low"] <= 100 * (0.55 + 0.45 / 20) <= interval["high"]  # what each class's F1 is near
+        found = cell(100 * macro_f1(sums), 36)
+        inside += found["low"] <= found["score"] <= found["high"]
+        covered += found["low"] <= 100 * (0.55 + 0.45 / 20) <= found["high"]  # what each class's F1 is near
     assert inside == 100
     assert covered >= 80
 
@@ -180,8 +180,8 @@ def test_interval_of_macro_f1_holds_score_and_truth_if_classes_are_small():
 def test_scores_without_variance_have_wilsons_interval_of_their_clusters():
     for value, wanted in ((0.0, wilson_interval(0, 5)), (1.0, wilson_interval(5, 5))):
         assert score_interval([value] * 10, [str(i // 2) for i in range(10)]) == wanted
-        score = cell(np.full(50, 100 * value), 5)
-        assert (score["low"], score["high"]) == tuple(round(100 * end, 2) for end in wanted)
+        seen = cell(np.full(50, 100 * value), 5)
+        assert (seen["low"], seen["high"]) == tuple(round(100 * end, 2) for end in wanted)
     assert score_interval([1.0, 0.0], ["a", "b"]) == cluster_interval([1.0, 0.0], ["a", "b"])
     assert cell(np.zeros(50)) == {"score": 0, "low": 0, "high": 0}  # a difference that is none
 
