@@ -1,4 +1,4 @@
-"""What a total score hides: labels, calibration, kinds of question, and questions that tell two systems apart."""
+"""Parts of a score: by label, by probability, by kind of question; and the questions on which two systems differ."""
 
 import random
 import re
@@ -10,34 +10,35 @@ from eval.metrics import OTHER, gold_label, predicted_labels
 from eval.stats import brier, expected_calibration_error, reliability_bins, wilson_interval
 
 Row = Mapping[str, Any]  # of samples.jsonl
+Record = dict[str, Any]  # of compare.json or results.json
 
-BINS = 10  # of equal width, from 0 to 1
+BINS = 10  # of equal width from 0 to 1
 EXAMPLES = 20
-PROMPT_TAIL = 600  # characters of a prompt that are shown; what is asked is at its end
+PROMPT_TAIL = 600  # characters of a prompt that are shown; its question is at the end
 QUESTION_WORD = re.compile(r"\b(who|what|when|where|which|why|how)(?:m|se)?\b", re.IGNORECASE)
 QUESTION_WORDS = ("who", "what", "when", "where", "which", "why", "how", "other")
 LENGTHS = ("0", "1", "2", "3-5", "6+")  # words of the first gold answer; 0: unanswerable
 
 
-def classes(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any] | None:
-    """Precision, recall and F1 of each label in percent, and counts [labels, labels + OTHER], gold by predicted; None
-    without labels."""
+def scores_per_label(rows: Sequence[Row], labels: Sequence[str]) -> Record | None:
+    """Precision, recall and F1 of each label in percent, and the confusion matrix [labels, labels + OTHER], gold by
+    predicted; None without labels."""
     if not labels:
         return None
     from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
     gold, predicted = [gold_label(row) for row in rows], predicted_labels(rows, labels)
-    each = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
+    columns = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
     table = []
-    for label, *shares, n in zip(labels, *(part.tolist() for part in each), strict=True):
-        percent = {key: round(100 * s, 2) for key, s in zip(("precision", "recall", "f1"), shares, strict=True)}
-        table.append({"label": label, "questions": n, **percent})
+    for label, *shares, n in zip(labels, *(column.tolist() for column in columns), strict=True):
+        precision, recall, f1 = (round(100 * share, 2) for share in shares)
+        table.append({"label": label, "questions": n, "precision": precision, "recall": recall, "f1": f1})
     counts = confusion_matrix(gold, predicted, labels=[*labels, OTHER])[: len(labels)]
     return {"table": table, "confusion": counts.tolist()}
 
 
-def plot_confusion(classes: dict[str, Any], path: Path) -> None:
-    """Rows: gold labels, each as shares of its questions. Columns: answered, the last one no label at all."""
+def plot_confusion(classes: Record, path: Path) -> None:
+    """Writes a PNG. Rows: gold labels, coloured by share of the row. Columns: answers, the last one no label at all."""
     import numpy as np
     from matplotlib.figure import Figure
 
@@ -56,7 +57,7 @@ def plot_confusion(classes: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120, format="png")
 
 
-def calibration(rows: Sequence[Row]) -> dict[str, Any] | None:
+def calibration(rows: Sequence[Row]) -> Record | None:
     """ECE, Brier score and the bins of a reliability diagram; None if no answer has a probability."""
     known = [(row["probability"], row["exact"]) for row in rows if row.get("probability") is not None]
     if not known:
@@ -64,29 +65,23 @@ def calibration(rows: Sequence[Row]) -> dict[str, Any] | None:
     probabilities, correct = zip(*known, strict=True)
     bins = []
     for i, (n, probability, right) in enumerate(reliability_bins(probabilities, correct, BINS)):
-        found: dict[str, Any] = {
-            "low": i / BINS,
-            "high": (i + 1) / BINS,
-            "questions": n,
-            "probability": None,
-            "correct": None,
-        }
+        row: Record = {"low": i / BINS, "high": (i + 1) / BINS, "questions": n, "probability": None, "correct": None}
         if n:
-            found |= {"probability": round(probability, 4), "correct": round(right, 4)}
-            found["correct_95"] = [round(end, 4) for end in wilson_interval(round(n * right), n)]
-        bins.append(found)
+            row |= {"probability": round(probability, 4), "correct": round(right, 4)}
+            row["correct_95"] = [round(end, 4) for end in wilson_interval(round(n * right), n)]
+        bins.append(row)
     ece = round(expected_calibration_error(probabilities, correct, BINS), 4)
     return {"questions": len(known), "ece": ece, "brier": round(brier(probabilities, correct), 4), "bins": bins}
 
 
 def question_kinds(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[int]]]:
-    """What questions are divided by, a kind of it that occurs, and the rows of that kind."""
-    for by, kinds, of in (
+    """Each division of the questions, each of its kinds that occurs, and the indices of that kind's rows."""
+    for by, kinds, kind_of_row in (
         ("answer length", LENGTHS, [answer_length(row["gold"]) for row in rows]),
         ("question word", QUESTION_WORDS, [question_word(row["question"]) for row in rows]),
     ):
         for kind in kinds:
-            if indices := [i for i, own in enumerate(of) if own == kind]:
+            if indices := [i for i, own in enumerate(kind_of_row) if own == kind]:
                 yield by, kind, indices
 
 
@@ -100,21 +95,21 @@ def question_word(question: str) -> str:
     return word[1].lower() if word else "other"
 
 
-def telling_examples(a: tuple[str, Sequence[Row]], b: tuple[str, Sequence[Row]], seed: int) -> list[dict[str, Any]]:
-    """Up to EXAMPLES questions that one of two systems (name, rows) has right and the other wrong, half of them each
-    way if there are enough; drawn by seed."""
-    gaps = [x["exact"] - y["exact"] for x, y in zip(a[1], b[1], strict=True)]
+def discordant_examples(a: str, b: str, rows: Mapping[str, Sequence[Row]], seed: int) -> list[Record]:
+    """Up to EXAMPLES questions that one of the systems a and b has right and the other wrong, half of them each way if
+    there are enough; drawn by seed. rows: those of each system by its name."""
+    gaps = [x["exact"] - y["exact"] for x, y in zip(rows[a], rows[b], strict=True)]
     only_a, only_b = [i for i, gap in enumerate(gaps) if gap > 0], [i for i, gap in enumerate(gaps) if gap < 0]
     rng = random.Random(seed)
     examples = []
-    for way, others, right, wrong in ((only_a, only_b, a, b), (only_b, only_a, b, a)):
+    for right, wrong, indices, others in ((a, b, only_a, only_b), (b, a, only_b, only_a)):
         most = max(EXAMPLES // 2, EXAMPLES - len(others))
-        for i in sorted(rng.sample(way, min(most, len(way)))):
-            row = right[1][i]
+        for i in sorted(rng.sample(indices, min(most, len(indices)))):
+            row = rows[right][i]
             cut = max(0, len(row["prompt"]) - PROMPT_TAIL)
             examples.append({
-                "id": row["id"], "right": right[0], "wrong": wrong[0], "prompt_tail": row["prompt"][cut:],
+                "id": row["id"], "right": right, "wrong": wrong, "prompt_tail": row["prompt"][cut:],
                 "characters_cut": cut, "gold": row["gold"], "right_answer": row["predicted"],
-                "wrong_answer": wrong[1][i]["predicted"],
+                "wrong_answer": rows[wrong][i]["predicted"],
             })  # fmt: skip
     return examples

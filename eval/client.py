@@ -12,24 +12,25 @@ from typing import TYPE_CHECKING, Any, cast
 from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
-from eval.answer_log import Note, kept
-from eval.prediction import Prediction
+from eval.answer_log import Note, resume_answers
+from eval.prediction import NOT_ASKED, Prediction
 
-if TYPE_CHECKING:  # a second to import, for commands that ask no server
+if TYPE_CHECKING:  # importing openai takes a second, which commands without a server save
     from openai import OpenAI
     from openai.types.chat import ChatCompletion
 
 TRIES = 7
 CHECK_URL = "is the server up, and is the address its /v1?"
-FIRST_WAIT_S = 0.5  # doubled after each try: 32 s in all, in which a server restarts or a queue empties
+FIRST_WAIT_S = 0.5  # doubled after each try: 32 s in all, enough for a server to restart or a queue to empty
 
 
 class ServerError(UserError):
-    """The server can't be reached or refuses; the text says what to do."""
+    """The server can't be reached or refuses; the message names the remedy."""
 
 
 def served_model(url: str, wanted: str | None) -> str:
-    """The model to ask: the wanted one, or the only one. Raises ServerError if that is no single served model."""
+    """The name of the model to ask: the wanted one, or the only one. Raises ServerError if the server serves several
+    models, or not the wanted one."""
     names = served_models(url)
     if wanted is None and len(names) == 1:
         return names[0]
@@ -39,7 +40,7 @@ def served_model(url: str, wanted: str | None) -> str:
 
 
 def served_models(url: str) -> list[str]:
-    # strict: any web server's page is then an OpenAIError too
+    # strict: the page of any other web server is then an OpenAIError too
     with openai_client(url, timeout=60, _strict_response_validation=True) as client:
         return [model.id for model in client.models.list().data]
 
@@ -57,7 +58,7 @@ def openai_client(url: str, remedy: str = CHECK_URL, **options: Any) -> "Iterato
 
 
 def api_key() -> str:
-    """The key to send: OPENAI_API_KEY, or the VLLM_API_KEY that the server was started with; any text without one."""
+    """The key to send: OPENAI_API_KEY, or the VLLM_API_KEY that the server was started with, or "none"."""
     return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
 
 
@@ -72,23 +73,23 @@ def server_predictions(
     """The predictions of eval.predict.generate, through POST {url}/chat/completions. Raises ServerError that names the
     question if the server refuses one for another reason than its length.
 
-    keep: a file for the answers as they come; those already in it are not asked again. The caller deletes it.
+    keep: a file for the answers as they come, see eval.answer_log.resume_answers.
     """
 
-    def predict(asked: Sequence[Conversation], note: Note = lambda number, prediction: None) -> list[Prediction]:
+    def ask(questions: Sequence[Conversation], note: Note = lambda number, answer: None) -> list[Prediction]:
         replies = chat_completions(
-            url, model, asked, max_new_tokens, concurrency, lambda number, reply: note(number, prediction_of(reply))
+            url, model, questions, max_new_tokens, concurrency, lambda number, reply: note(number, prediction_of(reply))
         )
         return [prediction_of(reply) for reply in replies]
 
     if not keep:
-        return predict(conversations)
-    return kept(keep, f"{url} {model}", conversations, max_new_tokens, predict)
+        return ask(conversations)
+    return resume_answers(keep, f"{url} {model}", conversations, max_new_tokens, ask)
 
 
 def prediction_of(reply: "ChatCompletion | None") -> Prediction:
     if reply is None:
-        return Prediction("", 0, finished=False, asked=False)
+        return NOT_ASKED
     choice = reply.choices[0]
     new_tokens = reply.usage.completion_tokens if reply.usage else 0
     return Prediction((choice.message.content or "").strip(), new_tokens, choice.finish_reason == "stop")
@@ -103,54 +104,55 @@ def chat_completions(
     note: "Callable[[int, ChatCompletion | None], None]" = lambda number, reply: None,
     **options: Any,
 ) -> "list[ChatCompletion | None]":
-    """The greedy replies in order; None for a prompt that is too long for the server. `note` gets each reply with its
-    number as it comes. options: further arguments of a chat completion."""
+    """The greedy replies in order; None for a prompt that is too long for the server.
+
+    note: called with the number and the reply of each question as it comes. options: further arguments of a chat
+    completion.
+    """
     import openai
 
     slots = asyncio.Semaphore(concurrency)
     bar = Bar("ask", len(conversations))
     answered = retries = 0
 
-    async def complete(client: openai.AsyncOpenAI, conversation: Conversation) -> "ChatCompletion | None":
-        nonlocal retries
-        for tried in range(1, TRIES + 1):
-            try:
-                return await cast(Any, client.chat.completions).create(
-                    model=model,
-                    messages=list(conversation.prompt),
-                    temperature=0,
-                    max_tokens=max_new_tokens,
-                    **options,
-                )
-            except openai.BadRequestError as error:
-                if "maximum context length" in str(error):  # vLLM's and OpenAI's words
-                    return None
-                problem = f"question {conversation.id} is refused: {_first_line(error)}"
-                raise ServerError(f"{url}: {problem}; see the server's log") from error
-            except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
-                if tried == TRIES:
-                    raise ServerError(f"{url}: {_first_line(error)} ({TRIES} tries); {CHECK_URL}") from error
-                retries += 1
-                if retries == 1:
-                    problem = f"{_first_line(error)}: asking again, up to {TRIES} times, with growing waits"
-                    print(f"{url}: {problem}", file=sys.stderr, flush=True)
-                await asyncio.sleep(FIRST_WAIT_S * 2 ** (tried - 1) * random.uniform(0.8, 1.2))
-            except openai.OpenAIError as error:
-                raise ServerError(f"{url}: {_first_line(error)}; {CHECK_URL}") from error
-        raise AssertionError("the last try returns or raises")
-
     async def ask(client: openai.AsyncOpenAI, number: int, conversation: Conversation) -> "ChatCompletion | None":
-        nonlocal answered
+        nonlocal answered, retries
+        reply: ChatCompletion | None = None
         async with slots:
-            reply = await complete(client, conversation)
+            for tried in range(1, TRIES + 1):
+                try:
+                    reply = await cast(Any, client.chat.completions).create(
+                        model=model,
+                        messages=list(conversation.prompt),
+                        temperature=0,
+                        max_tokens=max_new_tokens,
+                        **options,
+                    )
+                    break
+                except openai.BadRequestError as error:
+                    if "maximum context length" in str(error):  # vLLM's and OpenAI's words
+                        break
+                    problem = f"question {conversation.id} is refused: {_first_line(error)}"
+                    raise ServerError(f"{url}: {problem}; see the server's log") from error
+                except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
+                    if tried == TRIES:
+                        raise ServerError(f"{url}: {_first_line(error)} ({TRIES} tries); {CHECK_URL}") from error
+                    retries += 1
+                    if retries == 1:
+                        problem = f"{_first_line(error)}: asking again, up to {TRIES} times, with growing waits"
+                        print(f"{url}: {problem}", file=sys.stderr, flush=True)
+                    await asyncio.sleep(FIRST_WAIT_S * 2 ** (tried - 1) * random.uniform(0.8, 1.2))
+                except openai.OpenAIError as error:
+                    raise ServerError(f"{url}: {_first_line(error)}; {CHECK_URL}") from error
         note(number, reply)
         answered += 1
         bar.update(answered, f"{retries} asked again" if retries else "")
         return reply
 
     async def ask_all() -> "list[ChatCompletion | None]":
-        silent = openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=600, max_retries=0)  # its retries are
-        async with silent as client, asyncio.TaskGroup() as group:
+        # openai's own retries are not reported
+        client = openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=600, max_retries=0)
+        async with client, asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(client, i, c)) for i, c in enumerate(conversations)]
         return [task.result() for task in tasks]
 

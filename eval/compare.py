@@ -1,6 +1,6 @@
 """Systems on the same questions -> who beats whom, how surely and at what cost: `graft compare RUN... --out DIR`.
 
-Writes compare.json (all numbers), report.md and report.html. Every score is computed again from samples.jsonl.
+Writes compare.json (all numbers), report.md and report.html. Every score is recomputed from samples.jsonl.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from data.atomic import write_json, write_text
 from data.conversation import DataError
 from data.errors import UserError
-from eval.breakdown import calibration, classes, question_kinds, telling_examples
+from eval.breakdown import calibration, discordant_examples, question_kinds, scores_per_label
 from eval.compare_report import COSTS, markdown, page
 from eval.metrics import gold_label, label_counts
 from eval.stats import (
@@ -34,16 +34,16 @@ Row = dict[str, Any]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 SEED, RESAMPLES, ALPHA = 0, 10_000, 0.05
-ROUNDING = 0.0051  # results.json has two decimals of a percentage
+ROUNDING = 0.0051  # scores in results.json are percentages with two decimals
 STATED = {"target", "scorer", "seconds", "cut_at_max_new_tokens", "too_long_for_model", "machine"}  # shown as they are
 
 
 class CompareError(UserError):
-    """Folders that can't be compared: which values differ or what is damaged, where, and what to do."""
+    """Folders that can't be compared: the values that differ or the damage, the place and the remedy."""
 
 
 class Results(BaseModel, strict=True, extra="allow"):
-    """What a comparison relies on in results.json; further keys are costs."""
+    """The keys of results.json that a comparison reads; further ones may be costs."""
 
     target: str | None = None
     name: str | None = None
@@ -82,7 +82,7 @@ class Sample(BaseModel, strict=True):
 
 @dataclass(frozen=True)
 class System:
-    """One evaluation folder: results.json, and the rows of samples.jsonl in order."""
+    """One evaluation folder: results.json and the rows of samples.jsonl."""
 
     name: str
     folder: Path
@@ -91,13 +91,14 @@ class System:
 
     @property
     def second(self) -> str:
+        """The score beside `exact`."""
         return "valid" if "valid" in self.results.scores.get("total", {}) else "f1"
 
     def scores(self, metric: str) -> np.ndarray:
         return np.array([row[metric] for row in self.rows], dtype=float)
 
     def parts(self) -> dict[str, list[int]]:
-        """The rows of each part that is scored."""
+        """The indices of the rows of each part that is scored."""
         parts = {"total": list(range(len(self.rows)))}
         if self.results.task == "squad_v2":
             parts["HasAns"] = [i for i, row in enumerate(self.rows) if row["gold"]]
@@ -106,20 +107,20 @@ class System:
 
 
 def compare(folders: Sequence[Path], out: Path) -> dict[str, Any]:
-    """What compare.json holds, written to `out` with report.md and report.html. Scores and differences are in percent,
-    p and calibration from 0 to 1; what is not known is None.
+    """The content of compare.json, which is written to `out` with report.md and report.html. Scores and differences are
+    in percent, p and calibration from 0 to 1, unknown values None.
 
-    Each folder is an evaluation's or a run's. Raises CompareError if fewer than two are given, if they were not
-    evaluated on the same questions, and if a file is missing, damaged or contradicts the one beside it.
+    Each folder is an evaluation or a run. Raises CompareError if fewer than two are given, if they were not evaluated
+    on the same questions, or if a file is missing, damaged or contradicts the one beside it.
     """
     if len(folders) < 2:
-        raise CompareError(f"{len(folders)} folders to compare where at least 2 are needed; name another run")
+        raise CompareError(f"{len(folders)} folders to compare, at least 2 are needed; name another run")
     if out.exists() and not out.is_dir():
         raise CompareError(f"--out {out} is a file; name a folder")
     systems = [read_system(folder) for folder in folders]
     for system in systems:
-        if seen := system.results.trained_on:
-            message = f"{system.folder}: the run was trained on {', '.join(seen)}, which it was scored on"
+        if files := system.results.trained_on:
+            message = f"{system.folder}: the run was trained on {', '.join(files)}, the data of this score"
             raise CompareError(f"{message}; score it on held-out data: `graft eval RUN --data FILE`")
     for system in systems[1:]:
         _refuse_unlike(systems[0], system)
@@ -137,7 +138,7 @@ def read_system(folder: Path) -> System:
     run = at.parent if at.name == "eval" else at
     remedy = f"score it with `graft eval {run}`"
     try:
-        results = _parse(Results, (at / "results.json").read_bytes(), f"{at / 'results.json'}")
+        results = _parse(Results, (at / "results.json").read_bytes(), str(at / "results.json"))
         remedy = f"score it with `graft eval {results.target or run}`"
         lines = enumerate((at / "samples.jsonl").read_bytes().splitlines(), 1)
         rows = [_parse(Sample, line, f"{at / 'samples.jsonl'}:{i}").model_dump() for i, line in lines]
@@ -151,7 +152,7 @@ def read_system(folder: Path) -> System:
 
 
 def _parse(kind: type[Model], content: bytes, where: str) -> Model:
-    """The record that the JSON holds. Raises DataError that names the key."""
+    """The record in the JSON. Raises DataError that names the key."""
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
@@ -168,9 +169,9 @@ def _refuse_edited(system: System) -> None:
         raise DataError(file, f"{stated.questions} questions, but {len(system.rows)} rows in samples.jsonl")
     for part, indices in system.parts().items():
         for metric in ("exact", system.second):
-            says, score = stated.scores.get(part, {}).get(metric), 100 * system.scores(metric)[indices].mean()
-            if not isinstance(says, int | float) or not abs(says - score) <= ROUNDING:
-                values = f"scores.{part}.{metric} is {says}, but samples.jsonl gives {score:.2f}"
+            value, score = stated.scores.get(part, {}).get(metric), 100 * system.scores(metric)[indices].mean()
+            if not isinstance(value, int | float) or not abs(value - score) <= ROUNDING:
+                values = f"scores.{part}.{metric} is {value}, but samples.jsonl gives {score:.2f}"
                 raise DataError(file, f"{values}: one of the files was changed")
 
 
@@ -192,32 +193,32 @@ def _refuse_unlike(first: System, other: System) -> None:
 
 
 def _named_apart(systems: Sequence[System]) -> list[System]:
-    """The same systems, those of equal name numbered."""
+    """The systems, those of an equal name numbered."""
     names: list[str] = []
     for system in systems:
-        numbered = (f"{system.name} ({n})" for n in count(2))
-        names.append(next(name for name in chain([system.name], numbered) if name not in names))
+        candidates = chain([system.name], (f"{system.name} ({n})" for n in count(2)))
+        names.append(next(name for name in candidates if name not in names))
     return [replace(system, name=name) for system, name in zip(systems, names, strict=True)]
 
 
 def build_report(systems: Sequence[System]) -> dict[str, Any]:
-    """All numbers, of systems that answered the same questions."""
-    first = systems[0]
+    """All numbers of the comparison of systems that answered the same questions."""
+    first, parts = systems[0], systems[0].parts()
     clusters = [row["cluster"] for row in first.rows]
     labels = sorted({gold_label(row) for row in first.rows}) if first.second == "valid" else []
-    resampled = {part: _resample(systems, indices, labels) for part, indices in first.parts().items()}
-    cells = {part: _cells(systems, resampled[part], indices) for part, indices in first.parts().items()}
+    resampled = {part: _resample(systems, indices, labels) for part, indices in parts.items()}
+    cells = {part: _cells(systems, resampled[part], indices) for part, indices in parts.items()}
     rows: list[Row] = []
     for i, system in enumerate(systems):
         row: Row = {"name": system.name, "folder": str(system.folder), "cost": _cost(system)}
-        row |= system.results.model_dump(include=STATED) | {"scores": {part: of[i] for part, of in cells.items()}}
-        rows.append(row | {"classes": classes(system.rows, labels), "calibration": calibration(system.rows)})
+        row |= system.results.model_dump(include=STATED) | {"scores": {part: each[i] for part, each in cells.items()}}
+        rows.append(row | {"classes": scores_per_label(system.rows, labels), "calibration": calibration(system.rows)})
     pairs = _pairs(systems, clusters, resampled["total"], labels)
     return {
         **first.results.model_dump(include={"task", "task_version", "data", "evaluation_sha256"}),
         "questions": len(clusters), "clusters": len(set(clusters)), "resamples": RESAMPLES, "seed": SEED,
         "metrics": list(resampled["total"]), "labels": labels,
-        "parts": {part: len(indices) for part, indices in first.parts().items()}, "systems": rows, "pairs": pairs,
+        "parts": {part: len(indices) for part, indices in parts.items()}, "systems": rows, "pairs": pairs,
         "machines": sorted({row["machine"] for row in rows if row["machine"]}),
         "seeds": _over_seeds(systems, cells["total"]),
         "slices": _slices(systems) if first.results.task.startswith("squad") else [],
@@ -226,7 +227,7 @@ def build_report(systems: Sequence[System]) -> dict[str, Any]:
 
 
 def _resample(systems: Sequence[System], indices: list[int], labels: list[str]) -> dict[str, np.ndarray]:
-    """Each metric in percent, [1 + resamples, systems]; row 0 is what was seen. All systems share the draws."""
+    """Each metric in percent, [1 + resamples, systems]; row 0 is the observed score. All systems share the draws."""
     metrics, n = ("exact", systems[0].second), len(systems)
     columns = [np.ones((len(indices), 1)), *(s.scores(m)[indices, None] for m in metrics for s in systems)]
     columns += [label_counts(s.rows, labels)[indices] for s in systems if labels]
@@ -241,13 +242,13 @@ def _resample(systems: Sequence[System], indices: list[int], labels: list[str]) 
 
 
 def _cells(systems: Sequence[System], resampled: dict[str, np.ndarray], indices: list[int]) -> list[Row]:
-    """Of each system its scores with their intervals, by metric."""
+    """The scores of each system with their intervals, by metric."""
     clusters = len({systems[0].rows[i]["cluster"] for i in indices})
     return [{m: cell(values[:, i], clusters) for m, values in resampled.items()} for i in range(len(systems))]
 
 
 def _slices(systems: Sequence[System]) -> list[Row]:
-    """Scores by length of the answer and by question word, each system in order."""
+    """Scores by answer length and by question word, of each system in order."""
     return [
         {"by": by, "value": kind, "questions": len(indices),
          "systems": _cells(systems, _resample(systems, indices, []), indices)}
@@ -256,7 +257,7 @@ def _slices(systems: Sequence[System]) -> list[Row]:
 
 
 def _over_seeds(systems: Sequence[System], scores: Sequence[Row]) -> list[Row]:
-    """Mean and sd of the scores of each recipe that was trained with several seeds; of each seed its first system."""
+    """Mean and sd of the scores of each recipe that was trained with several seeds; a seed counts once."""
     recipes: dict[tuple[Any, ...], dict[Any, int]] = {}
     for i, system in enumerate(systems):
         facts = system.results.system or {}
@@ -285,7 +286,7 @@ def _pairs(
     for metric in ("exact", "macro_f1" if labels else "f1"):
         by_label = metric == "macro_f1"
         scores = [label_counts(s.rows, labels) if by_label else s.scores(metric) for s in systems]
-        of_metric = []
+        compared = []
         for i, j in both:
             pair: Row = {"metric": metric, "a": systems[i].name, "b": systems[j].name}
             pair["difference"] = cell(resampled[metric][:, i] - resampled[metric][:, j])
@@ -298,10 +299,10 @@ def _pairs(
                 p = approximate_randomisation(a, b, clusters, macro_f1 if by_label else None, RESAMPLES, SEED)
                 pair |= {"test": "randomisation" if alone else "cluster randomisation", "p": p}
             needed = None if by_label else items_to_settle(a.tolist(), b.tolist(), clusters, ALPHA / len(both))
-            of_metric.append(pair | {"questions_to_settle": needed})
-        for pair, p in zip(of_metric, holm([pair["p"] for pair in of_metric]), strict=True):
+            compared.append(pair | {"questions_to_settle": needed})
+        for pair, p in zip(compared, holm([pair["p"] for pair in compared]), strict=True):
             pair |= {"p_holm": p, "verdict": _verdict(pair, p, len(clusters))}
-        pairs += of_metric
+        pairs += compared
     return pairs
 
 
@@ -317,7 +318,7 @@ def _verdict(pair: Row, p: float, questions: int) -> str:
 
 
 def _cost(system: System) -> Row:
-    """Each cost, None if it is not known. Raises CompareError if one is no number."""
+    """Each cost, None if it is unknown. Raises CompareError if one is no number."""
     results, latency = system.results, system.results.latency_ms or {}
     known = results.model_dump() | (results.system or {}) | {f"latency_{q}_ms": latency.get(q) for q in ("p50", "p95")}
     cost = {key: known.get(key) for key in COSTS}
@@ -329,7 +330,6 @@ def _cost(system: System) -> Row:
 
 
 def _examples(systems: Sequence[System], pairs: list[Row]) -> list[Row]:
-    """Of the two systems that differ most in `exact`, the first two such."""
+    """Examples of the first pair with the largest difference in `exact`."""
     widest = max((p for p in pairs if p["metric"] == "exact"), key=lambda p: abs(p["difference"]["score"]))
-    a, b = (next(s for s in systems if s.name == widest[key]) for key in ("a", "b"))
-    return telling_examples((a.name, a.rows), (b.name, b.rows), SEED)
+    return discordant_examples(widest["a"], widest["b"], {s.name: s.rows for s in systems}, SEED)

@@ -17,8 +17,8 @@ COSTS = {
 
 def page(report: dict[str, Any]) -> str:
     main_scores = [(s["name"], s["scores"]["total"][report["metrics"][0]]) for s in report["systems"]]
-    more = {"costs": COSTS, "title": _titles(report), "columns": _columns(report), "main_scores": main_scores}
-    return render(PAGE, **report, **more)
+    columns = _columns(report)
+    return render(PAGE, **report, costs=COSTS, title=_titles(report), columns=columns, main_scores=main_scores)
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -28,20 +28,20 @@ def markdown(report: dict[str, Any]) -> str:
     costs = [[s["name"], *(number(s["cost"][key]) for key in COSTS)] for s in systems]
     pairs = []
     for p in report["pairs"]:
-        sure = _shown(p["difference"]), f"{p['p']:.4f}", f"{p['p_holm']:.4f}"
-        pairs.append([title[p["metric"]], f"{p['a']} - {p['b']}", *sure, p["verdict"]])
+        p_values = f"{p['p']:.4f}", f"{p['p_holm']:.4f}"
+        pairs.append([title[p["metric"]], f"{p['a']} - {p['b']}", _shown(p["difference"]), *p_values, p["verdict"]])
     seeds = []
     for s in report["seeds"]:
         spread = [f"{s[m]['mean']:.1f} ± {s[m]['sd']:.1f}" for m in report["metrics"]]
         seeds.append([", ".join(s["systems"]), *spread])
     counts = f"{report['questions']:,} questions in {report['clusters']:,} clusters"
-    about = f"{report['task']}, {counts}; percent, in brackets the 95 % interval, resampled by cluster."
-    text = ["# Comparison", about, markdown_table(["system", *(heading for *_, heading in columns)], scores)]
+    caption = f"{report['task']}, {counts}; percent, in brackets the 95 % interval, resampled by cluster."
+    text = ["# Comparison", caption, markdown_table(["system", *(heading for *_, heading in columns)], scores)]
     text.append(markdown_table(["score", "pair", "difference", "p", "p after Holm", "verdict"], pairs))
     text.append(markdown_table(["system", *COSTS.values()], costs))
     if len(report["machines"]) > 1:
-        different = plain_markdown("; ".join(report["machines"]))
-        text.append(f"Answers were timed on different machines, which can't be compared: {different}.")
+        machines = plain_markdown("; ".join(report["machines"]))
+        text.append(f"Answers were timed on different machines, which can't be compared: {machines}.")
     if seeds:
         text.append(markdown_table(["mean ± sd over seeds", *(title[m] for m in report["metrics"])], seeds))
     return "\n\n".join(text) + "\n"

@@ -1,11 +1,11 @@
-"""Answers that are decoded together, in a batch of rows.
+"""A batch of rows, whose answers are decoded together.
 
-Questions on one context stand side by side in a row: what they share is kept once, and a mask says which of the row's
-columns (the tokens that are kept) a question sees. A step computes the last token of every answer that has not ended,
-whatever its row; only attention goes row by row.
+A row holds questions on one context. What they share is cached once, and a mask says which of the row's columns (the
+cached tokens) each question sees. A step computes the next token of every answer that has not ended, in one forward
+for all rows; only attention is computed row by row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,17 +16,15 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 NAME = "rows"  # of the attention function
-
 KeysValues = tuple[torch.Tensor, ...]  # two of [heads, columns, size]
 
 
 @dataclass(eq=False)
 class Question:
     prompt: list[int]
-    left: int  # how many tokens may still come; 0: the answer has ended
+    left: int  # tokens that may still come; 0: the answer has ended
     answer: list[int] = field(default_factory=list)
 
     def add(self, token: int, stop: set[int]) -> None:
@@ -36,28 +34,31 @@ class Question:
 
 @dataclass
 class Row:
-    """n questions over L columns; `sees` is bool [n, L], `kept` has the keys and values of each layer."""
+    """n questions on L columns. sees: bool [n, L]; layers: the keys and values of each layer."""
 
     questions: list[Question]
     sees: torch.Tensor
-    kept: list[KeysValues]
+    layers: list[KeysValues]
 
     def only(self, slots: list[int]) -> "Row":
-        """The questions of these slots and the columns that they see."""
+        """The questions in these slots, with the columns that they see."""
         sees = self.sees[slots]
         columns = sees.any(0).nonzero()[:, 0]
-        kept = [tuple(part[:, columns] for part in layer) for layer in self.kept]
-        return Row([self.questions[slot] for slot in slots], sees[:, columns], kept)
+        layers = [tuple(part[:, columns] for part in layer) for layer in self.layers]
+        return Row([self.questions[slot] for slot in slots], sees[:, columns], layers)
 
 
 def room(questions: Sequence[Question], columns: int) -> int:
-    """Columns of a row that has so many and will have the questions' whole answers."""
+    """Columns of a row, which has `columns` now, once it has the questions' whole answers."""
     return columns + len(questions) * max(q.left for q in questions)
 
 
 @dataclass
 class _Places:
-    """Where the tokens of a step stand, row, slot and column of each; no row has more than `used` columns by then."""
+    """Row, slot and column of each token of a step, after which no row has more than `used` columns.
+
+    Batch and layers share it, and do not refer to each other: such a cycle would keep the memory of an old batch.
+    """
 
     row: torch.Tensor
     slot: torch.Tensor
@@ -66,7 +67,7 @@ class _Places:
 
 
 class Batch:
-    """Rows next to each other, with room for their answers."""
+    """Rows in one tensor, with room for their whole answers."""
 
     def __init__(self, rows: list[Row]) -> None:
         self.questions = [(i, slot, q) for i, row in enumerate(rows) for slot, q in enumerate(row.questions)]
@@ -78,7 +79,9 @@ class Batch:
             sees[: row.sees.shape[0], : row.sees.shape[1]] = row.sees
         nowhere = torch.empty(0, dtype=torch.long, device=self.sees.device)
         self.places = _Places(nowhere, nowhere, nowhere, max(self.ends))
-        self.layers = [_Layer(self.places, [row.kept[i] for row in rows], columns) for i in range(len(rows[0].kept))]
+        self.layers = [
+            _Layer(self.places, [row.layers[i] for row in rows], columns) for i in range(len(rows[0].layers))
+        ]
         self.cache = Cache(layers=cast(Any, self.layers))
 
     def going(self) -> list[tuple[int, int, Question]]:
@@ -86,17 +89,17 @@ class Batch:
         return [(i, slot, q) for i, slot, q in self.questions if q.left]
 
     def rows(self) -> list[Row]:
-        """What is left of them without the answers that have ended."""
+        """The rows without the answers that have ended."""
         rows = []
         for i, places in groupby(self.going(), key=lambda place: place[0]):
             questions = [q for row, _, q in self.questions if row == i]
-            kept = [tuple(part[i, :, : self.places.used] for part in layer.whole) for layer in self.layers]
-            whole = Row(questions, self.sees[i, :, : self.places.used], kept)
+            layers = [tuple(part[i, :, : self.places.used] for part in layer.whole) for layer in self.layers]
+            whole = Row(questions, self.sees[i, :, : self.places.used], layers)
             rows.append(whole.only([slot for _, slot, _ in places]))
         return rows
 
     def step(self, model: PreTrainedModel, stop: set[int]) -> None:
-        """Add a token to every answer that has not ended. The model's attention must be `attention(...)`."""
+        """Add a token to every answer that has not ended. Call it inside `attention(model, batch)`."""
         going, places = self.going(), self.places
         numbers = [
             (i, slot, self.ends[i] + slot, q.answer[-1], len(q.prompt) + len(q.answer) - 1) for i, slot, q in going
@@ -117,22 +120,22 @@ class Batch:
 
 
 class _Layer(DynamicLayer):
-    """Keys and values of a layer, [rows, heads, columns, size] each, with room from the start: a DynamicLayer grows by
-    copying all of them at every step."""
+    """Keys and values of a layer, [rows, heads, columns, size] each, allocated at their final size: a DynamicLayer
+    copies all of them at every step."""
 
     def __init__(self, places: _Places, parts: Sequence[KeysValues], columns: int) -> None:
         super().__init__()
         self.is_initialized = True
         self.places, self.used = places, places.used
         self.whole = [part.new_empty(len(parts), part.shape[0], columns, part.shape[2]) for part in parts[0]]
-        for i, kept in enumerate(parts):
-            for whole, part in zip(self.whole, kept, strict=True):
+        for i, row in enumerate(parts):
+            for whole, part in zip(self.whole, row, strict=True):
                 whole[i, :, : part.shape[1]] = part
-                whole[i, :, part.shape[1] : self.used] = 0  # no question sees it, but 0 * NaN is NaN
+                whole[i, :, part.shape[1] : self.used] = 0  # masked for all questions, but 0 * NaN is NaN
         self.keys, self.values = (whole[:, :, : self.used] for whole in self.whole)
 
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """[1, heads, tokens, size] each -> all that is kept."""
+        """Adds [1, heads, tokens, size] each; returns all keys and values in use."""
         places = self.places
         for whole, new in zip(self.whole, (key_states, value_states), strict=True):
             whole[:, :, self.used : places.used] = 0
@@ -152,12 +155,12 @@ def _attend(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: query [1, heads, tokens, size], key and value [rows, key heads, columns, size],
-    attention_mask [rows, 1, width, columns] -> [1, tokens, heads, size]."""
+    """An attention function of transformers: query [1, heads, tokens, size], key and value [rows, key heads, columns,
+    size], attention_mask [rows, 1, width, columns] -> [1, tokens, heads, size]."""
     heads, rows, width, groups = query.shape[1], len(key), attention_mask.shape[2], query.shape[1] // key.shape[1]
     wide = query.new_zeros(rows, width, heads, query.shape[3])
     wide[places.row, places.slot] = query[0].transpose(0, 1)
-    # heads that share keys stand side by side as well; transformers copies the keys for each: 13 % of decoding
+    # heads that share keys are folded into the width; to copy the keys for each head takes 13 % of decoding
     folded = wide.transpose(1, 2).reshape(rows, key.shape[1], groups * width, -1)
     mask = attention_mask.repeat(1, 1, groups, 1)
     out = scaled_dot_product_attention(folded, key, value, attn_mask=mask, scale=scaling)
@@ -165,11 +168,10 @@ def _attend(
 
 
 @contextmanager
-def attention(model: PreTrainedModel, batch: Batch | None = None) -> Iterator[None]:
-    """The model's attention for steps of the batch; its own again afterwards."""
+def attention(model: PreTrainedModel, batch: Batch) -> Iterator[None]:
+    """Gives the model the attention of the batch's steps; restores its own at the end."""
     before = model.config._attn_implementation
-    function: Callable[..., Any] = partial(_attend, batch.places) if batch else sdpa_attention_forward
-    AttentionInterface.register(NAME, function)
+    AttentionInterface.register(NAME, partial(_attend, batch.places))
     model.set_attn_implementation(NAME)
     try:
         yield
@@ -178,8 +180,5 @@ def attention(model: PreTrainedModel, batch: Batch | None = None) -> Iterator[No
 
 
 def takes_rows(model: PreTrainedModel) -> bool:
-    """Whether its attention is SDPA that can be replaced: of transformers' language models all but a few old ones."""
-    if model.config._attn_implementation != "sdpa":
-        return False
-    with attention(model):
-        return bool(model.config._attn_implementation == NAME)
+    """Whether its attention is SDPA that can be replaced: all language models of transformers except a few old ones."""
+    return model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation()

@@ -1,32 +1,32 @@
 """Log-likelihoods of given answers -> the likeliest label with its probability; how near "unanswerable" was.
 
-What all prompts begin with (the instruction, few-shot examples) is computed once and kept. Behind it, prompts and their
-candidate answers are packs (see data/encode/pack.py): a prompt stands once, its answers are branches, and where it pays
-several prompts share a pack, and what they have in common. The head is computed where an answer's tokens are predicted.
+What all prompts begin with (the instruction, few-shot examples) is computed once and cached. After it, prompts and
+their candidate answers are packs (see data/encode/pack.py): a prompt occurs once, its answers are branches, and if it
+saves time, prompts share a pack and their common tokens. The head is computed only at tokens that predict an answer.
 """
 
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import cast
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Message
 from data.encode.chat import Example, encode, encode_prompt
-from data.encode.pack import Layout, Pack, attention_mask, build_pack, common_prefix, plan_packs
-from data.progress import Bar, track
+from data.encode.pack import Layout, build_pack, common_prefix, plan_packs
+from data.progress import track
 from data.readers.squad import UNANSWERABLE
 from eval.decode_batch import takes_rows
+from eval.generate import pack_logits
 from eval.metrics import normalize_answer
-from eval.predict import max_positions
-from eval.prediction import Prediction
+from eval.predict import fits, max_positions
+from eval.prediction import NOT_ASKED, Prediction
 
-WINDOW = 64  # prompts whose packs are made at once: an answer repeats its prompt's ids until they are packed
+WINDOW = 64  # prompts whose packs are built at once: until then, each answer holds a copy of its prompt's ids
 
 
 @dataclass(frozen=True)
@@ -49,19 +49,21 @@ def answer_logprobs(
     batch_tokens: int,
     packed: bool = True,
 ) -> list[list[float]]:
-    """Log-likelihood of each candidate answer as the assistant's turn behind its prompt, in nats, in order.
+    """Log-likelihood of each candidate answer as the assistant's turn after its prompt, in nats, in order.
 
     The sum over the answer's tokens and the token that ends the turn, encoded as in training (see data/encode/chat.py).
     batch_tokens: most tokens of a pack; only a longer prompt with one answer makes a larger one. `packed=False`
     computes one candidate at a time, for models that can't take a pack's mask: the same numbers.
-    Raises DataError for an empty candidate, and where prompt and answer need more positions than the model has.
+    Raises DataError for an empty candidate, and if prompt and answer need more positions than the model has.
     """
-    choices = [_choice(p, a, tokenizer, f"prompt {i}") for i, (p, a) in enumerate(zip(prompts, answers, strict=True))]
-    for i, choice in enumerate(choices):
-        if not _fits(choice, model.config):
+    choices = {
+        i: _choice(p, a, tokenizer, f"prompt {i}") for i, (p, a) in enumerate(zip(prompts, answers, strict=True))
+    }
+    for i, choice in choices.items():
+        if not fits(choice.tokens, model.config):
             problem = f"{choice.tokens} tokens with its longest answer exceed the model's {max_positions(model.config)}"
             raise DataError(f"prompt {i}", f"{problem} positions; shorten the prompt or leave it out", "too long")
-    return _logprobs(model, choices, batch_tokens, packed)
+    return list(_logprobs(model, choices, batch_tokens, packed).values())
 
 
 def classify_by_likelihood(
@@ -75,17 +77,15 @@ def classify_by_likelihood(
     """The likeliest label for each conversation and its probability among the labels (all different), in order.
 
     Labels are compared by the sum of their tokens' log-likelihoods, not by the mean per token. With the token that
-    ends the turn, "the answer is just this label" are disjoint events, no label being the beginning of another one.
-    So the sums are comparable, and their softmax is P(label | the answer is one of the labels). A mean is the
-    probability of nothing, and favours long labels whose last tokens follow from the first.
+    ends the turn, "the answer is exactly this label" are disjoint events, since no label begins another one. So the
+    sums are comparable, and their softmax is P(label | the answer is one of the labels). A mean is no probability,
+    and favours long labels whose last tokens follow from the first.
     Prompts that need more positions than the model has are not asked, as in eval.predict.generate.
     """
-    choices = [_choice(c.prompt, labels, tokenizer, c.where) for c in track(conversations, "encode")]
-    asked = [i for i, choice in enumerate(choices) if _fits(choice, model.config)]
-    found = _logprobs(model, [choices[i] for i in asked], batch_tokens, packed)
-    predictions = [Prediction("", 0, finished=False, asked=False)] * len(choices)
-    for i, logprobs in zip(asked, found, strict=True):
-        best, text = max(zip(logprobs, labels, strict=True))  # of equal ones by text: the labels' order doesn't matter
+    choices = {i: _choice(c.prompt, labels, tokenizer, c.where) for i, c in enumerate(track(conversations, "encode"))}
+    predictions = [NOT_ASKED] * len(conversations)
+    for i, logprobs in _logprobs(model, choices, batch_tokens, packed).items():
+        best, text = max(zip(logprobs, labels, strict=True))  # ties go by text, so the labels' order does not matter
         probability = 1 / sum(math.exp(logprob - best) for logprob in logprobs)
         predictions[i] = Prediction(text, 0, finished=True, probability=probability)
     return predictions
@@ -102,18 +102,16 @@ def no_answer_differences(
     """log P("unanswerable") - log P(the predicted text) of each SQuAD v2 question, in nats; higher: rather no answer.
 
     A threshold on it trades wrong answers against missed ones; tune it on training questions, not on those scored.
-    Infinite where there is no other answer to go back to: the prediction is "unanswerable" or empty already, or the
-    question was not asked, so no threshold changes it. The predicted text is taken as a whole answer, encoded anew: of
-    one that was cut at max_new_tokens that is what it would be if it ended there.
+    Infinite if no threshold changes the prediction: it is "unanswerable" or empty already, or the question was not
+    asked. The predicted text is encoded as a whole answer, even if it was cut at max_new_tokens.
     """
     choices = {
         i: _choice(c.prompt, (UNANSWERABLE, p.text), tokenizer, c.where)
         for i, (c, p) in enumerate(zip(conversations, predictions, strict=True))
         if p.asked and normalize_answer(p.text) not in ("", UNANSWERABLE)
     }
-    answered = {i: choice for i, choice in choices.items() if _fits(choice, model.config)}
-    found = _logprobs(model, list(answered.values()), batch_tokens, packed)
-    differences = {i: null - answer for i, (null, answer) in zip(answered, found, strict=True)}
+    logprobs = _logprobs(model, choices, batch_tokens, packed)
+    differences = {i: null - answer for i, (null, answer) in logprobs.items()}
     return [differences.get(i, math.inf) for i in range(len(conversations))]
 
 
@@ -121,7 +119,7 @@ def next_logprobs(
     model: PreTrainedModel, prompts: Sequence[list[int]], batch_tokens: int, packed: bool = True
 ) -> torch.Tensor:
     """Log-probabilities [prompts, vocab] of the token after each prompt's ids, in nats, float32 on the CPU."""
-    examples = [Example([*ids, 0], [0] * len(ids) + [1]) for ids in prompts]  # the 0 stands for what is predicted
+    examples = [Example([*ids, 0], [0] * len(ids) + [1]) for ids in prompts]  # 0: in place of the token to predict
     number = {id(example): i for i, example in enumerate(examples)}
     device, rows = next(model.parameters()).device, dict[int, torch.Tensor]()
     together = packed and takes_rows(model)
@@ -130,13 +128,7 @@ def next_logprobs(
         for trees in track(packs, "first tokens"):
             if together:
                 pack = build_pack(trees)
-                logits = model(
-                    input_ids=torch.tensor([pack.input_ids], device=device),
-                    position_ids=torch.tensor([pack.position_ids], device=device),
-                    attention_mask=attention_mask(pack, device),
-                    use_cache=False,
-                    logits_to_keep=torch.tensor(pack.source, device=device),
-                ).logits[0]
+                logits = pack_logits(model, pack, pack.source)
             else:
                 ids = torch.tensor([trees[0][0].ids[:-1]], device=device)
                 mask = torch.ones_like(ids)
@@ -149,99 +141,69 @@ def next_logprobs(
 def _choice(
     prompt: Sequence[Message], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str
 ) -> _Choice:
-    return _Choice(encode_prompt(prompt, tokenizer), [_answer_ids(prompt, a, tokenizer, where) for a in answers])
+    # an answer's ids do not depend on earlier turns (few-shot examples), so those are left out: encoding 20 labels
+    # after 20 examples takes 2 ms a prompt instead of 109
+    last = (*(m for m in prompt[:-1] if m["role"] == "system"), prompt[-1])
+    turns = ((*last, {"role": "assistant", "content": answer}) for answer in answers)
+    examples = [encode(Conversation(messages, "", where), tokenizer, sys.maxsize) for messages in turns]
+    return _Choice(encode_prompt(prompt, tokenizer), [e.ids[e.loss_mask.index(1) :] for e in examples])
 
 
-def _answer_ids(prompt: Sequence[Message], answer: str, tokenizer: PreTrainedTokenizerBase, where: str) -> list[int]:
-    # without earlier turns (few-shot examples), on which an answer's ids don't depend: encoding 20 labels behind 20
-    # examples took 109 ms a prompt with them, and takes 2 without
-    turns = (*(m for m in prompt[:-1] if m["role"] == "system"), prompt[-1], {"role": "assistant", "content": answer})
-    example = encode(Conversation(turns, "", where), tokenizer, sys.maxsize)
-    return example.ids[len(example.ids) - example.loss_mask[::-1].index(0) :]  # behind the last token of a prompt
-
-
-def _fits(choice: _Choice, config: PretrainedConfig) -> bool:
-    limit = max_positions(config)
-    return limit is None or choice.tokens <= limit
-
-
-def _logprobs(model: PreTrainedModel, choices: Sequence[_Choice], batch_tokens: int, packed: bool) -> list[list[float]]:
-    order = sorted(range(len(choices)), key=lambda i: choices[i].prompt)
-    ordered = [choices[i] for i in order]
-    bar = Bar("compare answers", sum(len(choice.answers) for choice in choices))
+def _logprobs(
+    model: PreTrainedModel, choices: Mapping[int, _Choice], batch_tokens: int, packed: bool
+) -> dict[int, list[float]]:
+    """The log-likelihoods of each choice's answers, without choices that need more positions than the model has."""
+    fitting = {i: choice for i, choice in choices.items() if fits(choice.tokens, model.config)}
+    logprobs = {i: [0.0] * len(choice.answers) for i, choice in fitting.items()}
     model.eval()
-    compute = _in_packs if packed and takes_rows(model) else _one_by_one
-    try:
-        with torch.inference_mode():
-            found = dict(zip(order, compute(model, ordered, batch_tokens, bar.update), strict=True))
-    finally:
-        bar.close()
-    return [found[i] for i in range(len(choices))]
+    compute = _in_packs(model, fitting, batch_tokens) if packed and takes_rows(model) else _one_by_one(model, fitting)
+    with torch.inference_mode():
+        for i, j, logprob in track(compute, "compare answers", sum(map(len, logprobs.values()))):
+            logprobs[i][j] = logprob
+    return logprobs
 
 
-def _one_by_one(
-    model: PreTrainedModel, choices: Sequence[_Choice], batch_tokens: int, show: Callable[[int], None]
-) -> list[list[float]]:
-    device, done = next(model.parameters()).device, 0
-    found: list[list[float]] = [[] for _ in choices]
-    for choice, logprobs in zip(choices, found, strict=True):
-        for answer in choice.answers:
+def _one_by_one(model: PreTrainedModel, choices: Mapping[int, _Choice]) -> Iterator[tuple[int, int, float]]:
+    """Choice, answer and log-likelihood of each answer."""
+    device = next(model.parameters()).device
+    for i, choice in choices.items():
+        for j, answer in enumerate(choice.answers):
             ids, n = torch.tensor([[*choice.prompt, *answer[:-1]]], device=device), len(answer)
-            # from the end: prompt learning puts virtual tokens in front
+            # from the end: prompt learning puts virtual tokens first
             out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, logits_to_keep=n)
             target = torch.tensor(answer, device=device)
-            logprobs.append(-cross_entropy(out.logits[0, -n:].float(), target, reduction="sum").item())
-            done += 1
-            show(done)
-    return found
+            yield i, j, -cross_entropy(out.logits[0, -n:].float(), target, reduction="sum").item()
 
 
 def _in_packs(
-    model: PreTrainedModel, choices: Sequence[_Choice], batch_tokens: int, show: Callable[[int], None]
-) -> list[list[float]]:
-    """The choices are in order of their prompts, so the first and the last one have in common what all have."""
-    found = [[0.0] * len(choice.answers) for choice in choices]
-    if not choices:
-        return found
-    layout, cache, done = Layout(pack_tokens=batch_tokens), DynamicCache(config=model.config), 0
-    first, last = choices[0].prompt, choices[-1].prompt
-    shared = min(common_prefix(first, last), len(first) - 1)  # a prompt's last token predicts, so it is in a pack
+    model: PreTrainedModel, choices: Mapping[int, _Choice], batch_tokens: int
+) -> Iterator[tuple[int, int, float]]:
+    """Choice, answer and log-likelihood of each answer, pack by pack."""
+    order = sorted(choices, key=lambda i: choices[i].prompt)
+    if not order:
+        return
+    device, cache = next(model.parameters()).device, DynamicCache(config=model.config)
+    # sorted prompts share what the first and the last one share; a prompt's last token predicts, so it is in a pack
+    first, last = choices[order[0]].prompt, choices[order[-1]].prompt
+    shared = min(common_prefix(first, last), len(first) - 1)
     if shared:
-        ids = torch.tensor([first[:shared]], device=next(model.parameters()).device)
+        ids = torch.tensor([first[:shared]], device=device)
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    for start in range(0, len(choices), WINDOW):
+    for start in range(0, len(order), WINDOW):
         examples: list[Example] = []
         places: dict[int, tuple[int, int]] = {}
-        for i, choice in enumerate(choices[start : start + WINDOW], start):
-            own = choice.prompt[shared:]
-            for j, answer in enumerate(choice.answers):
+        for i in order[start : start + WINDOW]:
+            own = choices[i].prompt[shared:]
+            for j, answer in enumerate(choices[i].answers):
                 examples.append(Example([*own, *answer], [0] * len(own) + [1] * len(answer)))
                 places[id(examples[-1])] = i, j
-        for trees in plan_packs(examples, layout):
-            targets = iter(_target_logprobs(model, build_pack(trees), cache, shared))
-            for example in chain.from_iterable(trees):  # in the order of build_pack's targets
-                i, j = places[id(example)]
-                found[i][j] = sum(next(targets) for _ in range(sum(example.loss_mask)))
-                done += 1
-            show(done)
-    return found
-
-
-def _target_logprobs(model: PreTrainedModel, pack: Pack, cache: DynamicCache, shared: int) -> list[float]:
-    """log P of each of the pack's M targets, behind the `shared` tokens that the cache holds, before and after."""
-    device, tokens = next(model.parameters()).device, len(pack.input_ids)
-    sees = attention_mask(pack, device)
-    # a branch point predicts several targets: the head and its softmax are computed once for all
-    source, which = torch.tensor(pack.source, device=device).unique(return_inverse=True)
-    logits = model(
-        input_ids=torch.tensor([pack.input_ids], device=device),
-        position_ids=torch.tensor([pack.position_ids], device=device) + shared,
-        attention_mask=torch.cat([sees.new_ones(1, 1, tokens, shared), sees], dim=-1),
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=source,
-    ).logits[0]
-    cache.crop(-tokens)
-    logits = logits.float()
-    target = torch.tensor(pack.target, device=device)
-    return cast(list[float], (logits[which, target] - logits.logsumexp(-1)[which]).tolist())
+        for trees in plan_packs(examples, Layout(pack_tokens=batch_tokens)):
+            pack = build_pack(trees)
+            # a branch point predicts several targets: the head and its softmax are computed once for all of them
+            source, which = torch.tensor(pack.source, device=device).unique(return_inverse=True)
+            logits = pack_logits(model, pack, source, cache).float()
+            cache.crop(-len(pack.input_ids))
+            target = torch.tensor(pack.target, device=device)
+            logprobs = iter((logits[which, target] - logits.logsumexp(-1)[which]).tolist())
+            for example in chain.from_iterable(trees):  # in the order of the pack's targets
+                yield *places[id(example)], sum(next(logprobs) for _ in range(sum(example.loss_mask)))

@@ -1,4 +1,4 @@
-"""Scores of one answer. SQuAD's are those of the official evaluate-v2.0.py, literal for literal."""
+"""Scores of one answer. SQuAD's equal those of the official evaluate-v2.0.py."""
 
 import re
 import string
@@ -10,10 +10,10 @@ import numpy as np
 
 from data.readers.squad import UNANSWERABLE
 
-OTHER = ""  # predicted: no label at all, or one that no question has
+OTHER = ""  # a predicted text that is no label of any question
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
 _PUNCTUATION = set(string.punctuation)
-# quotes, emphasis and sentence marks, as models put them around a label; not all punctuation: C++ is not C
+# quotes, emphasis and sentence marks that models put around a label; not all punctuation: C++ is not C
 _AROUND_LABELS = string.whitespace + ".,;:!?*`'\"“”‘’«»()[]"
 
 
@@ -40,9 +40,9 @@ def token_f1(gold: str, predicted: str) -> float:
 
 
 def squad_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
-    """Best EM and F1 over the gold answers. No gold answer is left after normalisation: the right one is empty.
+    """Best EM and F1 over the gold answers. If normalisation leaves no gold answer, the right one is empty.
 
-    The word `unanswerable` is this project's spelling of the empty answer.
+    A predicted `unanswerable` counts as the empty answer.
     """
     if normalize_answer(predicted) == UNANSWERABLE:
         predicted = ""
@@ -51,7 +51,7 @@ def squad_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
 
 
 def reference_scores(answers: Sequence[str], predicted: str) -> dict[str, float]:
-    """EM and F1 against the reference answers of instruction data; without any (SQuAD among it), as SQuAD scores."""
+    """Best EM and F1 over the reference answers of instruction data; without any (SQuAD rows), SQuAD's scores."""
     return _best(answers, predicted) if answers else squad_scores(answers, predicted)
 
 
@@ -60,7 +60,7 @@ def _best(gold: Sequence[str], predicted: str) -> dict[str, float]:
 
 
 def normalize_label(text: str) -> str:
-    """A label without case and without the quotes and sentence marks around it."""
+    """The label in lower case, without quotes and sentence marks around it."""
     return text.strip(_AROUND_LABELS).casefold()
 
 
@@ -69,13 +69,13 @@ def gold_label(row: Mapping[str, Any]) -> str:
 
 
 def predicted_labels(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> list[str]:
-    """Of each row the one of `labels` that was answered, or OTHER."""
+    """The predicted one of `labels` for each row, or OTHER."""
     known = {normalize_label(label): label for label in labels}
     return [known.get(normalize_label(row["predicted"]), OTHER) if row["asked"] else OTHER for row in rows]
 
 
 def label_counts(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> np.ndarray:
-    """What `macro_f1` sums, of each row: [rows, 3 labels], whether each is hit, gold, predicted."""
+    """The counts that `macro_f1` sums, [rows, 3 labels]: whether each label is hit, gold, predicted."""
     names = np.array(labels)
     gold = np.array([gold_label(row) for row in rows])[:, None] == names
     predicted = np.array(predicted_labels(rows, labels))[:, None] == names
@@ -83,7 +83,7 @@ def label_counts(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> np
 
 
 def label_scores(labels: Collection[str], answers: Sequence[str], predicted: str) -> dict[str, float]:
-    """Of a classification: whether the answer is the gold label (accuracy), and whether it is a label at all."""
+    """Scores of a classification: whether the answer is the gold label (accuracy), and whether it is a label at all."""
     label = normalize_label(predicted)
     return {
         "exact": float(label in map(normalize_label, answers)),

@@ -1,4 +1,4 @@
-"""Prompts -> greedy answers, in-process; over HTTP see client.py."""
+"""Prompts -> greedy answers, in-process; client.py does the same over HTTP."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,7 +9,7 @@ from data.encode.chat import encode_prompt, stop_tokens
 from data.progress import track
 from eval.decode_batch import takes_rows
 from eval.generate import generate_ids, generate_one
-from eval.prediction import Prediction
+from eval.prediction import NOT_ASKED, Prediction
 
 
 def generate(
@@ -21,35 +21,35 @@ def generate(
     packed: bool = True,
     note: Callable[[int, Prediction], None] = lambda number, prediction: None,
 ) -> list[Prediction]:
-    """Greedy answers, in order; `note` hears of each with its number as it ends. What several prompts share (a passage)
-    is computed once, and nothing is padded. `packed=False` generates one prompt at a time, for models that can't take a
-    pack's mask."""
+    """Greedy answers, in order. What several prompts share (a passage) is computed once, and nothing is padded.
+
+    `packed=False` generates one prompt at a time, for models that can't take a pack's mask. note: called with the
+    number and the prediction of each question as it ends.
+    """
     prompts = [encode_prompt(c.prompt, tokenizer) for c in conversations]
-    limit = max_positions(model.config)
-    asked = [i for i, prompt in enumerate(prompts) if limit is None or len(prompt) + max_new_tokens <= limit]
-    found = [Prediction("", 0, finished=False, asked=False)] * len(prompts)
+    asked = [i for i, prompt in enumerate(prompts) if fits(len(prompt) + max_new_tokens, model.config)]
+    predictions = [NOT_ASKED] * len(prompts)
     stop = set(stop_tokens(model.generation_config.eos_token_id, tokenizer))
     model.eval()
 
-    def take(place: int, tokens: list[int]) -> None:
+    def add(place: int, tokens: list[int]) -> None:
         text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        found[asked[place]] = prediction = Prediction(
-            text, len(tokens), bool(tokens) and tokens[-1] in stop, ids=tuple(tokens)
-        )
+        prediction = Prediction(text, len(tokens), bool(tokens) and tokens[-1] in stop, ids=tuple(tokens))
+        predictions[asked[place]] = prediction
         note(asked[place], prediction)
 
     if packed and takes_rows(model):
-        generate_ids(model, [prompts[i] for i in asked], stop, max_new_tokens, batch_tokens, take)
+        generate_ids(model, [prompts[i] for i in asked], stop, max_new_tokens, batch_tokens, add)
     else:
         for place, i in enumerate(track(asked, "answer")):
-            take(place, generate_one(model, prompts[i], stop, max_new_tokens))
-    return found
+            add(place, generate_one(model, prompts[i], stop, max_new_tokens))
+    return predictions
 
 
 def check_fits(name: str, prompt_tokens: int, max_new_tokens: int, config: PretrainedConfig) -> None:
-    """Raise DataError where the answer could run over the last position that the model was made for."""
-    limit = max_positions(config)
-    if limit is not None and prompt_tokens + max_new_tokens > limit:
+    """Raise DataError if the answer could need more positions than the model has."""
+    if not fits(prompt_tokens + max_new_tokens, config):
+        limit = max_positions(config)
         raise DataError(
             name,
             f"{prompt_tokens} prompt tokens and up to {max_new_tokens} new ones exceed the model's {limit} positions; "
@@ -57,7 +57,13 @@ def check_fits(name: str, prompt_tokens: int, max_new_tokens: int, config: Pretr
         )
 
 
+def fits(tokens: int, config: PretrainedConfig) -> bool:
+    """Whether the model has a position for each token."""
+    limit = max_positions(config)
+    return limit is None or tokens <= limit
+
+
 def max_positions(config: PretrainedConfig) -> int | None:
-    """None for a model without such a limit: ALiBi, state-space and recurrent ones."""
+    """The most tokens of a sequence; None for a model without a limit: ALiBi, state-space and recurrent ones."""
     text = config.get_text_config()
     return text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None

@@ -9,5 +9,8 @@ class Prediction:
     new_tokens: int
     finished: bool  # the model ended its turn; False: cut at max_new_tokens
     asked: bool = True  # False: prompt and answer may need more positions than the model has, so it counts as wrong
-    probability: float | None = None  # of the answer, where the system gives one
-    ids: tuple[int, ...] = ()  # of the answer with the token that ends it, where it was generated in-process
+    probability: float | None = None  # of the answer, if the system reports one
+    ids: tuple[int, ...] = ()  # of the answer and the token that ends it, if it was generated in-process
+
+
+NOT_ASKED = Prediction("", 0, finished=False, asked=False)

@@ -1,4 +1,4 @@
-"""Predictions -> results.json and samples.jsonl: every question scored, with 95 % intervals."""
+"""Predictions -> results.json and samples.jsonl: scores with 95 % intervals, and every question with its answer."""
 
 import hashlib
 import json
@@ -10,10 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from data.atomic import atomic_path
+from data.atomic import atomic_path, write_json
 from data.conversation import Conversation
-from data.redact import scrub_values
-from eval.breakdown import classes, plot_confusion
+from eval.breakdown import plot_confusion, scores_per_label
 from eval.metrics import gold_label, label_counts
 from eval.prediction import Prediction
 from eval.stats import bootstrap_sums, cell, macro_f1, mean_cells
@@ -22,7 +21,7 @@ from eval.tasks import TASKS
 
 @dataclass(frozen=True)
 class Scored:
-    """One question, what was answered, and what the task's scorer says of it."""
+    """One question, its answer, and the scores of the answer."""
 
     conversation: Conversation
     prediction: Prediction
@@ -47,14 +46,14 @@ def score(task: str, conversations: Sequence[Conversation], predictions: Sequenc
 
 
 def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
-    """Percentages and 95 % intervals of the task's scores, total and by answerability; counts of what went wrong; of
-    labels that occur, how each fares (see eval/breakdown.py)."""
+    """Percentages and 95 % intervals of the task's scores, in total and by answerability; counts of answers that were
+    cut and of questions that were not asked; scores per label that occurs (see eval/breakdown.py)."""
     parts = {"total": scored}
     if task == "squad_v2":
         parts["HasAns"] = [s for s in scored if s.conversation.answers]
         parts["NoAns"] = [s for s in scored if not s.conversation.answers]
-    rows = _label_rows(scored)
-    labels = sorted({gold_label(row) for row in rows}) if TASKS[task].labels else []
+    rows = [sample_row(one) for one in scored] if TASKS[task].labels else []
+    labels = sorted({gold_label(row) for row in rows})
     return {
         "task": task,
         "task_version": TASKS[task].version,
@@ -64,24 +63,21 @@ def summarize(task: str, scored: Sequence[Scored]) -> dict[str, Any]:
         "cut_at_max_new_tokens": sum(s.prediction.asked and not s.prediction.finished for s in scored),
         "too_long_for_model": sum(not s.prediction.asked for s in scored),
         "scores": {name: _summary(part, labels) for name, part in parts.items() if part},
-        "classes": classes(rows, labels),
+        "classes": scores_per_label(rows, labels),
     }
 
 
 def evaluation_sha256(conversations: Sequence[Conversation]) -> str:
-    """Names what was asked: passages or posts, questions and gold answers in their order, however they are asked."""
+    """Identifies the questions: contexts, questions, gold answers and labels in order, whatever the prompt around
+    them."""
     digest = hashlib.sha256()
     for c in conversations:
         digest.update(json.dumps([c.context, c.question, c.answers, c.label]).encode())
     return digest.hexdigest()
 
 
-def text_key(text: str) -> str:
-    return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:16]
-
-
 def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) -> None:
-    """results.json and samples.jsonl, a row a question with prompt, answer, gold answers and scores; of labels
+    """Writes results.json, samples.jsonl (a line per question: prompt, answer, gold answers, scores) and, for labels,
     confusion.png.
 
     Both are written to temporary files, so that a full disk leaves the old ones; beside a results.json, samples.jsonl
@@ -93,21 +89,22 @@ def write_results(out: Path, results: dict[str, Any], scored: Sequence[Scored]) 
         with new_samples.open("w", encoding="utf-8") as file:
             for one in scored:
                 file.write(json.dumps(sample_row(one), ensure_ascii=False) + "\n")
-        new_summary.write_text(json.dumps(scrub_values(results), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_json(new_summary, results)
         if results.get("classes"):
             with atomic_path(plot) as new_plot:
                 plot_confusion(results["classes"], new_plot)
         else:
             plot.unlink(missing_ok=True)
-        summary.unlink(missing_ok=True)  # so that a results.json always has its own samples.jsonl beside it
+        summary.unlink(missing_ok=True)  # never beside the samples.jsonl of other results
 
 
 def sample_row(scored: Scored) -> dict[str, Any]:
     """The question's line in samples.jsonl."""
     conversation, prediction = scored.conversation, scored.prediction
+    cluster = conversation.cluster.encode(errors="surrogatepass")
     return {
         "id": conversation.id,
-        "cluster": text_key(conversation.cluster),
+        "cluster": hashlib.sha256(cluster).hexdigest()[:16],
         "prompt": conversation.prompt[-1]["content"],
         "question": conversation.question,
         "label": conversation.label,
@@ -122,21 +119,12 @@ def sample_row(scored: Scored) -> dict[str, Any]:
 
 def _summary(scored: Sequence[Scored], labels: Sequence[str]) -> dict[str, Any]:
     clusters, names = [s.conversation.cluster for s in scored], list(scored[0].scores)
-    cells = dict(
-        zip(names, mean_cells(np.array([[s.scores[n] for n in names] for s in scored]), clusters), strict=True)
-    )
+    scores = np.array([[s.scores[name] for name in names] for s in scored])
+    cells = dict(zip(names, mean_cells(scores, clusters), strict=True))
     if labels:
-        sums = bootstrap_sums(label_counts(_label_rows(scored), labels), clusters)
+        sums = bootstrap_sums(label_counts([sample_row(one) for one in scored], labels), clusters)
         cells["macro_f1"] = cell(100 * macro_f1(sums), len(set(clusters)))
     summary: dict[str, Any] = {"questions": len(scored)}
     for name, of in cells.items():
         summary |= {name: of["score"], f"{name}_95": [of["low"], of["high"]]}
     return summary
-
-
-def _label_rows(scored: Sequence[Scored]) -> list[dict[str, Any]]:
-    """What eval/metrics.py reads of a sample."""
-    return [
-        {"label": c.label, "gold": c.answers, "predicted": p.text, "asked": p.asked}
-        for c, p in ((s.conversation, s.prediction) for s in scored)
-    ]

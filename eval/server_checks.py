@@ -1,4 +1,4 @@
-"""Whether a server does with a prompt what the model it serves does in-process: ids, first token, end, score."""
+"""Checks that a server does what its model does in-process: prompt ids, first token, end of the answer, score."""
 
 import math
 from collections.abc import Sequence
@@ -12,14 +12,14 @@ from eval.prediction import Prediction
 
 TOP = 5
 # nats: how much less likely in-process the server's first token may be. bfloat16 rounds logits near 20 to 1/8, and
-# the merge of a quantized base moves them by as much; another adapter or template moves the argmax by whole nats.
+# the merge of a quantized base moves them as much; another adapter or template moves the argmax by whole nats.
 MARGIN = 0.5
-LIKELY = 0.1  # probability, at the server or in-process, from which a first token is compared: rare ones rest on noise
+LIKELY = 0.1  # least probability, at the server or in-process, of a first token to compare: rarer ones are noise
 
 
 @dataclass(frozen=True)
 class LocalAnswer:
-    """One prompt in-process: its ids, the greedy answer with its ids, the first token's log-probabilities [vocab]."""
+    """In-process, for one prompt: its ids, the greedy answer, log-probabilities [vocab] of the first token."""
 
     prediction: Prediction
     prompt: list[int]
@@ -28,8 +28,8 @@ class LocalAnswer:
 
 @dataclass(frozen=True)
 class ServerAnswer:
-    """The same from the server; None for what it does not report. top: log-probabilities of the likeliest first
-    tokens."""
+    """From the server, for the same prompt; None for what it does not report. top: log-probabilities of the likeliest
+    first tokens."""
 
     prediction: Prediction
     prompt: list[int] | None = None
@@ -42,8 +42,8 @@ Pairs = Sequence[tuple[LocalAnswer, ServerAnswer]]  # both answers to each promp
 
 @dataclass(frozen=True)
 class Check:
-    """passed: None if the server does not report what the check needs, which is no pass; differing: numbers of the
-    prompts that differ."""
+    """passed: None if the server does not report what the check needs, which counts as not passed. differing: indices
+    of the prompts that differ."""
 
     name: str
     passed: bool | None
@@ -53,7 +53,7 @@ class Check:
 
 
 def check_render(pairs: Pairs) -> Check:
-    """Token ids of the prompts, as the server renders them, equal those of training."""
+    """The token ids of the prompts, as the server renders them, equal those of training."""
     if any(server.prediction.asked and server.prompt is None for _, server in pairs):
         return Check("render", None, "not made: the server returns no prompt_token_ids (vLLM does)", {})
     differing = [i for i, (local, server) in enumerate(pairs) if local.prompt != server.prompt]
@@ -63,11 +63,10 @@ def check_render(pairs: Pairs) -> Check:
 
 
 def check_stop(pairs: Pairs) -> Check:
-    """Answers end where and with what they end in-process.
+    """Answers end at the same place and with the same token as in-process.
 
-    Compared if the tokens are the same up to the end of the shorter answer: rounding may turn a near tie, and what
-    follows then has another end for a good reason. If that happens to more than half of the answers, too few ends are
-    compared to pass.
+    The ends of two answers are compared if their tokens are equal up to the end of the shorter one: rounding may decide
+    a near tie differently, and the answers then diverge. If more than half of the answers do, the check does not pass.
     """
     if any(server.prediction.asked and server.answer is None for _, server in pairs):
         return Check("stop", None, "not made: the server returns no token_ids (vLLM does)", {})
@@ -86,16 +85,16 @@ def check_stop(pairs: Pairs) -> Check:
     text += f"; {diverged} diverged before their end" if diverged else ""
     text += f", {cut} of them up to the length limit" if cut else ""
     if not equal and not differing:
-        text += "; no answer ended in-process, so nothing is proven"
+        text += "; no answer ended in-process, so this proves nothing"
     if too_few := diverged > len(pairs) / 2:
-        text += "; more than half diverged, so too little is proven"
+        text += "; more than half diverged, so this proves too little"
     numbers = {"equal": equal, "wrong": len(differing), "diverged": diverged, "diverged_and_cut": cut}
     return Check("stop", bool(equal) and not differing and not too_few, text, numbers, differing)
 
 
 def check_first_token(pairs: Pairs, margin: float | None = None) -> Check:
-    """The server's likeliest first token is that of the model in-process, or nearly as likely there; and every likely
-    first token has about the same log-probability on both sides."""
+    """The server's likeliest first token is also the likeliest in-process, within the margin in nats, and the
+    log-probabilities of likely first tokens differ by at most the margin. margin: MARGIN if None."""
     if any(server.prediction.asked and server.top is None for _, server in pairs):
         return Check("first token", None, "not made: the server returns no logprobs by token id (vLLM does)", {})
     margin = MARGIN if margin is None else margin
@@ -124,8 +123,8 @@ def check_first_token(pairs: Pairs, margin: float | None = None) -> Check:
 
 
 def _spread(first: torch.Tensor, top: dict[int, float]) -> float:
-    """The largest difference in nats of a likely token's log-probability. Of a token that the server does not list it
-    is known only that it is no likelier than those listed."""
+    """The largest difference in nats of a likely token's log-probability. A token that the server does not list counts
+    with the lowest log-probability listed, which is its upper bound."""
     likely, least = math.log(LIKELY), min(top.values())
     tokens = {i for i, p in top.items() if p >= likely} | set((first >= likely).nonzero().flatten().tolist())
     differences = (abs(_logprob(first, i) - top[i]) if i in top else float(first[i]) - least for i in tokens)
@@ -137,8 +136,8 @@ def _logprob(first: torch.Tensor, token: int) -> float:
 
 
 def check_score(local: dict[str, Any], server: dict[str, Any]) -> Check:
-    """Each total score over HTTP lies in the 95 % interval of the one in-process, or that in the server's; both as
-    eval.results.summarize gives them."""
+    """Each total score over HTTP lies in the 95 % interval of the one in-process, or the reverse. Both are total scores
+    of eval.results.summarize."""
     names = [name for name in local if f"{name}_95" in local]
     passed = all(_within(server[n], local[f"{n}_95"]) or _within(local[n], server[f"{n}_95"]) for n in names)
     text = ", ".join(

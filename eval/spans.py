@@ -1,6 +1,6 @@
-"""Logits of a span model over windows -> answers, and the threshold above which there is no answer.
+"""Logits of a span model over windows -> answers, and the threshold above which a question has no answer.
 
-The rules are those of google-research/bert's run_squad.py, the texts exact quotes: nothing is put together from tokens.
+The rules are those of google-research/bert's run_squad.py, but texts are exact quotes, not joined tokens.
 """
 
 import math
@@ -15,17 +15,17 @@ from data.conversation import Conversation, DataError
 from data.encode.qa_windows import NO_PASSAGE
 from data.readers.squad import UNANSWERABLE
 
-Candidate = tuple[float, int, int]  # score, and from and to which character of the context
+Candidate = tuple[float, int, int]  # score, first character in the context, and one past the last
 
 
 @dataclass(frozen=True)
 class SpanAnswer:
     """The best span of a question. Scores are sums of a start and an end logit.
 
-    text: its quote; empty, with score -inf, if no token can be one. null_score: that of [CLS], the lowest of the
-    question's windows. null_difference: null_score - score; there is no answer if it exceeds a threshold.
-    n_best: texts, best first, "" for no answer, with probabilities by softmax over them. probability,
-    null_probability: those of text and of "".
+    text: the quote; empty, with score -inf, if no token can begin one. null_score: the score of [CLS], the lowest over
+    the question's windows. null_difference: null_score - score; above a threshold, the question has no answer.
+    n_best: texts, best first, "" for no answer, with their softmax probabilities. probability, null_probability: those
+    of text and of "".
     """
 
     text: str
@@ -45,11 +45,11 @@ def best_spans(
     n_best: int = 20,
     max_answer_length: int = 30,
 ) -> list[SpanAnswer]:
-    """An answer for each conversation, in order. Logits: for each window an array of its row's length or longer (the
-    rows of a padded batch do); max_answer_length in tokens.
+    """An answer for each conversation, in order. Logits: an array for each window, as long as its row or longer
+    (padded); max_answer_length: in tokens.
 
-    A span begins in the core of a window, so that each begins in one window only. Of equal texts the best one counts,
-    so n_best may hold fewer texts. Raises DataError for logits that are not numbers.
+    A span begins only at a token that has its max context in the window, so it is found in one window. Of equal texts
+    the best counts, so n_best may hold fewer texts. Raises DataError for logits that are not finite.
     """
     if not len(start_logits) == len(end_logits) == len(windows):
         raise ValueError(f"{len(start_logits)} and {len(end_logits)} rows of logits for {len(windows)} windows")
@@ -75,7 +75,7 @@ def best_spans(
 
 
 def choose(answers: Sequence[SpanAnswer], threshold: float = 0.0, allow_null: bool = True) -> list[str]:
-    """Texts to be scored: UNANSWERABLE if null_difference exceeds the threshold; never, unless allow_null."""
+    """Texts to score. With allow_null: UNANSWERABLE without a span, or if null_difference exceeds the threshold."""
     return [
         UNANSWERABLE if allow_null and (not answer.text or answer.null_difference > threshold) else answer.text
         for answer in answers
@@ -87,9 +87,9 @@ def tune_threshold(
 ) -> tuple[float, float]:
     """The threshold on null_difference with the highest mean score, and that score; of equal ones the nearest to 0.
 
-    answer_scores, null_scores: EM or F1 of each question if it gets its span, and if it gets no answer. Where no
-    question scores without an answer, as in version 1, the threshold is inf. For questions that are held out of
-    training: tuned on those that are reported, as best_exact of SQuAD's evaluate-v2.0.py is, it is an upper bound.
+    answer_scores, null_scores: EM or F1 of each question if it gets its span, and if it gets no answer. If no question
+    scores without an answer, as in version 1, the threshold is inf. Tune it on questions that are not reported:
+    otherwise the score is an upper bound, as best_exact of SQuAD's evaluate-v2.0.py is.
     """
     given, spanned, nulled = (np.asarray(each, np.float64) for each in (differences, answer_scores, null_scores))
     if not len(given) or not len(given) == len(spanned) == len(nulled) or np.isnan(given).any():
@@ -124,10 +124,10 @@ def _best(
 
 
 def _answer(context: str, spans: Sequence[Candidate], null_score: float, n_best: int) -> SpanAnswer:
-    """spans: best first."""
+    """The answer of a question. spans: best first."""
     scores: dict[str, float] = {}
     for score, start, end in spans:
-        text = context[start:end].strip()  # byte-level tokens hold the space before a word
+        text = context[start:end].strip()  # a byte-level token includes the space before its word
         if text and len(scores) < n_best:
             scores.setdefault(text, score)
     text, score = next(iter(scores.items()), ("", -math.inf))

@@ -92,7 +92,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def items_to_settle(
     a: Sequence[float], b: Sequence[float], clusters: Sequence[str], alpha: float = 0.05, power: float = 0.8
 ) -> int | None:
-    """About how many items in all, clustered alike, would show the seen difference at `alpha` (two-sided) with `power`.
+    """About how many items in all, clustered alike, would show this difference at `alpha` (two-sided) with `power`.
 
     None if there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
     2411.00640), clustered standard error of the paired differences, and power analysis.
@@ -131,10 +131,10 @@ def mean_sd(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def macro_f1(sums: np.ndarray) -> np.ndarray:
-    """Unweighted mean of the classes' F1, from counts [..., 3 L]: of each class its hits, then gold, then predicted.
+    """Unweighted mean of the classes' F1, from counts [..., 3 L]: hits of each class, then gold, then predicted.
 
-    Over the classes that occur as gold: one that a resample lacks would count as 0, and pull the whole interval below
-    the score.
+    The mean is over the classes that occur as gold: one that a resample lacks would count as 0 and pull the whole
+    interval below the score.
     """
     hits, gold, predicted = np.split(sums, 3, axis=-1)
     occurs = gold > 0
@@ -156,8 +156,8 @@ def reliability_bins(
 
 
 def expected_calibration_error(probabilities: Sequence[float], correct: Sequence[float], bins: int = 10) -> float:
-    """Mean gap, 0 to 1, between the probability that answers are given and the share that is right, over bins of equal
-    width weighted by their items. Source: Guo et al. (2017)."""
+    """Mean gap, 0 to 1, between the mean probability and the share of right answers of a bin, over bins of equal width
+    weighted by their items. Source: Guo et al. (2017)."""
     found = reliability_bins(probabilities, correct, bins)
     return sum(n * abs(confidence - right) for n, confidence, right in found) / len(probabilities)
 

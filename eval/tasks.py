@@ -1,4 +1,4 @@
-"""Tasks: how an answer is scored. How rows become conversations is their format's part, see data/readers/source.py."""
+"""Tasks: how an answer is scored. Readers turn rows into conversations, see data/readers/source.py."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,8 @@ from eval.metrics import label_scores, reference_scores, squad_scores
 
 @dataclass(frozen=True)
 class Task:
-    """`score` gives "exact" and one more; `version` moves when its numbers could: prompt, reader or scorer changed."""
+    """score: gold answers and a prediction -> "exact" and a second score. version: raised with every change of prompt,
+    reader or scorer that could change a score."""
 
     version: int
     score: Callable[[Sequence[str], str], dict[str, float]]
@@ -28,5 +29,5 @@ TASKS = {
 
 
 def read_conversations(task: str, path: str, split: str | None = None) -> list[Conversation]:
-    """Conversations of a file, glob, folder or Hub dataset. Raises DataError: a line for each kind of defect."""
+    """Conversations of a file, glob, folder or Hub dataset. Raises DataError with a line for each kind of defect."""
     return read_all(FileSource(path, split=split), task)

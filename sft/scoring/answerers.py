@@ -7,7 +7,7 @@ from pathlib import Path
 from data.conversation import Conversation
 from data.readers.source import read_all
 from data.readers.squad import UNANSWERABLE
-from eval.answer_log import Note, kept
+from eval.answer_log import Note, resume_answers
 from eval.client import served_model, server_predictions
 from eval.likelihood import classify_by_likelihood, no_answer_differences
 from eval.metrics import squad_scores
@@ -74,7 +74,9 @@ def model_answerer(
     if not options.threshold_from:
         system = _identity(target, base)
         # a question alone is asked for its latency
-        return lambda asked: kept(keep, system, asked, length, write) if keep and len(asked) > 1 else write(asked)
+        return lambda asked: (
+            resume_answers(keep, system, asked, length, write) if keep and len(asked) > 1 else write(asked)
+        )
 
     def differences(asked: Sequence[Conversation], written: Sequence[Prediction]) -> list[float]:
         return no_answer_differences(model, tokenizer, asked, written, tokens, loaded.packed)

@@ -1,4 +1,4 @@
-"""A server is asked for what in-process generation gives; what it refuses, delays or breaks off is told and mended."""
+"""A server is asked for what in-process generation gives; refusals, delays and broken connections are handled."""
 
 import json
 import threading
@@ -22,7 +22,7 @@ def last(request: dict) -> str:
 
 
 def echo(request: dict):
-    """The question as the answer; what a server might refuse, by words in it."""
+    """Replies with the question; certain words in it make the server refuse it."""
     if "crash" in last(request):
         return 0, {}
     if "forbidden" in last(request):
@@ -48,12 +48,12 @@ def texts(questions) -> list[str]:
 
 
 def test_server_is_asked_greedily_and_answers_come_in_order(questions):
-    seen = []
-    with serving(lambda request: (seen.append(request), echo(request))[1], "served") as url:
+    requests = []
+    with serving(lambda request: (requests.append(request), echo(request))[1], "served") as url:
         answers = server_predictions(url, served_model(url, None), questions[:20], max_new_tokens=9)
     assert [a.text for a in answers] == texts(questions[:20])
     assert all(a.finished and a.new_tokens == 7 for a in answers)
-    assert (seen[-1]["temperature"], seen[-1]["max_tokens"], seen[-1]["model"]) == (0, 9, "served")
+    assert (requests[-1]["temperature"], requests[-1]["max_tokens"], requests[-1]["model"]) == (0, 9, "served")
 
 
 def test_model_that_is_not_served_is_named(url):
@@ -66,7 +66,7 @@ def asked(text: str, name: str) -> Conversation:
     return Conversation(({"role": "user", "content": text}, {"role": "assistant", "content": "?"}), name, "")
 
 
-def test_question_too_long_for_the_server_is_told_and_the_others_are_answered(url, questions):
+def test_question_too_long_for_the_server_is_not_asked_and_the_others_are_answered(url, questions):
     long = asked("Question: " + "word " * 1000, "long1")
     answers = server_predictions(url, "served", [*questions[:4], long, *questions[4:8]], 9)
     assert [a.asked for a in answers] == [True] * 4 + [False] + [True] * 4
@@ -84,7 +84,7 @@ def test_server_that_goes_away_is_one_line(url, questions):
 
 
 @pytest.mark.parametrize("status", [429, 503, 0])
-def test_overloaded_server_is_asked_again_and_that_is_told(questions, status, capsys):
+def test_overloaded_server_is_asked_again_and_the_retries_are_reported(questions, status, capsys):
     lock, refused = threading.Lock(), set()
 
     def overloaded(request: dict):
@@ -97,9 +97,9 @@ def test_overloaded_server_is_asked_again_and_that_is_told(questions, status, ca
     with serving(overloaded, "served") as url:
         answers = server_predictions(url, "served", questions[:10], 9)
     assert [a.text for a in answers] == texts(questions[:10])
-    told = capsys.readouterr().err
-    assert told.count("asking again, up to 7 times") == 1
-    assert "5 requests were asked again; all are answered" in told
+    stderr = capsys.readouterr().err
+    assert stderr.count("asking again, up to 7 times") == 1
+    assert "5 requests were asked again; all are answered" in stderr
 
 
 def test_waits_grow_and_end(questions, monkeypatch):
@@ -116,24 +116,24 @@ def test_waits_grow_and_end(questions, monkeypatch):
 
 
 def test_refused_key_is_not_tried_again(questions):
-    seen = []
+    requests = []
 
     def refuses(request: dict):
-        seen.append(1)
+        requests.append(request)
         return 401, {"error": "Unauthorized"}
 
     with serving(refuses, "served") as url, pytest.raises(ServerError, match="401"):
         server_predictions(url, "served", questions[:1], 9)
-    assert len(seen) == 1
+    assert len(requests) == 1
 
 
-def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
-    keep, seen = tmp_path / "out" / NAME, []
+def test_interrupted_evaluation_resumes(questions, tmp_path, capsys):
+    keep, asked_texts = tmp_path / "out" / NAME, []
     breaks = [True]
 
     def answer(request: dict):
-        seen.append(last(request))
-        return (400, {"error": {"message": "broken"}}) if breaks[0] and len(seen) > 6 else echo(request)
+        asked_texts.append(last(request))
+        return (400, {"error": {"message": "broken"}}) if breaks[0] and len(asked_texts) > 6 else echo(request)
 
     with serving(answer, "served", "other") as url:
         with pytest.raises(ServerError, match="broken"):
@@ -141,19 +141,19 @@ def test_evaluation_that_broke_off_goes_on(questions, tmp_path, capsys):
         assert "6 answers are kept" in capsys.readouterr().err
         with keep.open("a") as file:
             file.write('{"number": 11, "te')  # as a crash leaves it
-        breaks[0], seen[:] = False, []
+        breaks[0], asked_texts[:] = False, []
         answers = server_predictions(url, "served", questions[:12], 9, 1, keep)
-        assert (len(seen), [a.text for a in answers]) == (6, texts(questions[:12]))
-        assert "6 answers are there" in capsys.readouterr().err
+        assert (len(asked_texts), [a.text for a in answers]) == (6, texts(questions[:12]))
+        assert "6 answers are read" in capsys.readouterr().err
         assert answers == server_predictions(url, "served", questions[:12], 9, 1, None)
         for changed in (("other", questions[:12], 9), ("served", questions[1:12], 9), ("served", questions[:12], 8)):
-            seen[:] = []
+            asked_texts[:] = []
             server_predictions(url, *changed, 1, keep)
-            assert len(seen) == len(changed[1]), "another model, other data or another length are asked anew"
+            assert len(asked_texts) == len(changed[1]), "another model, other data or another length start over"
     assert json.loads(keep.read_text().split("\n")[1])["text"]
 
 
-def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
+def test_evaluation_keeps_answers_only_until_its_results_are_written(questions, tmp_path):
     from sft.scoring.evaluate import evaluate
     from tests.helpers.places import SAMPLES
 
@@ -165,7 +165,7 @@ def test_evaluation_keeps_answers_only_until_it_is_whole(questions, tmp_path):
         assert "questions_per_s" not in evaluate(url, tmp_path, "squad_v2", str(SAMPLES / "squad_dev.json"), 5)
 
 
-def test_chat_prints_what_the_server_streams_and_sends_what_was_said_before():
+def test_chat_prints_what_the_server_streams_and_sends_the_earlier_turns():
     server = Streamer()
     with serving(server, "base", "merged") as url:
         done = CliRunner().invoke(app, ["chat", url, "--model", "merged"], input="Hello\nMore\n\n")
@@ -175,7 +175,7 @@ def test_chat_prints_what_the_server_streams_and_sends_what_was_said_before():
     assert all(request["stream"] for request in server.seen)
 
 
-def test_web_server_that_is_no_model_server_is_a_clear_error():
+def test_web_server_without_a_model_is_a_clear_error():
     class Page(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
@@ -193,6 +193,6 @@ def test_web_server_that_is_no_model_server_is_a_clear_error():
     server.shutdown()
 
 
-def test_server_that_is_not_there_is_a_clear_error(questions):
+def test_server_that_does_not_run_is_a_clear_error(questions):
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*is the server up"):
         server_predictions("http://127.0.0.1:9/v1", "m", questions[:2], 5)

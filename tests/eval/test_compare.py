@@ -1,4 +1,4 @@
-"""graft compare: every number again from the samples."""
+"""graft compare: every number equals the one that the samples give."""
 
 import json
 import random
@@ -26,9 +26,9 @@ def percent(values: list[float], clusters: list[str]) -> Row:
     return {key: round(100 * value, 2) for key, value in zip(("score", "low", "high"), shown, strict=True)}
 
 
-def same(found: Row, wanted: Row) -> bool:
-    """Equal but for the last digit, where sums of another order are rounded."""
-    return found == pytest.approx(wanted, abs=0.011)
+def same(cell: Row, wanted: Row) -> bool:
+    """Equal up to the last digit, which may differ because sums are rounded in another order."""
+    return cell == pytest.approx(wanted, abs=0.011)
 
 
 def test_every_number_of_squad_comes_from_the_samples(squad: list[Path], tmp_path: Path):
@@ -39,11 +39,11 @@ def test_every_number_of_squad_comes_from_the_samples(squad: list[Path], tmp_pat
     assert (report["questions"], report["clusters"]) == (120, 30)
     parts = {"total": lambda r: True, "HasAns": lambda r: r["gold"], "NoAns": lambda r: not r["gold"]}
     for system, rows in zip(report["systems"], all_rows, strict=True):
-        for part, held in parts.items():
-            of = [r for r in rows if held(r)]
-            assert report["parts"][part] == len(of)
+        for part, belongs in parts.items():
+            chosen = [r for r in rows if belongs(r)]
+            assert report["parts"][part] == len(chosen)
             for metric in ("exact", "f1"):
-                wanted = percent([r[metric] for r in of], [r["cluster"] for r in of])
+                wanted = percent([r[metric] for r in chosen], [r["cluster"] for r in chosen])
                 assert same(system["scores"][part][metric], wanted)
         assert system["cost"] == {key: SYSTEM[key] for key in SYSTEM if key not in ("method", "seed", "recipe_sha256")} | {
             "questions_per_s": 12.5, "peak_memory_gib": 1.5, "latency_p50_ms": 10.5, "latency_p95_ms": 20.5,
@@ -66,10 +66,10 @@ def test_every_number_of_squad_comes_from_the_samples(squad: list[Path], tmp_pat
     for part in report["slices"]:
         for cells, rows in zip(part["systems"], all_rows, strict=True):
             kinds = [length(r) if part["by"] == "answer length" else question_word(r["question"]) for r in rows]
-            of = [r for r, kind in zip(rows, kinds, strict=True) if kind == part["value"]]
-            assert part["questions"] == len(of)
+            chosen = [r for r, kind in zip(rows, kinds, strict=True) if kind == part["value"]]
+            assert part["questions"] == len(chosen)
             for metric in ("exact", "f1"):
-                assert same(cells[metric], percent([r[metric] for r in of], [r["cluster"] for r in of]))
+                assert same(cells[metric], percent([r[metric] for r in chosen], [r["cluster"] for r in chosen]))
 
 
 def length(row: Row) -> str:
@@ -104,28 +104,28 @@ def test_every_number_of_a_classification_comes_from_the_samples(tmp_path: Path)
     for system, folder in zip(report["systems"], folders, strict=True):
         rows = samples(folder)
         gold = [row["label"] for row in rows]
-        said = [normalize_label(row["predicted"]) for row in rows]
+        predicted = [normalize_label(row["predicted"]) for row in rows]
         scores = system["scores"]["total"]
-        macro = f1_score(gold, said, labels=labels, average="macro", zero_division=0)
+        macro = f1_score(gold, predicted, labels=labels, average="macro", zero_division=0)
         assert scores["macro_f1"]["score"] == round(100 * macro, 2)
         assert scores["macro_f1"]["low"] < 100 * macro < scores["macro_f1"]["high"]
         for metric in ("exact", "valid"):
             assert same(scores[metric], percent([r[metric] for r in rows], [r["cluster"] for r in rows]))
-        columns = precision_recall_fscore_support(gold, said, labels=labels, zero_division=0)
+        columns = precision_recall_fscore_support(gold, predicted, labels=labels, zero_division=0)
         for i, row in enumerate(system["classes"]["table"]):
             assert [row[key] for key in ("precision", "recall", "f1")] == [round(100 * c[i], 2) for c in columns[:3]]
             assert row["questions"] == columns[3][i]
-        known = [s if s in labels else "other" for s in said]
+        known = [s if s in labels else "other" for s in predicted]
         assert system["classes"]["confusion"] == confusion_matrix(gold, known, labels=[*labels, "other"])[:5].tolist()
     calibration, rows = report["systems"][1]["calibration"], samples(folders[1])
     p, right = [r["probability"] for r in rows], [r["exact"] for r in rows]
     assert report["systems"][0]["calibration"] is None
     assert calibration["ece"] == round(expected_calibration_error(p, right), 4)
     assert calibration["brier"] == round(brier(p, right), 4)
-    for i, found in enumerate(calibration["bins"]):
+    for i, row in enumerate(calibration["bins"]):
         inside = [r for r in rows if i / 10 < r["probability"] <= (i + 1) / 10]
-        assert found["questions"] == len(inside)
-        assert found["correct"] == round(float(np.mean([r["exact"] for r in inside])), 4)
+        assert row["questions"] == len(inside)
+        assert row["correct"] == round(float(np.mean([r["exact"] for r in inside])), 4)
     exact, macro_pair = report["pairs"]
     assert exact["test"] == "exact McNemar"
     assert exact["p"] == exact["p_holm"] == mcnemar_exact(*([r["exact"] for r in samples(f)] for f in folders))[0]

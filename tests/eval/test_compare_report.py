@@ -1,4 +1,4 @@
-"""graft compare: data cannot become markup, and results that do not fit are refused."""
+"""graft compare: data can't become markup, and results that do not fit are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_bars_are_as_long_as_the_scores(squad: list[Path], tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda r: r.update(task="squad_v1"), "task is squad_v2 in {0}/eval, but squad_v1 in {1}/eval; evaluate both"),
         (lambda r: r.update(task_version=2), "task_version is 1 in {0}/eval, but 2 in {1}/eval; evaluate both"),
@@ -69,17 +69,17 @@ def test_bars_are_as_long_as_the_scores(squad: list[Path], tmp_path: Path):
         (lambda r: r["system"].update(disk_mib="large"), "disk_mib is 'large', no number"),
     ],
 )  # fmt: skip
-def test_refuses_results_that_do_not_fit(squad: list[Path], tmp_path: Path, change: Callable[[Row], Any], said: str):
+def test_refuses_results_that_do_not_fit(squad: list[Path], tmp_path: Path, change: Callable[[Row], Any], message: str):
     edit(squad[1], change)
     with pytest.raises(CompareError) as error:
         compare(squad, tmp_path / "out")
-    assert said.format(*squad) in str(error.value)
+    assert message.format(*squad) in str(error.value)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ('"id": "q1"', '"id": "z1"', "samples.jsonl:2: id is 'q1' in {0}/eval, but 'z1' in {1}/eval; evaluate both"),
         ('"cluster": "c0", ', "", "samples.jsonl:1: cluster is missing; score it with `graft eval {1}`"),
@@ -90,19 +90,19 @@ def test_refuses_results_that_do_not_fit(squad: list[Path], tmp_path: Path, chan
         ('{"id": "q2"', '{"id": q2"', "samples.jsonl:3: "),
     ],
 )
-def test_refuses_damaged_samples_by_line(squad: list[Path], tmp_path: Path, old: str, new: str, said: str):
+def test_refuses_damaged_samples_by_line(squad: list[Path], tmp_path: Path, old: str, new: str, message: str):
     file = squad[1] / "eval" / "samples.jsonl"
     text = file.read_text()
     assert old in text
     file.write_text(text.replace(old, new, 1))
     with pytest.raises(CompareError) as error:
         compare(squad, tmp_path / "out")
-    assert said.format(*squad) in str(error.value)
+    assert message.format(*squad) in str(error.value)
 
 
 def test_refuses_missing_and_damaged_files(squad: list[Path], tmp_path: Path):
     out = tmp_path / "out"
-    with pytest.raises(CompareError, match="1 folders to compare where at least 2"):
+    with pytest.raises(CompareError, match="1 folders to compare, at least 2"):
         compare(squad[:1], out)
     with pytest.raises(CompareError, match=r"nowhere/results.json can't be read \(No such file"):
         compare([squad[0], tmp_path / "nowhere"], out)
@@ -138,7 +138,7 @@ def test_question_word_is_the_first_one(question: str, word: str):
     assert question_word(question) == word
 
 
-def test_answers_that_were_timed_on_different_machines_are_told(squad: list[Path], tmp_path: Path):
+def test_answers_that_were_timed_on_different_machines_are_reported(squad: list[Path], tmp_path: Path):
     compare(squad, tmp_path / "same")
     for i, folder in enumerate(squad):
         edit(folder, lambda results, i=i: results.update(machine=f"CPU {i % 2} <b>, cores: 2"))

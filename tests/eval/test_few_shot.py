@@ -41,13 +41,13 @@ def shots_of(conversation: Conversation) -> list[tuple[str, str]]:
     return [(turns[i]["content"], turns[i + 1]["content"]) for i in range(0, len(turns), 2)]
 
 
-def test_all_get_the_same_shots_behind_their_system_turn_and_keep_the_rest(questions, training):
-    found = with_shots(questions, training, 4, seed=0)
-    assert len({tuple(shots_of(c)) for c in found}) == 1
-    assert len(set(shots_of(found[0]))) == 4
+def test_all_get_the_same_shots_after_their_system_turn_and_keep_the_rest(questions, training):
+    prompted = with_shots(questions, training, 4, seed=0)
+    assert len({tuple(shots_of(c)) for c in prompted}) == 1
+    assert len(set(shots_of(prompted[0]))) == 4
     solved = {(e.prompt[-1]["content"], e.answer) for e in training}
-    assert set(shots_of(found[0])) <= solved
-    for before, after in zip(questions, found, strict=True):
+    assert set(shots_of(prompted[0])) <= solved
+    for before, after in zip(questions, prompted, strict=True):
         assert (after.messages[0], after.messages[-2:]) == (before.messages[0], before.messages[-2:])
         assert replace(after, messages=before.messages) == before
     assert with_shots(questions, training, 0, seed=0) == questions
@@ -61,9 +61,9 @@ def test_seed_alone_decides(questions, training):
 
 def test_prompt_without_a_system_turn_begins_with_the_shots(training):
     turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "a"})
-    (found,) = with_shots([Conversation(turns, "", "")], training, 2, seed=0)
-    assert [turn["role"] for turn in found.messages] == ["user", "assistant"] * 3
-    assert found.messages[-2:] == turns
+    (prompted,) = with_shots([Conversation(turns, "", "")], training, 2, seed=0)
+    assert [turn["role"] for turn in prompted.messages] == ["user", "assistant"] * 3
+    assert prompted.messages[-2:] == turns
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -73,19 +73,19 @@ def test_unanswerable_question_is_among_two_or_more_and_never_the_only_one(quest
         assert answers.count(UNANSWERABLE) == expected
 
 
-def test_labels_are_balanced_as_far_as_there_are_examples():
+def test_labels_are_balanced_as_far_as_the_examples_allow():
     examples = [post(label, i) for label in NEWSGROUPS for i in range(10 if label != "sci.med" else 1)]
     scored = [post("sci.med", 99)]
-    found = Counter(answer for _, answer in shots_of(with_shots(scored, examples, 45, seed=1)[0]))
-    assert found["sci.med"] == 1
-    assert len(found) == 20
-    assert set(found.values()) == {1, 2, 3}
+    counts = Counter(answer for _, answer in shots_of(with_shots(scored, examples, 45, seed=1)[0]))
+    assert counts["sci.med"] == 1
+    assert len(counts) == 20
+    assert set(counts.values()) == {1, 2, 3}
     few = [shots_of(with_shots(scored, examples, 5, seed)[0]) for seed in range(5)]
     assert all(len({answer for _, answer in shots}) == 5 for shots in few)
     assert len({answer for shots in few for _, answer in shots}) > 8
 
 
-def test_short_examples_are_drawn_and_longer_ones_only_where_needed():
+def test_short_examples_are_drawn_and_longer_ones_only_if_needed():
     examples = [post(label, i, words=1 + i) for label in ("a", "b") for i in range(10)]
     scored = [post("a", 99)]
     for seed in range(5):
@@ -114,16 +114,18 @@ def test_scored_data_itself_gives_no_shot(questions):
 
 def test_few_shot_prompts_are_answered_and_compared_with_the_shots_computed_once(tiny, tokenizer, questions, training):
     model = load_base(Model(base=str(tiny), dtype="float32"), torch.device("cpu"))
-    found = with_shots(questions[:6], training, 3, seed=0)
-    prompts = [encode_prompt(c.prompt, tokenizer) for c in found]
+    prompted = with_shots(questions[:6], training, 3, seed=0)
+    prompts = [encode_prompt(c.prompt, tokenizer) for c in prompted]
     shared = common_prefix(min(prompts), max(prompts))
-    assert shared > sum(len(text) for shot in shots_of(found[0]) for text in shot) / 10
-    answers = generate(model, tokenizer, found, 4, 4000)
-    assert answers == generate(model, tokenizer, found, 4, 4000, packed=False)
+    assert shared > sum(len(text) for shot in shots_of(prompted[0]) for text in shot) / 10
+    answers = generate(model, tokenizer, prompted, 4, 4000)
+    assert answers == generate(model, tokenizer, prompted, 4, 4000, packed=False)
     counts: list[int] = []
     hook = model.get_input_embeddings().register_forward_hook(lambda _, args, out: counts.append(args[0].numel()))
-    packed = answer_logprobs(model, tokenizer, [c.prompt for c in found], [["a", UNANSWERABLE]] * 6, 4000)
+    packed = answer_logprobs(model, tokenizer, [c.prompt for c in prompted], [["a", UNANSWERABLE]] * 6, 4000)
     hook.remove()
     assert sum(counts) <= shared + sum(len(prompt) - shared + 20 for prompt in prompts)
-    alone = answer_logprobs(model, tokenizer, [c.prompt for c in found], [["a", UNANSWERABLE]] * 6, 4000, packed=False)
+    alone = answer_logprobs(
+        model, tokenizer, [c.prompt for c in prompted], [["a", UNANSWERABLE]] * 6, 4000, packed=False
+    )
     assert [v for vs in packed for v in vs] == pytest.approx([v for vs in alone for v in vs], abs=1e-4)

@@ -10,7 +10,7 @@ from transformers import FalconConfig, FalconForCausalLM, PreTrainedModel, set_s
 import eval.generate
 from data.encode.chat import Example, encode_prompt
 from data.encode.pack import build_pack
-from eval.decode_batch import Batch, attention, takes_rows
+from eval.decode_batch import Batch, takes_rows
 from eval.generate import generate_ids, generate_one
 from eval.predict import generate
 from sft.models.load import load_base
@@ -23,7 +23,7 @@ STOP = set(range(0, 49_152, 9))  # so that a random model ends some answers earl
 
 
 def lively(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights that are far from equal, so that the next token depends on the prompt."""
+    """The model with larger weights, so that the next token depends on the prompt."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3)
@@ -59,7 +59,7 @@ def tree_tokens(prompts: list[list[int]]) -> int:
 
 
 @pytest.mark.parametrize("batch_tokens", [1, 600, 1500, 20_000])
-def test_answers_are_those_of_one_prompt_at_a_time_whatever_the_room(model, prompts, batch_tokens):
+def test_answers_are_those_of_one_prompt_at_a_time_for_any_batch_tokens(model, prompts, batch_tokens):
     expected = alone(model, prompts)
     assert generate_ids(model, prompts, STOP, NEW, batch_tokens) == expected
     assert len({len(answer) for answer in expected}) > 3
@@ -89,7 +89,7 @@ def test_no_prompt_is_no_answer(model):
 @pytest.mark.parametrize("batch_tokens", [600, 20_000])
 def test_shared_context_is_computed_once_and_ended_answers_not_at_all(model, prompts, batch_tokens):
     passage = prompts[0]
-    many = [[*passage, *range(5 + i, 15 + i)] for i in range(50)]  # more than a row takes
+    many = [[*passage, *range(5 + i, 15 + i)] for i in range(50)]  # too many for one row
     with computed(model) as counts:
         answers = generate_ids(model, many, STOP, NEW, batch_tokens)
     # the first new token of each comes with its prompt
@@ -111,19 +111,24 @@ def test_batch_never_holds_more_than_batch_tokens(model, prompts, monkeypatch):
 
 
 def test_model_has_its_own_attention_again_even_if_interrupted(model, prompts):
+    implementations: list[str] = []
+
     def interrupt(*args):
-        raise KeyboardInterrupt
+        implementations.append(model.config._attn_implementation)
+        if len(implementations) == 2:
+            raise KeyboardInterrupt
 
     generate_ids(model, prompts[:2], STOP, NEW, 2000)
     assert model.config._attn_implementation == "sdpa"
-    batch_forward = model.get_output_embeddings().register_forward_hook(interrupt)
-    with pytest.raises(KeyboardInterrupt), attention(model):
-        model(torch.tensor([[5]]))
-    batch_forward.remove()
+    hook = model.get_output_embeddings().register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate_ids(model, prompts[:2], STOP, NEW, 2000)
+    hook.remove()
+    assert implementations == ["sdpa", "rows"]
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_model_with_an_attention_of_its_own_is_asked_one_prompt_at_a_time(tokenizer, questions):
+def test_model_whose_attention_can_not_be_replaced_answers_one_prompt_at_a_time(tokenizer, questions):
     set_seed(0)
     config = FalconConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2, alibi=False
@@ -134,18 +139,18 @@ def test_model_with_an_attention_of_its_own_is_asked_one_prompt_at_a_time(tokeni
     assert packed == single
 
 
-def test_nothing_of_a_batch_is_kept_when_it_is_done(model, prompts):
+def test_batch_frees_its_memory_when_it_is_done(model, prompts):
     import weakref
 
-    kept: list[weakref.ref] = []
+    storages: list[weakref.ref] = []
 
     class Watched(Batch):
         def __init__(self, rows):
             super().__init__(rows)
-            kept.append(weakref.ref(self.layers[0].whole[0].untyped_storage()))
+            storages.append(weakref.ref(self.layers[0].whole[0].untyped_storage()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(eval.generate, "Batch", Watched)
         generate_ids(model, prompts, STOP, NEW, 2000)
-    assert kept
-    assert not any(storage() for storage in kept)
+    assert storages
+    assert not any(storage() for storage in storages)

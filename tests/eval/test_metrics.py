@@ -43,23 +43,23 @@ def test_squad_scores(gold, predicted, exact, f1):
 def adversarial_text(rng: random.Random, like: str = "") -> str:
     """Words that normalise to little or nothing, or a text that is nearly `like`."""
     words = ["the", "a", "an", "An", "Paris", "paris", "U.S.", "1999", "x-ray", "é", "--", "'s", "\xa0", "and", "THE."]
-    found = like.split() if like and rng.random() < 0.5 else [rng.choice(words) for _ in range(rng.randrange(5))]
-    if found and rng.random() < 0.5:
-        found[rng.randrange(len(found))] = rng.choice(words)
-    return rng.choice([" ", "  ", " , ", "\t"]).join(found)
+    chosen = like.split() if like and rng.random() < 0.5 else [rng.choice(words) for _ in range(rng.randrange(5))]
+    if chosen and rng.random() < 0.5:
+        chosen[rng.randrange(len(chosen))] = rng.choice(words)
+    return rng.choice([" ", "  ", " , ", "\t"]).join(chosen)
 
 
 def test_scores_are_those_of_the_official_script(tmp_path):
-    """As transformers has it: its functions are evaluate-v2.0.py's. Total, HasAns and NoAns, in percent."""
+    """transformers has the functions of evaluate-v2.0.py. Total, HasAns and NoAns, in percent."""
     rng = random.Random(0)
-    golds, said = {}, {}
+    golds, predicted = {}, {}
     for i in range(1000):
         golds[str(i)] = [adversarial_text(rng) for _ in range(rng.choice([0, 1, 1, 3]))]
-        said[str(i)] = adversarial_text(rng, rng.choice(golds[str(i)] or [""]))
+        predicted[str(i)] = adversarial_text(rng, rng.choice(golds[str(i)] or [""]))
     examples = [SimpleNamespace(qas_id=i, answers=[{"text": a} for a in g], answer_text="") for i, g in golds.items()]
-    exact, f1 = squad_metrics.get_raw_scores(examples, said)
+    exact, f1 = squad_metrics.get_raw_scores(examples, predicted)
     for i, gold in golds.items():
-        assert squad_scores(gold, said[i]) == {"exact": exact[i], "f1": pytest.approx(f1[i])}
+        assert squad_scores(gold, predicted[i]) == {"exact": exact[i], "f1": pytest.approx(f1[i])}
     asked = [
         Conversation(({"role": "user", "content": i},), i, i, answers=tuple(g), context=i) for i, g in golds.items()
     ]
@@ -69,13 +69,13 @@ def test_scores_are_those_of_the_official_script(tmp_path):
             "scores"
         ]
 
-    found = totals(said)
+    scores = totals(predicted)
     has = [i for i, g in golds.items() if g]
     official = squad_metrics.make_eval_dict(exact, f1)
     of_has, of_none = (squad_metrics.make_eval_dict(exact, f1, part) for part in (has, set(golds) - set(has)))
     for part, wanted in (("total", official), ("HasAns", of_has), ("NoAns", of_none)):
-        assert found[part]["questions"] == wanted["total"]
-        assert [found[part][m] for m in ("exact", "f1")] == [round(wanted[m], 2) for m in ("exact", "f1")]
+        assert scores[part]["questions"] == wanted["total"]
+        assert [scores[part][m] for m in ("exact", "f1")] == [round(wanted[m], 2) for m in ("exact", "f1")]
     assert totals({i: (g or [""])[0] for i, g in golds.items()})["NoAns"]["exact"] == 100
     best = {i: next((a for a in g if normalize_answer(a)), "") for i, g in golds.items()}
     assert totals(best)["total"]["exact"] == totals(best)["total"]["f1"] == 100
@@ -139,7 +139,7 @@ def test_any_score_of_a_task_gets_its_interval(monkeypatch):
     }
 
 
-def test_intervals_resample_groups_where_rows_have_one():
+def test_intervals_resample_groups_if_rows_have_one():
     turns = ({"role": "user", "content": "q"}, {"role": "assistant", "content": "x"})
     alone = [Conversation(turns, str(i), f"f:{i}", ("x",), context=f"c{i}") for i in range(200)]
     threads = [replace(c, group=f"thread {i // 10}") for i, c in enumerate(alone)]
@@ -156,7 +156,7 @@ def test_every_question_needs_a_prediction():
         score("squad_v2", rows(4), [Prediction("x", 1, True)] * 3)
 
 
-def test_interval_is_wider_where_questions_depend_on_their_passage():
+def test_interval_is_wider_if_questions_depend_on_their_passage():
     rng = random.Random(0)
     values, clusters = [], []
     for c in range(60):

@@ -1,4 +1,4 @@
-"""Logits become exact quotes, and the threshold for no answer is the best one there is."""
+"""Logits become exact quotes, and the threshold for no answer is the best possible one."""
 
 import math
 import random
@@ -94,7 +94,7 @@ def test_n_best_is_a_softmax_over_distinct_texts_and_no_answer(questions):
             assert answer.probability / answer.null_probability == pytest.approx(math.exp(-answer.null_difference))
 
 
-def test_rows_of_a_padded_batch_do(questions):
+def test_logits_of_a_padded_batch_give_the_same_answers(questions):
     windows = make_windows(questions, bert_tokenizer())
     starts, ends = random_logits(windows)
     padded = [np.full((len(windows), 400), 99.0, np.float32) for _ in range(2)]
@@ -127,7 +127,7 @@ def test_threshold_and_version_1_decide_on_no_answer():
     assert choose([answer], -math.inf, allow_null=False) == ["cat"]
 
 
-def test_logits_that_are_no_numbers_or_of_other_windows_are_told(questions):
+def test_logits_that_are_not_finite_or_of_other_windows_are_refused(questions):
     windows = make_windows(questions, bert_tokenizer())
     starts, ends = random_logits(windows)
     with pytest.raises(ValueError, match="96 rows of logits for|95 and 96"):

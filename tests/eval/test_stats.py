@@ -25,7 +25,7 @@ from tests.helpers.comparisons import mean_interval
 
 
 def planted(items: int, gain: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two systems on the same items; the first is right on `gain` more of them."""
+    """Two systems on the same items; the first is right on a share `gain` more than the second."""
     rng = np.random.default_rng(seed)
     b = (rng.random(items) < 0.6).astype(float)
     a = b.copy()
@@ -73,7 +73,7 @@ def test_randomisation_by_hand_and_against_mcnemar():
     assert approximate_randomisation(a, b, clusters) == pytest.approx(mcnemar_exact(a, b)[0], abs=0.02)
 
 
-def test_cluster_test_keeps_its_false_positive_rate_where_mcnemar_does_not():
+def test_cluster_test_keeps_its_false_positive_rate_and_mcnemar_does_not():
     rng = np.random.default_rng(5)
     clusters = [str(i // 10) for i in range(400)]
     trials, cluster_hits, naive_hits = 200, 0, 0
@@ -120,11 +120,11 @@ def test_items_to_settle_by_hand_and_by_power():
     assert items_to_settle(a, b, [str(i // 4) for i in range(20)]) < needed  # every passage has the same difference
     assert items_to_settle(a, b, ["one"] * 20) is None
     assert items_to_settle(a, b, [str(i) for i in range(20)], alpha=0.005) > needed
-    rng, found = np.random.default_rng(1), 0
+    rng, detected = np.random.default_rng(1), 0
     for _ in range(200):
         draw = rng.random(needed) < 0.25
-        found += abs(draw.mean()) > 1.96 * math.sqrt(0.1875 / needed)
-    assert 0.7 < found / 200 < 0.9
+        detected += abs(draw.mean()) > 1.96 * math.sqrt(0.1875 / needed)
+    assert 0.7 < detected / 200 < 0.9
 
 
 def test_wilson_by_hand_and_at_the_ends():
@@ -160,7 +160,7 @@ def test_macro_f1_is_that_of_scikit_learn():
     assert macro_f1(sums) == pytest.approx(f1_score(gold, predicted, labels=range(5), average="macro", zero_division=0))
 
 
-def test_interval_of_macro_f1_holds_score_and_truth_where_classes_are_small():
+def test_interval_of_macro_f1_holds_score_and_truth_if_classes_are_small():
     """36 items of 20 classes: a resample lacks a third of the classes."""
     rng, inside, covered = np.random.default_rng(0), 0, 0
     for _ in range(100):

@@ -7,7 +7,8 @@ import pytest
 
 from data.errors import UserError
 from data.readers.squad import UNANSWERABLE
-from eval.answer_log import NAME, Partial
+from eval.answer_log import NAME
+from eval.predict import generate
 from eval.prediction import Prediction
 from sft.recipe.load import load_recipe
 from sft.scoring.answerers import AnswerOptions, training_questions
@@ -61,22 +62,26 @@ def test_shots_stand_before_each_question_and_change_nothing_else(news_run, tmp_
     assert [row["id"] for row in rows_of(tmp_path / "a")] == [row["id"] for row in rows_of(tmp_path / "b")]
 
 
-def test_an_evaluation_that_broke_off_goes_on_with_the_answers_that_it_has(news_run, tmp_path, monkeypatch, capsys):
+def test_interrupted_evaluation_resumes_from_its_answers(news_run, tmp_path, monkeypatch, capsys):
     evaluate(str(news_run), tmp_path / "whole")
-    add = Partial.add
 
-    def break_off(self: Partial, number: int, prediction: Prediction) -> None:
-        add(self, number, prediction)
-        if self.kept == 2:
-            raise KeyboardInterrupt
+    def two_answers(*arguments):
+        *others, note = arguments
 
-    monkeypatch.setattr(Partial, "add", break_off)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(str(news_run), tmp_path / "a")
+        def note_and_stop(number: int, answer: Prediction) -> None:
+            note(number, answer)
+            if len((tmp_path / "a" / NAME).read_text().splitlines()) == 3:  # the first one says what was asked
+                raise KeyboardInterrupt
+
+        return generate(*others, note_and_stop)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sft.scoring.answerers.generate", two_answers)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate(str(news_run), tmp_path / "a")
     assert not (tmp_path / "a" / "results.json").exists()
-    monkeypatch.setattr(Partial, "add", add)
     evaluate(str(news_run), tmp_path / "a")
-    assert "2 answers are there from before it broke off" in capsys.readouterr().err
+    assert "2 answers are read" in capsys.readouterr().err
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "whole")
     assert not (tmp_path / "a" / NAME).exists()
     (tmp_path / "a" / NAME).write_text("[1]\n\0\n")
