@@ -27,7 +27,7 @@ ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 def check(recipe: Recipe, name: str, out: Path) -> bool:
     """Write the data report to `out` and print it; whether the data can be trained on."""
     check_writable(out, "--out")
-    report = examined(recipe, load_tokenizer(recipe.model)).report
+    report, _ = examined(recipe, load_tokenizer(recipe.model))
     report.recipe = name
     write_report(report, out)
     print_report(report, Console())

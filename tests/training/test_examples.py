@@ -102,7 +102,7 @@ def test_data_that_stops_the_run_is_never_cached(recipe, counted, tmp_path):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: completion"):
             load_examples(recipe, tokenizer)
     assert len(counted) == 2
-    assert examined(recipe, tokenizer).report.stops
+    assert examined(recipe, tokenizer)[0].stops
     assert not list((tmp_path / "cache" / "examples").iterdir())
 
 
