@@ -1,4 +1,4 @@
-"""The manifest of a run: versions, hardware, digests of data and base."""
+"""The manifest of a run: versions, hardware, digests of its data and base."""
 
 import os
 import platform
@@ -35,7 +35,7 @@ def environment() -> dict[str, Any]:
 
 
 def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: int) -> dict[str, Any]:
-    """What the run is made from. report: of the data as it was read."""
+    """The content of manifest.json. report: on the data as it was read."""
     sources = report.all_sources
     model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
     stored = _stored_config(model.base, model.revision) if model else {}
