@@ -51,7 +51,7 @@ def main(
     loaded = load_any_recipe(path, overrides)
     if dry_run:
         if not isinstance(loaded, Recipe):
-            raise RecipeError("--dry-run: estimates the training of an adapter; leave it out for a baseline")
+            raise RecipeError("--dry-run estimates the training of an adapter; leave it out for a baseline")
         if not resume:
             choose_folder(loaded, path)
         from sft.training.dry_run import print_plan
