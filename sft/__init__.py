@@ -1,7 +1,7 @@
 """Fine-tuning and what follows it: recipe, model, training, export, scores, serving.
 
 It may import data and eval. Inside, imports run one way:
-recipe < models < runs < training < {baselines, export} < scoring < serving < {train, quickstart} < cli.
+recipe < models < runs < training < {baselines, export} < scoring < serving < cli.
 
 cli.py                 the `graft` command: options of every verb
 train.py               the entry of every training: options, then adapter, whole model or baseline
