@@ -143,7 +143,7 @@ def check_length(recipe: Recipe) -> None:
 def bitsandbytes_config(model: Model, device: torch.device) -> Any:
     """transformers' BitsAndBytesConfig; None if the recipe does not quantize."""
     quantization = model.quantization
-    if quantization is None or not is_quantized(quantization):
+    if quantization is None:
         return None
     named = quantization.bnb_4bit_compute_dtype
     compute = getattr(torch, named) if named else compute_dtype(model, device)

@@ -177,11 +177,9 @@ def _check_files(recipe: AnyRecipe) -> None:
             files_of(source)
         except DataError as error:
             raise RecipeError(f"{key}: {error}") from error
-    bases = {"base": recipe.model.base, "embedder": getattr(recipe.model, "embedder", None)}
-    for key, base in bases.items():
-        if not base or base in FLOORS or is_hub_id(base) or WHEEL.fullmatch(base) or Path(base).exists():
-            continue
-        raise RecipeError(f"model.{key}: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
+    for key, base in recipe.model.model_dump(include={"base", "embedder"}, exclude_none=True).items():
+        if not (base in FLOORS or is_hub_id(base) or WHEEL.fullmatch(base) or Path(base).exists()):
+            raise RecipeError(f"model.{key}: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -17,9 +17,9 @@ from data.audit.report import DataReport, write_html
 from data.audit.triggers import KIND as TRIGGER
 from data.readers.source import files_of
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
+from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import dump_recipe
-from sft.recipe.schema import Recipe, Source, changed
+from sft.recipe.schema import Source, changed
 from sft.untrusted import check_run_folder
 
 S = TypeVar("S", bound=Source)
@@ -91,17 +91,10 @@ def warnings_of(report: DataReport, run: Path) -> Iterator[str]:
 def with_absolute_paths(recipe: AnyRecipe) -> AnyRecipe:
     """The recipe with absolute paths, which hold in any folder."""
 
-    def absolute(name: str) -> str:
-        return str(Path(name).absolute()) if Path(name).exists() else name
-
     def moved(source: S) -> S:
-        path = source.path if not files_of(source) else str(Path(source.path).absolute())
-        return changed(source, path=path)
+        return changed(source, path=str(Path(source.path).absolute())) if files_of(source) else source
 
-    model: dict[str, Any] = {"base": absolute(recipe.model.base)}
-    if isinstance(recipe, BaselineRecipe) and recipe.model.embedder:
-        model["embedder"] = absolute(recipe.model.embedder)
-    if isinstance(recipe, Recipe) and recipe.model.chat_template:
-        model["chat_template"] = recipe.model.chat_template.absolute()
+    names = recipe.model.model_dump(include={"base", "embedder", "chat_template"}, exclude_none=True)
+    model = {key: type(name)(Path(name).absolute()) for key, name in names.items() if Path(name).exists()}
     evaluation = {"data": moved(recipe.eval.data)} if recipe.eval.data else {}
     return changed(recipe, model=model, data={"train": tuple(map(moved, recipe.data.train))}, eval=evaluation)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data.errors import ExitCode
@@ -37,18 +38,12 @@ class SaveOnSignal(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.stopped = self._received_by_any(args.device)
+        self.stopped = self.received
+        if PartialState().num_processes > 1:  # they receive a signal at different moments, and stop at the same step
+            self.stopped = int(gather(torch.tensor([self.received], device=args.device)).max())
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
-
-    def _received_by_any(self, device: torch.device) -> int:
-        """Processes receive the signal at different moments; they must stop at the same step."""
-        if PartialState().num_processes == 1:
-            return self.received
-        number = torch.tensor(self.received, device=device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return int(number)
 
     def receive(self, number: int, frame: Any) -> None:
         if self.received == number == signal.SIGINT:

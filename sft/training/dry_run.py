@@ -6,7 +6,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sft.models.capabilities import has_virtual_tokens
-from sft.models.load import check_length, compute_dtype, default_device, is_quantized, load_config, load_tokenizer
+from sft.models.load import check_length, compute_dtype, default_device, load_config, load_tokenizer
 from sft.models.resolve import readable
 from sft.models.tune import count_parameters, tune_model
 from sft.recipe.load import dump_recipe
@@ -79,7 +79,7 @@ def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int
     quantization = recipe.model.quantization
     per_weight: float = size
     on_cpu = default_device().type == "cpu"  # 4-bit weights are dequantized once there
-    if quantization and is_quantized(quantization) and not (on_cpu and quantization.load_in_4bit):
+    if quantization and not (on_cpu and quantization.load_in_4bit):
         # NF4 with double quantisation: 4.127 bits a weight (QLoRA, arXiv 2305.14314, section 3)
         per_weight = 1 if quantization.load_in_8bit else 4.127 / 8
     weights = frozen_body * per_weight + (every - trained - frozen_body) * size + 16 * trained
