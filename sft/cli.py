@@ -1,4 +1,4 @@
-"""The whole `graft` command: the options of each verb; what it does is in the room that it imports."""
+"""The whole `graft` command: the options of each verb; its work is done in the room that it imports."""
 
 import json
 import os

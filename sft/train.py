@@ -46,7 +46,7 @@ def main(
 
     if (recipe is None) == (resume is None):
         raise RecipeError("name a RECIPE, or a run to resume: --resume RUN")
-    going_on = resume_of(resume, overrides, allow_changed, elastic)
+    resumed = resume_of(resume, overrides, allow_changed, elastic)
     path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
     loaded = load_any_recipe(path, overrides)
     if dry_run:
@@ -68,13 +68,13 @@ def main(
     elif isinstance(loaded, Recipe):
         from sft.training.finetune import finetune
 
-        _print_next(finetune(loaded, path, going_on), "graft eval {run}   |   graft export {run}")
+        _print_next(finetune(loaded, path, resumed), "graft eval {run}   |   graft export {run}")
     else:
         from sft.baselines.train import train_baseline
 
         to_base = "--set model.base={run}/model on a baseline's recipe"
         step = to_base if loaded.objective == "mlm" else "graft eval {run}"
-        _print_next(train_baseline(loaded, path, going_on), step)
+        _print_next(train_baseline(loaded, path, resumed), step)
 
 
 def _print_next(run: Path | None, step: str) -> None:

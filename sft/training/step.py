@@ -19,7 +19,7 @@ from data.encode.pack import Layout, Pack, make_packs, step_order
 from sft.recipe.schema import Train
 from sft.training.attention import source_logits
 
-ROWS = 64  # logits handled at a time; only their temporary copies grow with the vocabulary
+ROWS = 64  # rows of logits handled at a time, so that temporary copies stay small
 
 
 @dataclass(frozen=True)

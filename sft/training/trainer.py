@@ -27,7 +27,7 @@ from sft.training.step import StepPlan, pack_loss, shard_packs, train_step
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
     """Turn off PEFT's cast of LoRA's input to float32, which autocast casts back: the values stay, without a copy of
-    twice the size for the backward pass. For autocast only. 4-bit layers have no such cast."""
+    twice the size for the backward pass. For autocast only. PEFT itself skips the cast in 4-bit layers."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = False
