@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from data.errors import UserError
 from sft.errors import RecipeError
@@ -73,12 +73,10 @@ def print_results(console: Console, title: str, rows: dict[str, dict[str, Any]])
     """A row for each target: exact match of each part, interval and other scores of the total, seconds."""
     first = next(iter(rows.values()))
     parts, others = list(first["scores"]), [name for name in score_names(first) if name != "exact"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    exact = column_of("exact", first)
-    headings = (*(f"{part} {exact}" for part in parts), "95 % of total", *(column_of(n, first) for n in others))
-    for heading in (*headings, "seconds"):
-        table.add_column(heading, justify="right")
+    exact = [f"{part} {column_of('exact', first)}" for part in parts]
+    headings = (*exact, "95 % of total", *(column_of(name, first) for name in others), "seconds")
+    columns = (Column(heading, justify="right") for heading in headings)
+    table = Table("", *columns, title=title, title_justify="left")
     for name, result in rows.items():
         total = result["scores"]["total"]
         cells = [f"{result['scores'][part]['exact']:.1f}" for part in parts]

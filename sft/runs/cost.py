@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from data.cache import text_sha256
@@ -25,7 +24,7 @@ class Stopwatch:
     """Wall and processor seconds of this process since the stopwatch was created."""
 
     def __init__(self) -> None:
-        self.wall, self.cpu = time.monotonic(), _cpu_seconds()
+        self.wall, self.cpu = time.monotonic(), time.process_time()
 
     def cost(self, weights: Path, trainable: int, parameters: int, before: float | None = None) -> dict[str, Any]:
         """The record of a training. train_cpu_seconds: of all threads, a proxy for energy. disk_mib: of its weights.
@@ -37,15 +36,10 @@ class Stopwatch:
             "parameters": parameters,
             "trainable_parameters": trainable,
             "train_seconds": round((before or 0.0) + time.monotonic() - self.wall, 1),
-            "train_cpu_seconds": None if before else round(_cpu_seconds() - self.cpu, 1),
+            "train_cpu_seconds": None if before else round(time.process_time() - self.cpu, 1),
             "train_peak_memory_gib": round(peak_memory_gib(), 2),
             "disk_mib": round(sum(f.stat().st_size for f in files) / 2**20, 2),
         }
-
-
-def _cpu_seconds() -> float:
-    times = psutil.Process().cpu_times()
-    return float(times.user + times.system)
 
 
 def system_of(run: Path, recipe: AnyRecipe, base: bool = False) -> dict[str, Any]:
