@@ -53,8 +53,6 @@ MEANING = {
     "too_long": "What rows longer than max_length do.",
     "audit": "Allowed numbers of rows with a defect.",
     "unanswerable_share": "With max_contexts and squad_v2: share of unanswerable questions among those drawn.",
-    "eval.data": "Held-out data.",
-    "limit": "At most this many questions, drawn by a fixed seed.",
     "max_new_tokens": "Tokens of the longest answer.",
     "n_best": "Candidate start and end positions of an answer span.",
     "dtype": "Precision of the merged weights.",

@@ -1,4 +1,4 @@
-"""Programs that end with this process: vLLM, and the tools that make an export smaller."""
+"""Run programs that end with this process: vLLM, and the tools that make an export smaller."""
 
 import contextlib
 import os
@@ -22,8 +22,8 @@ KILLED = (-signal.SIGKILL, 128 + signal.SIGKILL)  # of the supervisor itself, or
 def supervised(
     command: Sequence[str], log: Path, environment: Mapping[str, str]
 ) -> "Iterator[subprocess.Popen[bytes]]":
-    """The running command; its output goes to the log. Its whole process tree is stopped on exit, and if this process
-    is killed."""
+    """The running command, its output in the log. Its whole process tree stops at the end of the block, and if this
+    process is killed."""
     with log.open("w") as file:
         process = subprocess.Popen(
             [sys.executable, supervisor.__file__, *command],
@@ -36,8 +36,8 @@ def supervised(
 
 
 def run_tool(name: str, command: Sequence[str | Path], log: Path) -> None:
-    """Run a program to its end, with a progress line every LINE_EVERY_S. Raises RunError with its last line if it
-    fails; the log then stays."""
+    """Run a program, with a progress line every LINE_EVERY_S. Raises RunError with its last line if it fails, and then
+    leaves the log."""
     start = time.monotonic()
     with supervised([str(part) for part in command], log, os.environ | {"HF_HUB_OFFLINE": "1"}) as process:
         while process.poll() is None:
@@ -59,7 +59,7 @@ def _stop(process: "subprocess.Popen[bytes]") -> None:
     """Close the supervisor's stdin: it then ends the command's process group, by SIGTERM first."""
     if process.stdin:
         process.stdin.close()
-    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # killed itself, so its group still runs
+    if process.wait(supervisor.PATIENCE_S + 10) == -signal.SIGKILL:  # the supervisor was killed, its group still runs
         for pid in psutil.pids():
             with contextlib.suppress(ProcessLookupError):
                 if os.getsid(pid) == process.pid:

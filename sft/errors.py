@@ -1,13 +1,13 @@
-"""Mistakes and failures that end a command with one line on stderr, by what they are about.
+"""Mistakes and failures that end a command with one line on stderr.
 
-The base class, and what each exit code means, are in data/errors.py.
+Their base class and the exit codes are in data/errors.py.
 """
 
 from data.errors import ExitCode, UserError
 
 
 class RecipeError(UserError):
-    """A recipe or an option that can't run; the text names key, value, what is allowed and the nearest valid key."""
+    """A recipe or an option that can't run; the text names key, value, allowed values and the nearest valid key."""
 
 
 class RunError(UserError):
@@ -21,10 +21,10 @@ class RunLocked(RunError):
 
 
 class TrainingDiverged(UserError):
-    """A loss, gradient or weight is not finite; going on would publish a broken adapter."""
+    """A loss, gradient or weight is not finite, and the adapter would be broken."""
 
     exit_code = ExitCode.DIVERGED
 
 
 class ParityError(UserError):
-    """A merged model does not answer like the adapter, or is not made of the run's weights."""
+    """A merged model does not answer like the adapter, or has other weights than the run's."""

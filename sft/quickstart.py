@@ -1,4 +1,4 @@
-"""The whole way on one screen: train, score base and adapter, merge with proof, serve if vLLM is there."""
+"""The whole way in one command: train, score base and adapter, merge, and serve if vLLM is installed."""
 
 import importlib.util
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from data.errors import UserError
 from sft.errors import RecipeError
@@ -19,7 +19,7 @@ from sft.training.finetune import finetune
 
 
 def quickstart(recipe_path: Path) -> None:
-    """Print one table (before, after, time, memory) and three next commands; then a row of the served model."""
+    """Print one table (before, after, time, memory) and three next commands, then a row for the served model."""
     console = Console()
     recipe = load_recipe(recipe_path)
     if recipe.eval.data is None and recipe.eval.share is None:
@@ -28,7 +28,7 @@ def quickstart(recipe_path: Path) -> None:
     console.rule("1/4 train")
     run = finetune(recipe, recipe_path)
     if run is None:
-        raise RecipeError("quickstart is for one process")
+        raise RecipeError("quickstart runs in one process; start it without a launcher")
     trained_s = read_metrics(run)[-1]["seconds"]
     memory = peak_memory_gib()
     console.rule("2/4 score the base")
@@ -45,17 +45,17 @@ def quickstart(recipe_path: Path) -> None:
         f"\nnext:\n  graft chat {run}\n  graft serve {run / 'export'}\n"
         "  graft check recipes/smollm_newsgroups.yaml",
         highlight=False,
-        soft_wrap=True,  # a command is copied in one piece
+        soft_wrap=True,  # a command stays in one line, to be copied
     )
     if importlib.util.find_spec("vllm"):
-        console.rule("and serve; Ctrl-C leaves it out")
+        console.rule("and serve; Ctrl-C skips it")
         served = score_served(run)
         if served:
             print_results(console, f"{run}: over HTTP", {"served": served})
 
 
 def score_served(run: Path) -> dict[str, Any] | None:
-    """Results of the export behind a server; None, with a line that says why, where they can't be had."""
+    """Results of the export behind a server; None, with a line that says why, if it can't be served."""
     from sft.serving.serve import free_port, server
 
     log = run / "serve.log"
@@ -70,15 +70,13 @@ def score_served(run: Path) -> dict[str, Any] | None:
 
 
 def print_results(console: Console, title: str, rows: dict[str, dict[str, Any]]) -> None:
-    """A row for each target: exact match of each part with the total's interval, the total's other scores, seconds."""
+    """A row for each target: exact match of each part, interval and other scores of the total, seconds."""
     first = next(iter(rows.values()))
     parts, others = list(first["scores"]), [name for name in score_names(first) if name != "exact"]
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
-    exact = column_of("exact", first)
-    headings = (*(f"{part} {exact}" for part in parts), "95 % of total", *(column_of(n, first) for n in others))
-    for heading in (*headings, "seconds"):
-        table.add_column(heading, justify="right")
+    exact = [f"{part} {column_of('exact', first)}" for part in parts]
+    headings = (*exact, "95 % of total", *(column_of(name, first) for name in others), "seconds")
+    columns = (Column(heading, justify="right") for heading in headings)
+    table = Table("", *columns, title=title, title_justify="left")
     for name, result in rows.items():
         total = result["scores"]["total"]
         cells = [f"{result['scores'][part]['exact']:.1f}" for part in parts]

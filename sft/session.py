@@ -1,4 +1,4 @@
-"""How a command starts and ends: quiet libraries, and a user's mistake as one line and an exit code."""
+"""Start and end of a command: quiet libraries, and a user's mistake as one line and an exit code."""
 
 import functools
 import logging
@@ -14,7 +14,7 @@ from data.redact import print_scrubbed, scrub, secret_line
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 VISIBLE = (
-    "the command line holds a token, key or password, which every user of this machine can read there; set it in the "
+    "the command line holds a token, key or password, and every user of this machine can read it; set it in the "
     "environment instead (HF_TOKEN for the Hub, VLLM_API_KEY for a server)"
 )
 ROOT = Path(__file__).parents[1]
@@ -52,13 +52,13 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
-    """Exit code and text for what a user can fix; None for an error of our own."""
+    """Exit code and text of an error that a user can fix; None for an error of our own."""
     first = str(error).splitlines()[0] if str(error) else repr(error)
     if isinstance(error, UserError):
         return error.exit_code, str(error)
     if is_disk_full(error):
         return ExitCode.DISK_FULL, f"{first}: the disk is full; make room, then start the command again"
-    if isinstance(error, OSError):  # a file that can't be read, a model that is on no hub
+    if isinstance(error, OSError):  # such as a file that can't be read, a model that is not on the Hub
         return ExitCode.MISTAKE, first
     if is_out_of_memory(error):
         return ExitCode.OUT_OF_MEMORY, (
@@ -69,10 +69,10 @@ def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
 
 
 def quiet_libraries() -> None:
-    """Leave on the screen only what a user can act on; call it before the libraries are imported."""
+    """Show only library messages that a user can act on; call it before the libraries are imported."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # otherwise a line for every retry without a network
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # else it prints every retry without a network
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -81,7 +81,7 @@ def quiet_libraries() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a GPU, or the CPU's allocator (which says so only in its text), ran out of memory."""
+    """Whether a GPU ran out of memory, or the CPU, whose error says so only in its text."""
     import torch
 
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -95,7 +95,7 @@ def graft_command(*arguments: object) -> list[str]:
 
 
 def child_environment() -> dict[str, str]:
-    """This process's environment, with our packages on the path of a child wherever it starts."""
+    """This process's environment, with our packages on the path of a child in any folder."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return os.environ | {"PYTHONPATH": path}
 
@@ -112,20 +112,24 @@ def keeps_pickles() -> bool:
 
 
 def tune_allocator() -> None:
-    """Restart this process with glibc's cache of small blocks off, which can't be changed while it runs.
+    """Restart this process with glibc's cache of small blocks off, which a running process can't change.
 
-    The cached blocks lie between activations, so that the holes which one micro-batch leaves don't fit the next:
-    training on a CPU grew to 2.4 - 2.5 GiB with them and to 2.2 - 2.3 without (SmolLM2-135M, packs of 512 tokens).
+    The cached blocks lie between activations and leave holes that the next micro-batch does not fit. Training on a CPU
+    grows to 2.4 - 2.5 GiB with them and to 2.2 - 2.3 without (SmolLM2-135M, packs of 512 tokens).
     """
     if os.environ.get("GLIBC_TUNABLES") == TUNABLES:
-        del os.environ["GLIBC_TUNABLES"]  # in force now; children need not inherit it
+        del os.environ["GLIBC_TUNABLES"]  # this process has it; children need not
     elif sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.execve(sys.executable, sys.orig_argv, os.environ | {"GLIBC_TUNABLES": TUNABLES})  # noqa: S606
 
 
 def use_all_cores() -> None:
-    """Use this process's share of the cores; launchers leave it one thread (of two: 115 instead of 204 tokens/s)."""
+    """Use this process's share of the cores; launchers set one thread (115 instead of 204 tokens/s on two cores)."""
     import torch
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
+def usable_cores() -> int:
+    """Number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -46,12 +46,12 @@ def main(
 
     if (recipe is None) == (resume is None):
         raise RecipeError("name a RECIPE, or a run to resume: --resume RUN")
-    going_on = resume_of(resume, overrides, allow_changed, elastic)
+    resumed = resume_of(resume, overrides, allow_changed, elastic)
     path = recipe or resume / "recipe.yaml"  # type: ignore[operator]
     loaded = load_any_recipe(path, overrides)
     if dry_run:
         if not isinstance(loaded, Recipe):
-            raise RecipeError("--dry-run: estimates the training of an adapter; leave it out for a baseline")
+            raise RecipeError("--dry-run estimates the training of an adapter; leave it out for a baseline")
         if not resume:
             choose_folder(loaded, path)
         from sft.training.dry_run import print_plan
@@ -68,13 +68,13 @@ def main(
     elif isinstance(loaded, Recipe):
         from sft.training.finetune import finetune
 
-        _print_next(finetune(loaded, path, going_on), "graft eval {run}   |   graft export {run}")
+        _print_next(finetune(loaded, path, resumed), "graft eval {run}   |   graft export {run}")
     else:
         from sft.baselines.train import train_baseline
 
         to_base = "--set model.base={run}/model on a baseline's recipe"
         step = to_base if loaded.objective == "mlm" else "graft eval {run}"
-        _print_next(train_baseline(loaded, path, going_on), step)
+        _print_next(train_baseline(loaded, path, resumed), step)
 
 
 def _print_next(run: Path | None, step: str) -> None:

@@ -1,9 +1,8 @@
-"""What an untrusted model, adapter or recipe may not hold, checked before a library opens it.
+"""Checks of an untrusted model, adapter or recipe before a library opens it.
 
 Weights are safetensors, no code of a repository runs, and no file of a folder names a file outside it. transformers
-and PEFT hold most of that; this module reports it in one line and closes what they leave open: shards of an index
-(transformers joins any path), kernels that a config names (they are code), and what PEFT opens because a config names
-it.
+and PEFT ensure most of that; this module reports it in one line and adds what they leave open: shards of an index
+(transformers joins any path), kernels that a config names (they are code), and files that PEFT opens for a config.
 """
 
 import json
@@ -15,17 +14,17 @@ from typing import Any
 from sft.errors import RecipeError
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
-# each may name a repository of kernels, which transformers would fetch and run
+# keys that may name a repository of kernels, which transformers would fetch and run
 IMPLEMENTATIONS = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 PLAIN = re.compile(r"[a-z0-9_|]+")
-# what PEFT imports, unpickles or loads from elsewhere because a config names it
+# keys of a config whose value PEFT imports, unpickles or loads from elsewhere
 OPENED = ("megatron_config", "adapters", "cache_file", "covariance_file", "tokenizer_kwargs")
-# what a shell or a terminal would act on when the name is copied from a printed line
+# a shell or a terminal would act on it when a user copies the name from a printed line
 UNSAFE = re.compile(r"""[\x00-\x1f\x7f-\x9f;&|$`<>*?"'!#\\~]""")
 
 
 def check_run_folder(folder: Path, key: str) -> None:
-    """Raise RecipeError for a run folder whose name a shell would act on, or that leads out of the current folder."""
+    """Raise RecipeError if a shell would act on the run folder's name, or if it leads out of the current folder."""
     text = str(folder)
     if odd := UNSAFE.search(text):
         why = f"holds {odd[0]!r}, which a shell or terminal would act on; use letters, digits, . _ - and spaces"
@@ -34,7 +33,7 @@ def check_run_folder(folder: Path, key: str) -> None:
     elif re.match("[A-Za-z]:", text) and not folder.is_absolute():
         why = "is a Windows path; write it as a path of this machine"
     elif not folder.is_absolute() and not folder.resolve().is_relative_to(Path.cwd()):
-        why = f"leads out of the current folder, to {folder.resolve()}; if that is meant, write it so"
+        why = f"leads out of the current folder, to {folder.resolve()}; if that is meant, write that path"
     else:
         return
     raise RecipeError(f"{key}: {text!r} {why}")
@@ -46,7 +45,7 @@ def check_folder(folder: Path, name: str) -> None:
         if not path.is_file() and not path.is_dir():  # opening a FIFO would wait for ever
             raise RecipeError(f"{name}: {path.name} is no regular file; remove it, or name another folder")
     check_configs(folder, name)
-    index = folder / "model.safetensors.index.json"  # the index that transformers reads
+    index = folder / "model.safetensors.index.json"  # transformers reads this index
     shards = _read(index, name).get("weight_map", {}) if index.is_file() else {}
     for shard in set(map(str, shards.values())) if isinstance(shards, dict) else ():
         if Path(shard).name != shard or not (folder / shard).is_file():
@@ -78,7 +77,7 @@ def brings_code(config: dict[str, Any]) -> bool:
 
 
 def check_peft(settings: dict[str, Any], name: str) -> None:
-    """Raise RecipeError if these settings name something that PEFT would import, unpickle or load."""
+    """Raise RecipeError if the settings make PEFT import, unpickle or load something."""
     for key, value in _members(settings):
         state = key == "prompt_tuning_init_state_dict_path" and not str(value).endswith(".safetensors")
         if value and (key in OPENED or state):
@@ -88,7 +87,7 @@ def check_peft(settings: dict[str, Any], name: str) -> None:
 def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
     """Raise RecipeError for an adapter without safetensors, with settings that open other files, or of another base.
 
-    bases: names under which the adapter may know its base.
+    bases: names of its base that the adapter may hold.
     """
     if not (adapter / "adapter_model.safetensors").is_file():
         pickled = sorted(p.name for p in adapter.glob("*.bin"))
@@ -107,7 +106,7 @@ def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
 
 
 def _same_base(named: str, base: str) -> bool:
-    """Whether the two name one base: the adapter may use the end of the recipe's absolute path."""
+    """Whether both name one base: the adapter may hold the end of the recipe's absolute path."""
     tail = Path(named).parts
     return named == base or (Path(base).is_absolute() and Path(base).parts[-len(tail) :] == tail)
 

@@ -1,4 +1,4 @@
-"""Whether packs under a mask, or padded rows, give a model's examples the same results as each alone."""
+"""Whether a model computes the same for an example in a pack under a mask, or in padded rows, as for it alone."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,7 +14,7 @@ from data.encode.pack import attention_mask, build_pack
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:
-    """Tokens that the sliding-window layers see, by the config; None if every layer sees all."""
+    """Tokens that sliding-window layers see, by the config; None if every layer sees all."""
     text = model.config.get_text_config().to_dict()
     window = text.get("sliding_window")
     slides = "sliding_attention" in (text.get("layer_types") or ()) or text.get("use_sliding_window", True)
@@ -48,23 +48,23 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
     pack = build_pack([rows])
     device = next(model.parameters()).device
 
-    def logits(ids: list[int], positions: Sequence[int], **more: torch.Tensor) -> torch.Tensor:
+    def logits(ids: list[int], positions: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
         inputs = {"input_ids": ids, "position_ids": positions}
         tensors = {name: torch.tensor([value], device=device) for name, value in inputs.items()}
-        return model(**tensors, use_cache=False, **more).logits[0].float()
+        return model(**tensors, attention_mask=mask, use_cache=False).logits[0].float()
 
     def longer(ids: list[int]) -> torch.Tensor:
-        """The logits at the last of the ids again, with tokens after it and a mask."""
-        more = [*ids, 13, 14, 15]
-        causal = torch.ones(1, 1, len(more), len(more), dtype=torch.bool, device=device).tril()
-        return logits(more, range(len(more)), attention_mask=causal)[len(ids) - 1]
+        """The logits at the last of the ids, computed with tokens after it and a mask."""
+        every = [*ids, 13, 14, 15]
+        causal = torch.ones(1, 1, len(every), len(every), dtype=torch.bool, device=device).tril()
+        return logits(every, range(len(every)), causal)[len(ids) - 1]
 
     with torch.inference_mode():
         plain = [model(torch.tensor([r.ids], device=device), use_cache=False).logits[0, -1] for r in rows]
         alone = torch.stack(plain).float()
         try:
             rounding = (torch.stack([longer(r.ids) for r in rows]) - alone).std()
-            together = logits(pack.input_ids, pack.position_ids, attention_mask=attention_mask(pack, device))
+            together = logits(pack.input_ids, pack.position_ids, attention_mask(pack, device))
         except (RuntimeError, ValueError, TypeError):  # the model takes no such mask
             return False
     allowed = torch.minimum(4 * rounding, 0.15 * alone.std()) + 1e-3 * alone.std()
@@ -72,10 +72,10 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
 
 
 def takes_padding(model: PreTrainedModel, longest: int) -> bool:
-    """Whether padding after an example of at most `longest` tokens, and the other rows, change nothing in it.
+    """Whether padding after an example of at most `longest` tokens, and other rows, change nothing in it.
 
-    Batches of one shape round alike, so a difference between them is read from padding or the other row; a batch and
-    the example alone may also differ by the rounding of half precision. `model` may have its adapter.
+    Batches of one shape round alike, so a difference between two is a leak from padding or another row; a batch and the
+    example alone may also differ by the rounding of half precision. `model` may have its adapter.
     """
     limit = _rope_limit(model.config.get_text_config().to_dict())
     if limit and longest > limit:
@@ -99,5 +99,5 @@ def takes_padding(model: PreTrainedModel, longest: int) -> bool:
 
 def has_virtual_tokens(model: nn.Module) -> bool:
     """Whether prompt learning puts tokens, or their keys and values, before each example."""
-    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP hides what PEFT has added
+    tuned = extract_model_from_parallel(model, keep_torch_compile=False)  # DDP wraps PEFT's model
     return isinstance(tuned, PeftModel) and bool(tuned.active_peft_config.is_prompt_learning)

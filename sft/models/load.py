@@ -51,8 +51,8 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
     """The base in the recipe's precision, in eval mode.
 
     On a CPU, 4-bit weights are dequantized once: no CPU kernel multiplies them, so every forward and backward would
-    dequantize them again. (bitsandbytes 0.50 would also repack them in the first eval forward, and from then on
-    multiply by a kernel without autograd.)
+    dequantize them again. (bitsandbytes 0.50 also repacks them in the first eval forward for a kernel without
+    autograd.)
     """
     loaded = load_weights(
         f"model.base: {model.base}",
@@ -70,7 +70,7 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
 
 
 def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model of a folder or Hub id, with PyTorch's SDPA if the architecture has it, as packs need.
+    """The model of a folder or Hub id, with PyTorch's SDPA if the architecture has it.
 
     Raises RecipeError, also for a weight that is missing or has another shape: transformers would draw it at random.
     """
@@ -102,7 +102,7 @@ def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedMod
 
 
 def savable(config: GenerationConfig) -> GenerationConfig:
-    """The same config, which transformers can write: some older bases set a temperature without do_sample."""
+    """The config as transformers can write it: some older bases set a temperature without do_sample."""
     try:
         config.validate(strict=True)
     except ValueError:
@@ -111,7 +111,7 @@ def savable(config: GenerationConfig) -> GenerationConfig:
 
 
 def generation_config(base: str, revision: str | None = None) -> GenerationConfig:
-    """The generation config of a folder or Hub id, read without the weights; made from its config if it has none."""
+    """The generation config of a folder or Hub id, without its weights; made from its config if it has none."""
     with readable(base):
         try:
             return savable(GenerationConfig.from_pretrained(base, revision=revision or "main"))
@@ -144,9 +144,8 @@ def check_length(recipe: Recipe) -> None:
 def bitsandbytes_config(model: Model, device: torch.device) -> Any:
     """transformers' BitsAndBytesConfig; None if the recipe does not quantize."""
     quantization = model.quantization
-    if quantization is None or not is_quantized(quantization):
+    if quantization is None:
         return None
-
     named = quantization.bnb_4bit_compute_dtype
     compute = getattr(torch, named) if named else compute_dtype(model, device)
     return BitsAndBytesConfig(**{**quantization.model_dump(), "bnb_4bit_compute_dtype": compute})

@@ -1,6 +1,6 @@
 """Find a base: a Hub id, a local folder, a .gguf file, or one of the last two in a package: wheel:PACKAGE/PATH.
 
-A .gguf file is written once into a cache folder as an ordinary safetensors model.
+A .gguf file is converted once to a safetensors model in the cache folder.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def resolve_base(base: str) -> str:
 
 @contextlib.contextmanager
 def readable(name: str) -> Iterator[None]:
-    """Turn what a library raises while it reads a model into a RecipeError of one line with a remedy."""
+    """Turn a library's error while it reads a model into a RecipeError of one line with a remedy."""
     try:
         yield
     except RecipeError:
@@ -62,7 +62,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def stored_config(base: str, revision: str | None) -> dict[str, Any]:
-    """The content of a base's config.json; nothing of it is built or run."""
+    """The content of a base's config.json; it is only read."""
     return dict(PretrainedConfig.get_config_dict(resolve_base(base), revision=revision)[0])
 
 
@@ -85,7 +85,7 @@ def _in_package(package: str, file: str, base: str) -> Path:
 
 
 def _materialise(gguf: Path) -> Path:
-    """The cache folder with a .gguf file's weights in bfloat16 and its tokenizer, made once."""
+    """The cache folder with a .gguf file's weights in bfloat16 and its tokenizer, written once."""
     digest = file_sha256(gguf)
 
     def build(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""How fast this machine multiplies matrices, and which precision is faster."""
+"""The speed of this machine's matrix products, and the faster precision."""
 
 import time
 from functools import cache
@@ -9,8 +9,7 @@ import torch
 def matmul_flops_per_s(
     device: torch.device, dtype: torch.dtype, seconds: float = 0.3, size: int | None = None
 ) -> float:
-    """Floating-point operations a second, measured on square matrices of `size` rows; by default enough to fill the
-    device."""
+    """Floating-point operations a second, measured on square matrices of `size` rows; the default fills the device."""
     size = size or (8192 if device.type == "cuda" else 2048)
     a = torch.randn(size, size, device=device, dtype=dtype)
     float((a @ a)[0, 0])
@@ -21,14 +20,12 @@ def matmul_flops_per_s(
     return 2 * size**3 * count / (time.monotonic() - start)
 
 
-CPU = torch.device("cpu")
-
-
 @cache
 def bfloat16_pays() -> bool:
     """Whether this CPU multiplies bfloat16 matrices at least 1.5 times as fast as float32 ones.
 
-    Measured, because CPUs that have the instructions differ: from 0.5 to 4.4 times the speed.
+    Measured, because CPUs with the instructions differ: from 0.5 to 4.4 times the speed.
     """
-    rates = [matmul_flops_per_s(CPU, dtype, 0.05, 1024) for dtype in (torch.bfloat16, torch.float32)]
-    return rates[0] > 1.5 * rates[1]
+    cpu = torch.device("cpu")
+    bfloat16, float32 = (matmul_flops_per_s(cpu, dtype, 0.05, 1024) for dtype in (torch.bfloat16, torch.float32))
+    return bfloat16 > 1.5 * float32

@@ -1,4 +1,4 @@
-"""Load what a command names: a run (base and adapter), an export, or any base."""
+"""Load the model that a command names: a run (base and adapter), an export, or any base."""
 
 import difflib
 import sys
@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.encode.chat import check_template
 from sft.errors import RunError
-from sft.models.capabilities import takes_packs
+from sft.models.capabilities import has_virtual_tokens, takes_packs
 from sft.models.load import default_device, fit_vocabulary, load_base, load_tokenizer, load_weights
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import AnyRecipe
@@ -36,11 +36,11 @@ def is_run(target: str) -> bool:
 
 
 def check_target(target: str) -> None:
-    """Raise RunError if a command's target is nothing that could be loaded or asked."""
+    """Raise RunError if a command's target can be neither loaded nor asked."""
     if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
         return
     runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
-    if is_hub_id(target) and not runs:  # else the Hub would be asked for `runs/mistyped`
+    if is_hub_id(target) and not runs:  # `runs/mistyped` is no Hub id
         return
     near = difflib.get_close_matches(Path(target).name, runs, n=1)
     hint = f"did you mean {Path(target).with_name(near[0])}?" if near else "check the spelling"
@@ -62,7 +62,7 @@ def run_any_recipe(run: Path) -> AnyRecipe:
 
 
 def load_target(target: str, base: bool = False) -> Loaded:
-    """A run (`base`: the base that it started from), an exported model, or any base; in eval mode."""
+    """A run (with `base`: its untrained base), an exported model, or any base; in eval mode."""
     check_target(target)
     if is_run(target) and not base:
         return load_run(Path(target))
@@ -76,7 +76,7 @@ def load_target(target: str, base: bool = False) -> Loaded:
 def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -> Loaded:
     """The run's model as it was trained: the adapter on its (quantized) base, or the trained weights.
 
-    dtype: to compute in instead of the run's. adapter: to put on the base instead of the run's.
+    dtype, adapter: used instead of the run's.
     """
     recipe = run_recipe(run)
     if dtype:
@@ -95,12 +95,11 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
     if note := template_note(tokenizer, recipe.model, own):
         print(note, file=sys.stderr, flush=True)
     base = load_base(recipe.model, device)
-    whole = takes_packs(base)
+    packed = takes_packs(base)
     fit_vocabulary(base, adapter)
     with readable(str(adapter)):
         model = PeftModel.from_pretrained(base, str(adapter))
-    packed = whole and not next(iter(model.peft_config.values())).is_prompt_learning
-    return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed)
+    return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed and not has_virtual_tokens(model))
 
 
 def adapter_folder(run: Path) -> Path:
@@ -115,7 +114,7 @@ def adapter_folder(run: Path) -> Path:
 def template_note(tokenizer: PreTrainedTokenizerBase, model: Model, adapter: Path) -> str:
     """A warning if the template beside the adapter is not that of the base or of the recipe, else "".
 
-    A template is a program that came with the adapter and decides what surrounds every text.
+    A template is a program that comes with the adapter and decides what surrounds every text.
     """
     if model.chat_template and not model.chat_template.is_file():
         return f"warning: {adapter}: its chat template can't be compared: {model.chat_template} is gone"

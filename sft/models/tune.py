@@ -18,7 +18,7 @@ VIRTUAL_TOKENS = ("prompt_tuning", "multitask_prompt_tuning", "p_tuning", "prefi
 def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = False) -> PreTrainedModel:
     """The model with the method's parameters trainable and all others frozen.
 
-    Seeded here, because PEFT draws the adapter's initial weights. They are fp32, or with one_dtype the base's.
+    `seed` draws the adapter's initial weights, which are fp32 or, with one_dtype, of the base's dtype.
     """
     set_seed(seed)
     if tune.method in ("full", "freeze", "linear_probe"):
@@ -43,7 +43,7 @@ def add_adapter(
     try:
         config = peft_types()[tune.method](task_type=task, **settings)
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
-    except ValueError as error:  # PEFT names the module or value that does not fit this base
+    except ValueError as error:  # names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
     return cast(PreTrainedModel, model)  # it has the same methods
 
@@ -72,7 +72,7 @@ def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
 
 
 def train_matching(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Train the parameters whose name matches a pattern, no others. Raises RecipeError if none matches."""
+    """Train the parameters whose name matches a pattern, and no others. Raises RecipeError if none matches."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
     if not any(p.requires_grad for p in model.parameters()):

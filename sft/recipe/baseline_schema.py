@@ -1,7 +1,7 @@
-"""The schema of a baseline's recipe: a BERT with a task head, continued pre-training, or a classical floor.
+"""The schema of a baseline's recipe: a BERT with a task head, continued pre-training, or a classic floor.
 
-It reads the same data as a language model's recipe and is scored by the same tasks, so that both can be compared. The
-key `objective` distinguishes the two.
+It reads the same data as a language model's recipe and is scored by the same tasks, so that both can be compared. Only
+a baseline's recipe has the key `objective`.
 """
 
 from pathlib import Path
@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from sft.recipe.schema import (
     Count,
+    HeldOut,
     MaxSteps,
     Number,
     Recipe,
@@ -19,7 +20,6 @@ from sft.recipe.schema import (
     Source,
     Tracker,
     Tune,
-    as_source,
     as_sources,
     changed,
     check_rows,
@@ -118,16 +118,10 @@ class Pretraining(Section):
     """Also predict whether the second half follows the first."""
 
 
-class BaselineEval(Section):
-    data: Annotated[Source, BeforeValidator(as_source)] | None = None
-    share: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Instead of data: share of data.train that is held out."""
-    seed: Seed = 42
-    """Draws eval.share; runs with another train.seed hold out the same rows."""
+class BaselineEval(HeldOut):
     share_of: Literal["clusters", "rows"] = "clusters"
     """clusters: whole passages and threads. rows: single rows at random, as tutorials split; both sides may then share
     a thread."""
-    limit: Count | None = None
     unanswerable_share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """squad_v2: expected share of unanswerable questions in use; the no-answer threshold is chosen for it, the best
     checkpoint is not. Default: that of data.dev_share."""

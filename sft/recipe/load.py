@@ -35,11 +35,11 @@ ELSEWHERE = {
 def load_recipe(path: Path, overrides: list[str] | None = None, check_files: bool = True) -> Recipe:
     """A language model's recipe from a YAML file and `a.b=value` overrides. Loads neither model nor data.
 
-    check_files=False: for a finished run, whose training data may be gone. Raises RecipeError.
+    check_files=False: for a finished run, whose training data may be missing. Raises RecipeError.
     """
     recipe = load_any_recipe(path, overrides, check_files)
     if isinstance(recipe, BaselineRecipe):
-        raise RecipeError(f"{path}: objective {recipe.objective}: a baseline; this takes the recipe of an adapter")
+        raise RecipeError(f"{path}: objective {recipe.objective} is a baseline's; name the recipe of an adapter")
     return recipe
 
 
@@ -55,12 +55,12 @@ def load_any_recipe(path: Path, overrides: list[str] | None = None, check_files:
         return check_baseline(tree, check_files) if "objective" in tree else check_recipe(tree, check_files)
     except YamlError as error:
         raise RecipeError(str(error)) from error
-    except OSError as error:  # a name that is too long, a folder that may not be read
+    except OSError as error:  # such as a name that is too long
         raise RecipeError(f"{path}: {error.strerror or error}: {str(error.filename)[:60]}; correct the name") from error
 
 
 def _keep_old_seed(tree: dict[str, Any], path: Path) -> None:
-    """Runs from before eval.seed drew what they hold out by train.seed."""
+    """Set eval.seed of runs older than that key: they drew their held-out rows by train.seed."""
     evaluation, train = tree.get("eval"), tree.get("train")
     of_run = path.name == "recipe.yaml" and (path.parent / "manifest.json").is_file()
     if of_run and isinstance(evaluation, dict) and isinstance(train, dict) and "seed" in train:
@@ -90,25 +90,23 @@ def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
     built, values = _check_tune(tune, OTHER_METHODS, "CAUSAL_LM")
     if built is not None and built.is_prompt_learning and recipe.data.share_prefixes is True:
         raise RecipeError(
-            f"tune.method {tune.method} puts virtual tokens before each example, which a pack of several has no place "
-            "for; set data.share_prefixes: auto or false"
+            f"tune.method {tune.method} puts virtual tokens before each example, and a pack of several has no place "
+            "for them; set data.share_prefixes: auto or false"
         )
-    recipe = changed(recipe, tune=Tune(method=tune.method, trainable=tune.trainable, **values))
     if check_files:
         _check_files(recipe)
         template = recipe.model.chat_template
         if template and not template.is_file():
             raise RecipeError(f"model.chat_template: no such file: {template}")
-    return recipe
+    return changed(recipe, tune=values)
 
 
 def check_baseline(tree: dict[str, Any], check_files: bool = True) -> BaselineRecipe:
     recipe = _validate(BaselineRecipe, tree)
     _, values = _check_tune(recipe.tune, STRATEGIES, PEFT_TASKS[recipe.objective])
-    recipe = changed(recipe, tune=values)
     if check_files:
         _check_files(recipe)
-    return recipe
+    return changed(recipe, tune=values)
 
 
 def _validate(kind: type[R], tree: dict[str, Any]) -> R:
@@ -131,14 +129,12 @@ def peft_types() -> dict[str, type]:
 
 
 def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tuple[Any, dict[str, Any]]:
-    """The PEFT config (None for one of the `own` methods), and each value in the type that the config declares.
+    """The PEFT config, None for one of the `own` methods, and the values in the types that the config declares.
 
     Raises RecipeError.
     """
-    allowed: dict[str, Any] = {}
-    if tune.method in own:
-        config = None
-    else:
+    config, allowed = None, dict[str, Any]()
+    if tune.method not in own:
         methods = peft_types()
         if tune.method not in methods:
             near = nearest(tune.method, [*methods, *own])
@@ -163,31 +159,27 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         return config(task_type=task_type, **named, **values) if config else None, values
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(e, Recipe, ("tune",)) for e in error.errors())) from error
-    except (ValueError, TypeError) as error:  # what a PEFT config refuses as a whole
+    except (ValueError, TypeError) as error:  # the PEFT config refuses a combination
         raise RecipeError(f"tune: method {tune.method}: {error}") from error
 
 
 def _check_files(recipe: AnyRecipe) -> None:
-    """Raise RecipeError for what the recipe names and this machine does not have."""
+    """Raise RecipeError if this machine lacks something that the recipe names."""
     if absent := [name for name in recipe.train.report_to if not find_spec(name)]:
         raise RecipeError(f"train.report_to: {absent[0]} is not installed; run: pip install {absent[0]}")
     if recipe.train.output_dir:
         check_run_folder(recipe.train.output_dir, "train.output_dir")
-    sources: list[tuple[str, Source]] = [
-        (f"data.train[{i}].path", source) for i, source in enumerate(recipe.data.train)
-    ]
+    sources: dict[str, Source] = {f"data.train[{i}].path": source for i, source in enumerate(recipe.data.train)}
     if recipe.eval.data:
-        sources.append(("eval.data.path", recipe.eval.data))
-    for key, source in sources:
+        sources["eval.data.path"] = recipe.eval.data
+    for key, source in sources.items():
         try:
             files_of(source)
         except DataError as error:
             raise RecipeError(f"{key}: {error}") from error
-    bases = {"base": recipe.model.base, "embedder": getattr(recipe.model, "embedder", None)}
-    for key, base in bases.items():
-        if not base or base in FLOORS or is_hub_id(base) or WHEEL.fullmatch(base) or Path(base).exists():
-            continue
-        raise RecipeError(f"model.{key}: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
+    for key, base in recipe.model.model_dump(include={"base", "embedder"}, exclude_none=True).items():
+        if not (base in FLOORS or is_hub_id(base) or WHEEL.fullmatch(base) or Path(base).exists()):
+            raise RecipeError(f"model.{key}: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
 
 
 def _set(tree: dict[str, Any], override: str) -> None:

@@ -1,4 +1,4 @@
-"""The schema of a recipe, the strict YAML that defines one run; `graft schema` prints it as JSON schema.
+"""The schema of a recipe, the YAML file that defines a run; `graft schema` prints it as JSON schema.
 
 Sections use the libraries' names: TrainingArguments in `train`, a PEFT config in `tune`, BitsAndBytesConfig in
 `model.quantization`. Unknown keys, wrong types and impossible combinations are errors before anything is loaded.
@@ -18,7 +18,7 @@ WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether it is `owner/name`, no path here, and does not look like a file."""
+    """Whether it is `owner/name` of the Hub: no existing path and not named like a file."""
     return bool(HUB_ID.fullmatch(name)) and not name.endswith((".gguf", ".yaml")) and not Path(name).exists()
 
 
@@ -46,8 +46,6 @@ Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 MaxSteps = Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
-
-
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
 
 
@@ -60,15 +58,11 @@ S = TypeVar("S", bound=BaseModel)
 
 def changed(section: S, **values: Any) -> S:
     """A copy with other values; a dict changes keys inside a section: changed(recipe, train={"bf16": True})."""
-    held = {name: getattr(section, name) for name in values}
-    return section.model_copy(
-        update={
-            name: changed(held[name], **value)
-            if isinstance(held[name], BaseModel) and isinstance(value, dict)
-            else value
-            for name, value in values.items()
-        }
-    )
+    for name, value in values.items():
+        held = getattr(section, name)
+        if isinstance(held, BaseModel) and isinstance(value, dict):
+            values[name] = changed(held, **value)
+    return section.model_copy(update=values)
 
 
 class Quantization(Section):
@@ -237,15 +231,18 @@ class Train(Section):
     """The run folder. Default: runs/RECIPE-NAME, numbered if it exists."""
 
 
-class Eval(Section):
+class HeldOut(Section):
     data: Annotated[Source, BeforeValidator(as_source)] | None = None
-    """Held-out data for the held-out loss, `graft eval RUN` and the export's parity check."""
+    """Held-out data, on which the trained model is scored and checked."""
     share: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Instead of data: share of data.train that is held out, by whole passages and threads."""
     seed: Seed = 42
     """Draws eval.share; runs with another train.seed hold out the same rows."""
     limit: Count | None = None
     """Most questions, drawn by a fixed seed."""
+
+
+class Eval(HeldOut):
     max_new_tokens: Count = 48
     batch_tokens: Count = 8192
     """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
@@ -276,10 +273,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _combinations(self) -> "Recipe":
-        quantized = self.model.quantization and (
-            self.model.quantization.load_in_4bit or self.model.quantization.load_in_8bit
-        )
-        if quantized and self.tune.method in OTHER_METHODS:
+        if self.model.quantization and self.tune.method in OTHER_METHODS:
             raise ValueError(
                 f"tune.method {self.tune.method} trains weights of the base, which model.quantization freezes; "
                 "use lora, or remove model.quantization"
@@ -294,7 +288,7 @@ class Recipe(Section):
         return self
 
 
-def check_rows(task: str, data: Any, evaluation: Any) -> None:
+def check_rows(task: str, data: Any, evaluation: HeldOut) -> None:
     """Raise ValueError if the sections `data` and `eval` of any recipe contradict each other."""
     if data.unanswerable_share is not None and (data.max_contexts is None or task != "squad_v2"):
         raise ValueError("data.unanswerable_share needs data.max_contexts and task squad_v2")

@@ -5,12 +5,12 @@ from typing import Any
 
 import yaml
 
-MOST_CHARACTERS = 65_536  # of a document; PyYAML reads some 50,000 a second, and a recipe has 2,000
+MOST_CHARACTERS = 65_536  # PyYAML reads about 50,000 a second, and a recipe has 2,000
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
 
 
 class YamlError(ValueError):
-    """A document with what a recipe may not hold; the text names the line."""
+    """A document that a recipe can't be; the text names the line."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,7 +5,6 @@ written last and holds size and sha256 of every other file; a folder that differ
 checkpoint before it is used.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -18,7 +17,7 @@ from accelerate import PartialState
 from torch import nn
 
 from data.atomic import flush, replace_folder, write_text
-from data.cache import file_sha256
+from data.cache import file_sha256, text_sha256
 from data.errors import DiskFull, UserError, is_disk_full
 from sft.errors import RunError
 
@@ -39,7 +38,7 @@ def checkpoints(run: Path) -> list[Path]:
 def commit_checkpoint(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     """Rename a written folder to `final` once it is on the disk and reads back unchanged; `facts` go to its manifest.
 
-    Raises OSError if the disk returns something else than was written.
+    Raises OSError if the disk returns other bytes than were written.
     """
     names = _files(temporary)
     # hashed from memory, then flushed and dropped from the page cache: what damage() reads comes from the disk
@@ -56,7 +55,7 @@ def commit_checkpoint(temporary: Path, final: Path, facts: dict[str, Any]) -> No
 
 
 def damage(folder: Path, pickles: bool = False) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole. `pickles`: they are allowed, for FSDP and DeepSpeed."""
+    """What is wrong with a checkpoint; None if it is whole. `pickles`: allow them, for FSDP and DeepSpeed."""
     try:
         return _damage(folder, pickles)
     except (OSError, RecursionError) as error:  # a bad sector, a link to nowhere, JSON without an end
@@ -123,7 +122,7 @@ def last_checkpoint(run: Path, pickles: bool = False) -> tuple[Path | None, dict
 
 
 def remove_leftovers(run: Path) -> None:
-    """Remove what a crash left half-written."""
+    """Remove half-written files and folders of a crash."""
     for pattern in (".*.new", ".*.old"):
         for path in run.glob(pattern):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -138,7 +137,7 @@ def set_aside(damaged: dict[Path, str]) -> None:
 
 
 def rotate(run: Path, limit: int | None, keep: Sequence[Path]) -> None:
-    """Remove the oldest checkpoints, by number, until `limit` are left; those in `keep` always stay."""
+    """Remove the oldest checkpoints, by number, until `limit` are left; never those in `keep`."""
     saved = checkpoints(run)
     names = {path.name for path in keep}
     removable = [path for path in saved if path.name not in names]
@@ -149,7 +148,7 @@ def rotate(run: Path, limit: int | None, keep: Sequence[Path]) -> None:
 
 
 def check_space(run: Path, model: nn.Module, optim: str) -> None:
-    """Raise DiskFull if two checkpoints don't fit: the next one is written while the last one stays."""
+    """Raise DiskFull if two checkpoints don't fit: the next one is written before the last one is removed."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     weights = trained * 4 if hasattr(model, "peft_config") else sum(p.numel() * p.itemsize for p in model.parameters())
     moments = 8 * trained if optim.startswith("adamw_torch") else 0  # AdamW's two, in float32
@@ -163,7 +162,7 @@ def check_space(run: Path, model: nn.Module, optim: str) -> None:
 
 @contextmanager
 def explain_full_disk(run: Path) -> Iterator[None]:
-    """Turn a full disk inside the block into DiskFull, which says what is whole and how to resume."""
+    """Turn a full disk inside the block into DiskFull, which names the last whole checkpoint and how to resume."""
     try:
         yield
     except Exception as error:
@@ -178,7 +177,7 @@ def explain_full_disk(run: Path) -> Iterator[None]:
 
 
 def commit_folder(final: Path, write: Callable[[str], None], main: bool) -> None:
-    """Let `write` of every process fill a temporary folder, which the main process then renames to `final`."""
+    """On every process `write` fills a temporary folder; the main process (`main`) then renames it to `final`."""
     temporary = final.with_name(f".{final.name}.new")
     write(str(temporary))
     PartialState().wait_for_everyone()
@@ -198,4 +197,4 @@ def _files(folder: Path) -> list[str]:
 
 
 def _digest(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return text_sha256(json.dumps(body, sort_keys=True))

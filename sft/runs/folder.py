@@ -1,7 +1,7 @@
 """The run folder, which holds everything that later steps need.
 
-recipe.yaml (resolved), manifest.json, data_report.json, adapter/ (or model/) with its card, checkpoint-N/,
-metrics.jsonl, loss.png, tensorboard/.
+recipe.yaml (resolved), manifest.json, data_report.json and .html, adapter/ (or model/) with its card, checkpoint-N/,
+metrics.jsonl, loss.png, tensorboard/, cost.json.
 """
 
 import os
@@ -17,18 +17,18 @@ from data.audit.report import DataReport, write_html
 from data.audit.triggers import KIND as TRIGGER
 from data.readers.source import files_of
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
+from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import dump_recipe
-from sft.recipe.schema import Recipe, Source, changed
+from sft.recipe.schema import Source, changed
 from sft.untrusted import check_run_folder
 
 S = TypeVar("S", bound=Source)
 
 
 def choose_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
-    """The folder that a new run gets: train.output_dir, or the first free one of runs/NAME, runs/NAME-2, ...
+    """The folder for a new run: train.output_dir, or the first free one of runs/NAME, runs/NAME-2, ...
 
-    Makes nothing. Raises RecipeError if it is not empty or could not be made.
+    Creates nothing. Raises RecipeError if it is not empty or could not be created.
     """
     folder = recipe.train.output_dir
     if folder is None:
@@ -36,7 +36,7 @@ def choose_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
         check_run_folder(Path(recipe_path.stem), "the recipe's file name")
         names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
         folder = next(name for name in names if not name.exists())
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):  # the lock may be there
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):  # such as the lock
         raise RecipeError(
             f"train.output_dir: {folder} is not empty; resume it with `graft train --resume {folder}`, or name another"
         )
@@ -45,7 +45,7 @@ def choose_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
 
 
 def make_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
-    """The folder of a new run, made; the same one on every process."""
+    """Create the folder of a new run; the same one on every process."""
     (folder,) = broadcast_object_list([str(choose_folder(recipe, recipe_path))])
     PartialState().wait_for_everyone()
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -53,14 +53,14 @@ def make_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Raise RecipeError if a folder of this name could not be made; makes nothing."""
+    """Raise RecipeError if a folder of this name could not be created; creates nothing."""
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
         raise RecipeError(f"{key}: can't write to {folder}: {existing} is not a folder this user may write to")
 
 
 def start_run(run: Path, recipe: AnyRecipe, facts: dict[str, Any], report: DataReport) -> None:
-    """Write what the run is made from: recipe, manifest (`facts`) and data report."""
+    """Write the resolved recipe, the manifest (`facts`) and the data report."""
     write_text(run / "recipe.yaml", dump_recipe(with_absolute_paths(recipe)))
     write_json(run / "manifest.json", facts)
     report.recipe = run.name
@@ -75,35 +75,26 @@ def write_report(report: DataReport, folder: Path) -> None:
 
 
 def warnings_of(report: DataReport, run: Path) -> Iterator[str]:
-    """Problems of the data that do not stop the run, a line each."""
+    """A line for each problem of the data that does not stop the run."""
     see = f"see {run / 'data_report.html'}"
     totals, leaks, duplicates = report.totals, report.leaks, report.duplicates
     if left_out := (totals.left_out or 0) + (totals.defects or 0):
         yield f"{left_out} of {totals.rows_read} rows are left out: {see}"
     if leaked := leaks.rows - leaks.removed:
-        remedy = "data.leaks: remove leaves them out"
-        yield f"warning: {leaked} training rows are also in the held-out data ({remedy}): {see}"
+        yield f"warning: {leaked} training rows are also in the held-out data (data.leaks: remove drops them): {see}"
     if duplicates and duplicates.exact_rows:
-        remedy = "data.duplicates: remove leaves them out"
-        yield f"{duplicates.exact_rows} rows repeat an earlier one ({remedy}): {see}"
+        yield f"{duplicates.exact_rows} rows repeat an earlier one (data.duplicates: remove drops them): {see}"
     if triggers := sum(source.notes.get(TRIGGER, 0) for source in report.sources):
         yield f"warning: {triggers} answers depend on {TRIGGER}: {see}"
 
 
 def with_absolute_paths(recipe: AnyRecipe) -> AnyRecipe:
-    """The recipe with paths that hold in any folder."""
-
-    def absolute(name: str) -> str:
-        return str(Path(name).absolute()) if Path(name).exists() else name
+    """The recipe with absolute paths, which hold in any folder."""
 
     def moved(source: S) -> S:
-        path = source.path if not files_of(source) else str(Path(source.path).absolute())
-        return changed(source, path=path)
+        return changed(source, path=str(Path(source.path).absolute())) if files_of(source) else source
 
-    model: dict[str, Any] = {"base": absolute(recipe.model.base)}
-    if isinstance(recipe, BaselineRecipe) and recipe.model.embedder:
-        model["embedder"] = absolute(recipe.model.embedder)
-    if isinstance(recipe, Recipe) and recipe.model.chat_template:
-        model["chat_template"] = recipe.model.chat_template.absolute()
+    names = recipe.model.model_dump(include={"base", "embedder", "chat_template"}, exclude_none=True)
+    model = {key: type(name)(Path(name).absolute()) for key, name in names.items() if Path(name).exists()}
     evaluation = {"data": moved(recipe.eval.data)} if recipe.eval.data else {}
     return changed(recipe, model=model, data={"train": tuple(map(moved, recipe.data.train))}, eval=evaluation)

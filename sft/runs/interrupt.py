@@ -4,20 +4,21 @@ import fcntl
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from data.errors import ExitCode
 from sft.errors import RunLocked
 
 LOCK = ".lock"
-CODES = {
+CODES: dict[int, ExitCode] = {
     signal.SIGINT: ExitCode.INTERRUPTED,
     signal.SIGTERM: ExitCode.TERMINATED,
     signal.SIGUSR1: ExitCode.USER_SIGNAL,  # SLURM sends it before the time is up: --signal=USR1@120
@@ -33,35 +34,18 @@ class SaveOnSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0  # number of the first signal
         self.stopped = 0  # the signal that stopped the training, the same on every process
-        self.previous: dict[int, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        for number in CODES:
-            self.previous[number] = signal.signal(number, self._receive)
-
-    def restore(self) -> None:
-        """Restore the handlers from before the training."""
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-        self.previous = {}
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.stopped = self._received_by_any(args.device)
+        self.stopped = self.received
+        if PartialState().num_processes > 1:  # they receive a signal at different moments, and stop at the same step
+            self.stopped = int(gather(torch.tensor([self.received], device=args.device)).max())
         if self.stopped:
             control.should_save = control.should_training_stop = True
         return control
 
-    def _received_by_any(self, device: torch.device) -> int:
-        """Processes receive the signal at different moments; they must stop at the same step."""
-        if PartialState().num_processes == 1:
-            return self.received
-        number = torch.tensor(self.received, device=device)
-        torch.distributed.all_reduce(number, op=torch.distributed.ReduceOp.MAX)
-        return int(number)
-
-    def _receive(self, number: int, frame: Any) -> None:
+    def receive(self, number: int, frame: Any) -> None:
         if self.received == number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.received:
@@ -71,15 +55,26 @@ class SaveOnSignal(TrainerCallback):
 
 
 @contextmanager
+def handle_signals(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Handle the signals of CODES by `handler` until the end of the block."""
+    previous = {number: signal.signal(number, handler) for number in CODES}
+    try:
+        yield
+    finally:
+        for number, earlier in previous.items():
+            signal.signal(number, earlier)
+
+
+@contextmanager
 def locked(run: Path, main: bool) -> Iterator[None]:
-    """Hold the folder for this run. Only the main process (`main`) takes the lock."""
+    """Hold the run folder's lock until the end of the block; other processes than the main one take none."""
     with lock_file(run / LOCK, f"{run}: is being trained by") if main else nullcontext():
         yield
 
 
 @contextmanager
 def lock_file(path: Path, busy: str) -> Iterator[None]:
-    """Hold a lock until the block or the process ends, however it ends. Raises RunLocked: `busy` and who holds it."""
+    """Hold a lock until the block or the process ends, in any way. Raises RunLocked: `busy` and the holder."""
     with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""The manifest of a run: versions, hardware, digests of data and base."""
+"""The manifest of a run: versions, hardware, digests of its data and base."""
 
 import os
 import platform
@@ -15,6 +15,7 @@ from data.audit.report import DataReport
 from data.cache import file_sha256
 from sft.models.resolve import readable, resolve_base, stored_config
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
+from sft.session import usable_cores
 from sft.untrusted import brings_code
 
 PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets")
@@ -22,7 +23,6 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate"
 
 def environment() -> dict[str, Any]:
     """Versions and hardware, for manifests and bug reports; no paths, no environment variables."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -30,12 +30,12 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }
 
 
 def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: int) -> dict[str, Any]:
-    """What the run is made from. report: of the data as it was read."""
+    """The content of manifest.json. report: on the data as it was read."""
     sources = report.all_sources
     model = recipe.encoder if isinstance(recipe, BaselineRecipe) else recipe.model
     stored = _stored_config(model.base, model.revision) if model else {}
@@ -75,9 +75,8 @@ def _stored_config(base: str, revision: str | None) -> dict[str, Any]:
 
 def machine() -> str:
     """The machine in words, with the cores that this process may use."""
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_cpu_name()}, cores: {cores}" + (f", {', '.join(gpus)}" if gpus else "")
+    facts = environment()
+    return ", ".join([facts["cpu"], f"cores: {usable_cores()}", *facts["gpus"]])
 
 
 def _cpu_name() -> str:

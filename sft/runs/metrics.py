@@ -18,7 +18,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     lines = path.read_text().split("\n") if path.is_file() else []
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # a last line without its end was cut by a crash
+    for number, line in enumerate(lines[:-1], start=1):  # a crash cuts the last line
         try:
             rows.append(json.loads(line))
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""Model cards, of a run's weights and of an export: Markdown with the Hub's front matter, without secrets."""
+"""Model cards of runs and exports: Markdown with the Hub's front matter, without secrets."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ TEMPLATE = "and format prompts with the chat template of the tokenizer beside it
 
 
 def write_model_card(weights: Path, recipe: Recipe, facts: dict[str, Any], report: DataReport) -> None:
-    """README.md beside the weights of a run; PEFT's config gets the base's name in place of a cache folder's."""
+    """Write README.md beside a run's weights, and into PEFT's config the base's name instead of its cache folder."""
     config = weights / "adapter_config.json"
     if config.is_file():
         write_json(config, json.loads(config.read_text()) | {"base_model_name_or_path": recipe.model.base})
@@ -27,7 +27,7 @@ def write_model_card(weights: Path, recipe: Recipe, facts: dict[str, Any], repor
 
 
 def model_card(recipe: Recipe, facts: dict[str, Any], report: DataReport, metrics: Sequence[dict[str, Any]]) -> str:
-    """The card of a run. facts: of manifest.json; metrics: rows of metrics.jsonl."""
+    """The card of a run. facts: manifest.json; metrics: rows of metrics.jsonl."""
     losses, totals, packages = [m["loss"] for m in metrics if "loss" in m], report.totals, facts["packages"]
     last = losses[-max(1, len(losses) // 20) :]
     whole = recipe.tune.method in OTHER_METHODS
@@ -50,7 +50,7 @@ transformers {packages["transformers"]}, peft {packages["peft"]}.""",
 
 
 def export_card(run: Path, recipe: Recipe, base: Path, parity: dict[str, Any]) -> str:
-    """The card of an export. parity: of parity.json."""
+    """The card of an export. parity: parity.json."""
     licence, form = licence_of(base), parity.get("format", {}).get("name", "")
     then = f", then {form}" if form else ""
     load = f"{LOAD_WHOLE}{', which needs `compressed-tensors`,' if form else ''} {TEMPLATE}"
@@ -119,7 +119,7 @@ def _licenses(recipe: Recipe) -> str:
 
 
 def _code(name: str) -> str:
-    """A name in one line of Markdown, as code, which can't become markup."""
+    """A name as inline code of Markdown, in one line, so that it can't become markup."""
     return f"`{' '.join(name.replace('`', chr(39)).split())}`"
 
 

@@ -1,4 +1,4 @@
-"""Progress of a running training on the screen, in metrics.jsonl and in trackers."""
+"""Progress of a training on the screen, in metrics.jsonl and in trackers."""
 
 import json
 import statistics
@@ -38,8 +38,8 @@ class Spikes:
 def trackers(names: Sequence[str], run: Path, step: int) -> list[TrainerCallback]:
     """transformers' callbacks for train.report_to.
 
-    TensorBoard's files go to RUN/tensorboard, where rows after `step` of an earlier try are purged; the others find
-    their settings in the environment.
+    TensorBoard's files go to RUN/tensorboard, and rows of an earlier try after `step` are purged; the others read their
+    settings from the environment.
     """
     from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
@@ -54,7 +54,7 @@ class Monitor(TrainerCallback):
     """Writes a row of metrics.jsonl for every logged step, flushed at once; main process only."""
 
     def __init__(self, run: Path, steps_per_epoch: int, rows: Sequence[dict[str, Any]] = ()) -> None:
-        """rows: of metrics.jsonl, if the run is resumed."""
+        """rows: those of metrics.jsonl, if the run is resumed."""
         self.run, self.steps_per_epoch = run, steps_per_epoch
         train = [row for row in rows if "loss" in row]
         self.last: dict[str, Any] = train[-1] if train else {}
@@ -107,12 +107,12 @@ class Monitor(TrainerCallback):
         return row_spikes
 
     def _in_thread(self, args: Any) -> None:
-        """No traceback for a full disk: TensorBoard's thread raises it again at the next write."""
+        """Print no traceback for a full disk: TensorBoard raises it again at its next write."""
         if not is_disk_full(args.exc_value):
             self.hook(args)
 
     def close(self) -> None:
-        """To be called after an error too, or the terminal keeps a dead bar."""
+        """Call it after an error too: it removes the progress bar."""
         if self.open:
             self.open = False
             threading.excepthook = self.hook

@@ -1,4 +1,4 @@
-"""How a run begins or resumes, and the check that it resumes as the same run."""
+"""How a run resumes: what `graft train --resume` allows, and the check that it is still the same run."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import write_json
-from data.audit.report import DataReport
 from data.cache import file_sha256
 from sft.errors import RecipeError, RunError
-from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe
-from sft.runs.checkpoint import read_manifest, remove_leftovers, set_aside, step_of
-from sft.runs.folder import start_run
-from sft.runs.metrics import rewind_metrics
 
 KINDS = ("recipe", "data", "base")
 IGNORED = ("train.output_dir", "train.report_to", "export.")  # keys of the recipe that don't change the training
@@ -22,53 +17,16 @@ IGNORED = ("train.output_dir", "train.report_to", "export.")  # keys of the reci
 
 @dataclass(frozen=True)
 class Resume:
-    """A run to resume. allowed: which of KINDS may have changed since its checkpoint. elastic: whether the number of
-    processes may have changed."""
+    """A run to resume; since its checkpoint the `allowed` KINDS, and if `elastic` the number of processes, may have
+    changed."""
 
     folder: Path
     allowed: tuple[str, ...] = ()
     elastic: bool = False
 
 
-def begin(
-    run: Path,
-    recipe: AnyRecipe,
-    facts: dict[str, Any],
-    report: DataReport,
-    resume: Resume | None,
-    checkpoint: tuple[Path | None, dict[Path, str]],
-    processes: int,
-) -> tuple[dict[str, Any], list[str]]:
-    """Ready the folder; what the run is made from, for its checkpoints, and lines for the user.
-
-    checkpoint: of last_checkpoint(). Raises RunError if something changed that `resume` does not allow.
-    """
-    last, damaged = checkpoint
-    lines: list[str] = []
-    if last is None:
-        start_run(run, recipe, facts, report)
-        if resume:
-            lines.append("no checkpoint was saved yet: the run starts at its first step")
-    made = made_from(run, facts, processes)
-    if last and resume:
-        if recipe.tune.method == "adalora":
-            raise RunError(
-                f"{run}: adalora can't resume from a checkpoint: PEFT saves pruned weights, which don't fit the state "
-                "of the optimizer; start a new run"
-            )
-        lines += check_unchanged(run, read_manifest(last)["made_from"], made, resume.allowed, resume.elastic)
-        lines += [
-            f"warning: {path.name}: {problem}; renamed to damaged-{path.name}" for path, problem in damaged.items()
-        ]
-        set_aside(damaged)
-        lines.append(f"resumes from {last.name}")
-    remove_leftovers(run)
-    rewind_metrics(run, step_of(last) if last else 0)
-    return made, lines
-
-
 def made_from(run: Path, facts: dict[str, Any], processes: int) -> dict[str, Any]:
-    """The run folder's recipe, digests of data and base, versions. facts: of manifest()."""
+    """The run folder's recipe, digests of data and base, and versions, for its checkpoints. facts: of manifest()."""
     recipe = load_any_recipe(run / "recipe.yaml").model_dump(mode="json")
     return {
         "recipe": {k: v for k, v in _flat(recipe) if not k.startswith(IGNORED)},
@@ -103,7 +61,7 @@ def resume_of(
 def check_unchanged(
     run: Path, then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str] = (), elastic: bool = False
 ) -> list[str]:
-    """Lines on allowed changes since a checkpoint. Raises RunError with all changes that are not allowed."""
+    """A line for each allowed change since a checkpoint. Raises RunError with all changes that are not allowed."""
     changes = {kind: list(_differences(kind, then[kind], now[kind])) for kind in KINDS}
     if refused := [kind for kind in KINDS if changes[kind] and kind not in allowed]:
         raise RunError(
@@ -138,13 +96,11 @@ def note_changed_data(run: Path, facts: dict[str, Any]) -> None:
 
 
 def _differences(kind: str, then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """A line for each difference. Data and base are compared by content, not by path."""
+    """A line for each difference; data and base are compared by content, not by path."""
     if kind != "recipe":
         if [*then.values()] == [*now.values()]:
             return
-        if sorted(map(str, then.values())) == sorted(
-            map(str, now.values())
-        ):  # train and held-out swapped, or two files
+        if sorted(map(str, then.values())) == sorted(map(str, now.values())):  # two files swapped
             yield f"{kind}: the same contents in other places: then {', '.join(then)}; now {', '.join(now)}"
             return
         if moved := {*then.values()} & {*now.values()}:

@@ -1,4 +1,4 @@
-"""Optimizer, scheduler and random state as safetensors: tensors as they are, everything else as JSON in the header.
+"""Optimizer, scheduler and random state as safetensors, with all that is no tensor as JSON in the header.
 
 PyTorch's own format is a pickle, and reading one may run code.
 """
@@ -19,13 +19,13 @@ State = Any  # None, bool, int, float, str, tensors, and lists, tuples and dicts
 def save_state(path: Path, state: State) -> None:
     """Write a state of the kinds above; raises TypeError for any other."""
     tensors: dict[str, torch.Tensor] = {}
-    names: dict[int, str] = {}  # a tensor that occurs several times is stored once
+    names: dict[int, str] = {}  # by id: a tensor that occurs several times is stored once
     text = json.dumps(_to_json(state, tensors, names))
     save_file(tensors, path, metadata={"state": text})
 
 
 def load_state(path: Path) -> State:
-    """What save_state was given, bit for bit, on the CPU."""
+    """The state that save_state wrote, bit for bit, on the CPU."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return _from_json(json.loads(file.metadata()["state"]), tensors)

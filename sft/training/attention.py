@@ -1,9 +1,9 @@
 """A pack as arguments of a model, and the attention back ends for its rule k <= q < end[k] (data/encode/pack.py).
 
-forest           trunks and branches of the pack by themselves (sft/training/forest_attention.py); on a CPU
+forest           each trunk and branch of the pack by itself (sft/training/forest_attention.py); on a CPU
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
 eager            the model's own plain matrix products, with a dense mask
-flex_attention   a block mask, blocks that nobody sees cost nothing; CUDA (PyTorch has no CPU backward for it)
+flex_attention   a block mask, whose empty blocks cost nothing; CUDA (PyTorch has no CPU backward for it)
 """
 
 from typing import Any, Literal
@@ -25,7 +25,7 @@ LENGTHS = 256  # flex_attention packs are padded to a multiple, since its kernel
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementation:
-    """The fastest implementation that the model supports on the device."""
+    """The fastest back end that the model supports on the device."""
     text = model.config.get_text_config()
     if device.type == "cuda":
         drops = bool(text.to_dict().get("attention_dropout"))  # FlexAttention refuses dropout
@@ -35,7 +35,7 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementa
 
 
 def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
-    """Logits [M, vocab] at the pack's sources. Raises UserError if the model's forward returns others."""
+    """Logits [M, vocab] at the pack's sources. Raises UserError if the model returns another number of them."""
     if pack.rows is None:
         logits: torch.Tensor = model(**pack_inputs(model, pack, device), use_cache=False).logits
     else:
@@ -71,13 +71,7 @@ def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.devic
 def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str, Any]:
     """Arguments of the model's forward for logits [1, M, vocab] at the sources of a forest."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
-    inputs = _inputs(pack, inner.config._attn_implementation, inner.get_input_embeddings().weight.dtype, device)
-    # the head is computed on answers only, a few percent of the tokens
-    return inputs | {"logits_to_keep": torch.tensor(pack.source, device=device)}
-
-
-def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-    """input_ids, position_ids and attention_mask of the pack, as the implementation takes them."""
+    implementation = inner.config._attn_implementation
     ids, positions, end = pack.input_ids, pack.position_ids, pack.end
     mask: torch.Tensor | BlockMask | None = None
     if implementation == "flex_attention":
@@ -90,10 +84,13 @@ def _inputs(pack: Pack, implementation: str | None, dtype: torch.dtype, device: 
     elif not is_chain(pack):
         mask = attention_mask(pack, device)
         if implementation == "eager":
+            dtype = inner.get_input_embeddings().weight.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
     inputs = {
         "input_ids": torch.tensor([ids], device=device),
         "position_ids": torch.tensor([positions], device=device),
+        # the head is computed on answers only, a few percent of the tokens
+        "logits_to_keep": torch.tensor(pack.source, device=device),
     }
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 

@@ -1,4 +1,4 @@
-"""Resolve what a recipe leaves to `auto`, once: the run's recipe.yaml holds the decision, and resuming repeats it."""
+"""Resolve what a recipe leaves to `auto`, once: the run's recipe.yaml holds the decision, and a resume repeats it."""
 
 from importlib.util import find_spec
 
@@ -31,10 +31,8 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:
     mixed = tune.method != "lora" or bool(tune.peft.get("modules_to_save") or tune.peft.get("trainable_token_indices"))
     half = compute_dtype(model, device)
     if device.type == "cpu" and mixed and not train.bf16 and half != torch.float32:
-        if model.dtype != "auto" and (tune.method in (*OTHER_METHODS, "ln_tuning") or tune.method == "lora"):
-            raise RecipeError(
-                f"model.dtype {model.dtype}: weights of the base are trained in float32 on a CPU; use auto"
-            )
+        if model.dtype != "auto" and tune.method in (*OTHER_METHODS, "ln_tuning", "lora"):
+            raise RecipeError(f"model.dtype {model.dtype}: a CPU trains weights of the base in float32; use auto")
         half = torch.float32 if model.dtype == "auto" else half
     (agreed,) = broadcast_object_list([str(half).removeprefix("torch.")])
     return changed(recipe, model={"dtype": agreed})
@@ -46,8 +44,8 @@ def resolve_auto(
     """The recipe with share_prefixes, pack_tokens and attn_implementation resolved; the layout of micro-batches; lines
     for the user.
 
-    model: with its adapter. takes_mask: takes_packs() of the base. resumed: a decision that this machine can't follow
-    is made again. Raises RecipeError if the recipe asks for the impossible.
+    model: with its adapter. takes_mask: takes_packs() of the base. resumed: decide again what this machine can't do.
+    Raises RecipeError if the recipe asks for the impossible.
     """
     data, attention, lines = recipe.data, recipe.train.attn_implementation, list[str]()
     if attention == "flex_attention" and model.device.type == "cpu":
@@ -60,16 +58,14 @@ def resolve_auto(
         if data.share_prefixes is True:
             remedy = "set data.share_prefixes: auto or false"
             if resumed:
-                remedy = (
-                    f"resume on the kind of machine that began it, or {remedy} in its recipe.yaml and allow the change"
-                )
+                remedy = f"resume on the kind of machine it began on, or {remedy} and --allow-changed recipe"
             raise RecipeError(f"data.share_prefixes: {obstacle}; {remedy}")
         lines.append(f"prefixes are not shared: {obstacle}")
         longest = data.max_length + (recipe.tune.peft.get("num_virtual_tokens") or 0)
         (padded,) = broadcast_object_list([takes_padding(model, longest)])  # all processes plan the same packs
         layout = rows_layout(recipe, model.device.type == "cuda", padded)
         if not padded:
-            lines.append("each example is a micro-batch of its own: padding behind it would change it")
+            lines.append("each example is a micro-batch of its own: padding after it would change it")
         attention = model.config._attn_implementation if attention == "auto" else attention
     else:
         if attention == "auto":

@@ -1,7 +1,7 @@
 """Report what the model would learn from which file and line, before anything is trained.
 
-graft check RECIPE          the account of all data: data_report.json, data_report.html, a table
-graft show FILE --n 5       a few examples, trained tokens coloured
+graft check RECIPE          report on all data: data_report.json, data_report.html, a table
+graft show FILE --n 5       print a few examples, with the trained tokens coloured
 """
 
 from itertools import islice
@@ -25,9 +25,9 @@ ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 
 
 def check(recipe: Recipe, name: str, out: Path) -> bool:
-    """Write the data report to `out` and print it; whether the data can be trained on."""
+    """Write the data report to `out` and print it; False if the data stops the run."""
     check_writable(out, "--out")
-    report = examined(recipe, load_tokenizer(recipe.model)).report
+    report, _ = examined(recipe, load_tokenizer(recipe.model))
     report.recipe = name
     write_report(report, out)
     print_report(report, Console())
@@ -36,7 +36,7 @@ def check(recipe: Recipe, name: str, out: Path) -> bool:
 
 
 def show(source: SourceLike, count: int, base: str, task: str) -> None:
-    """Print the first examples of a file as they would be trained, then the defects of the rows before them.
+    """Print the first examples of a file as the model sees them, then the defects of the rows between them.
 
     Raises DataError if no row can be encoded.
     """

@@ -1,4 +1,4 @@
-"""Compile the decoder layers one by one, if a run is long enough to gain by it.
+"""Compile the decoder layers one by one, if the run is long enough to gain by it.
 
 One graph, with any length, serves all layers: compiling takes seconds instead of the minutes of a whole model.
 """
@@ -39,7 +39,7 @@ def training_seconds(
 def compile_pays(
     seconds: float, device: torch.device, dtype: torch.dtype, obstacle: str | None = None
 ) -> tuple[bool, str]:
-    """Whether a training of that many seconds gains by compiling on this machine, and why, in words."""
+    """Whether a training of this length gains by compiling on this machine, and the reason."""
     if device.type != "cpu" or dtype not in SAVED:
         return False, "layers not compiled: the gain was measured on CPUs only; train.compile_layers: true does it"
     saved = seconds * SAVED[dtype]
@@ -54,11 +54,9 @@ def compile_pays(
 def missing_compiler() -> str | None:
     """Why layers can't be compiled for the CPU; None if they can."""
     wanted = os.environ.get("CXX", "g++")
-    return (
-        None
-        if shutil.which(shlex.split(wanted)[0])
-        else f"there is no C++ compiler: {wanted}; install it, or name one in CXX"
-    )
+    if shutil.which(shlex.split(wanted)[0]):
+        return None
+    return f"the C++ compiler {wanted} is missing; install it, or name another in CXX"
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -6,7 +6,7 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from sft.models.capabilities import has_virtual_tokens
-from sft.models.load import check_length, compute_dtype, default_device, is_quantized, load_config, load_tokenizer
+from sft.models.load import check_length, compute_dtype, default_device, load_config, load_tokenizer
 from sft.models.resolve import readable
 from sft.models.tune import count_parameters, tune_model
 from sft.recipe.load import dump_recipe
@@ -37,15 +37,14 @@ def print_plan(recipe: Recipe) -> None:
             base = AutoModelForCausalLM.from_config(config)
         model = tune_model(base, recipe.tune, recipe.train.seed)
     trainable, parameters = count_parameters(model)
-    asked = recipe.train.attn_implementation
-    attention = choose_attention(model, device) if asked == "auto" else asked
-    share = recipe.data.share_prefixes
-    if share == "auto":
-        share = sharing_of(examples, recipe, attention).pays
-    prefixed = has_virtual_tokens(model)  # each example is then a row of its own
-    layout = layout_of(recipe, share, attention)
-    if prefixed:
+    if has_virtual_tokens(model):  # each example is then a row of its own
         layout = rows_layout(recipe, device.type == "cuda", padded=True)
+    else:
+        asked, share = recipe.train.attn_implementation, recipe.data.share_prefixes
+        attention = choose_attention(model, device) if asked == "auto" else asked
+        layout = layout_of(
+            recipe, sharing_of(examples, recipe, attention).pays if share == "auto" else share, attention
+        )
     plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
     steps = [plan.packs(step) for step in range(len(plan.steps))]
     packs = [pack for step in steps for pack in step]
@@ -71,7 +70,7 @@ def print_plan(recipe: Recipe) -> None:
 
 def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int) -> float:
     """Estimated peak memory: frozen weights, trained ones with gradients and AdamW's moments in fp32, activations,
-    logits, libraries. tokens, answers: of the largest pack."""
+    logits, libraries. tokens, answers: most tokens and trained tokens of a pack."""
     _, _, body = split_weights(model)
     text = model.config.get_text_config()
     size = compute_dtype(recipe.model, default_device()).itemsize
@@ -80,15 +79,15 @@ def memory_gib(model: PreTrainedModel, recipe: Recipe, tokens: int, answers: int
     quantization = recipe.model.quantization
     per_weight: float = size
     on_cpu = default_device().type == "cpu"  # 4-bit weights are dequantized once there
-    if quantization and is_quantized(quantization) and not (on_cpu and quantization.load_in_4bit):
+    if quantization and not (on_cpu and quantization.load_in_4bit):
         # NF4 with double quantisation: 4.127 bits a weight (QLoRA, arXiv 2305.14314, section 3)
         per_weight = 1 if quantization.load_in_8bit else 4.127 / 8
     weights = frozen_body * per_weight + (every - trained - frozen_body) * size + 16 * trained
-    # kept for the backward of a layer: about 10 of hidden size and 5 of its widest one for each token
+    # stored for the backward of a layer: about 10 of hidden size and 5 of its widest one for each token
     widest = max(length for p in body for length in p.shape)
     layer = text.hidden_size if recipe.train.gradient_checkpointing else 10 * text.hidden_size + 5 * widest
     activations = tokens * text.num_hidden_layers * layer * size
-    # in float32, which become their own gradient (step.py), beside the model's and their gradient in a shorter dtype
+    # float32 logits become their own gradient (step.py); those of a shorter dtype and their gradient come on top
     logits = answers * text.vocab_size * (4 + (2 * size if size < 4 else 0))
     libraries = 0.8 * 2**30
     return (weights + activations + logits + libraries) / 2**30

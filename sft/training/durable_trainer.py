@@ -1,7 +1,7 @@
-"""transformers' Trainer for a run that can't be lost: whole checkpoints, exact resume, nothing that is not finite.
+"""transformers' Trainer for a run that can't be lost: whole checkpoints, exact resume, only finite weights.
 
-What Trainer's own checkpoints lack: they are written into place, chosen unchecked, and hold pickles. FSDP and DeepSpeed
-keep writing optimizer and sharded weights in formats of their own, within our folder and manifest.
+Trainer's own checkpoints are written in place, chosen unchecked, and hold pickles. FSDP and DeepSpeed still write
+optimizer and sharded weights in their own formats, within our folder and manifest.
 """
 
 import math
@@ -24,7 +24,7 @@ STATE = "trainer_state.json"
 class DurableTrainer(Trainer):
     """Mixin for a Trainer: list it before the Trainer base class."""
 
-    made_from: dict[str, Any] | None = None  # kept in each checkpoint; runs/resume.py compares it
+    made_from: dict[str, Any] | None = None  # stored in each checkpoint; runs/resume.py compares it
     executed_tokens = trained_examples = 0  # over all processes
     resumed: State = None  # this process's state at the checkpoint that it resumes from
     epoch_start: State = None  # random state from which the sampler draws the epoch's order
@@ -32,12 +32,12 @@ class DurableTrainer(Trainer):
     def load_own_state(self, checkpoint: Path) -> None:
         """Read this process's state from the checkpoint; train() loads the rest."""
         own = checkpoint / _process_file(self.args.process_index)
-        # with more processes than before, an additional one takes the first one's
+        # with more processes than before, each new one takes the first one's
         self.resumed = load_state(own if own.exists() else checkpoint / _process_file(0))
         self.set_own_state(self.resumed["own"])
 
     def own_state(self) -> State:
-        """What a subclass counts and decides while it trains, and needs again after a resume."""
+        """Counts and decisions of the training so far, for a resume; a subclass adds its own."""
         return {"executed_tokens": self.executed_tokens, "trained_examples": self.trained_examples}
 
     def set_own_state(self, state: State) -> None:
@@ -76,7 +76,7 @@ class DurableTrainer(Trainer):
         """The run folder has a card of its own."""
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        return 0  # Trainer's estimate wants padded rows
+        return 0  # Trainer's estimate needs padded rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
@@ -86,9 +86,7 @@ class DurableTrainer(Trainer):
         run, state, main = Path(cast(str, self.args.output_dir)), self.state, self.args.should_save
         final = run / f"checkpoint-{state.global_step}"
         temporary = run / f".{final.name}.new"
-        best = run / f"checkpoint-{state.best_global_step}" if state.best_global_step else None
-        if best:
-            state.best_model_checkpoint = str(best)
+        best = [self._best()] if state.best_global_step else []
         self.check_finite()
         try:
             if main:
@@ -103,7 +101,7 @@ class DurableTrainer(Trainer):
             self.accelerator.wait_for_everyone()
             if main:
                 commit_checkpoint(temporary, final, {"step": state.global_step, "made_from": self.made_from})
-                rotate(run, self.args.save_total_limit, [final, *([best] if best else [])])
+                rotate(run, self.args.save_total_limit, [final, *best])
         except Exception:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
@@ -136,7 +134,7 @@ class DurableTrainer(Trainer):
         save_state(Path(output_dir) / _process_file(self.args.process_index), state)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Trainer calls it once the first new step has its rows, so that drawing them changes nothing."""
+        """Trainer calls this after it has read the rows of the first new step, so reading them changes nothing."""
         if checkpoint is not None:
             set_random_state(self.resumed["random"])
             self._tr_loss = self.resumed["loss_since_log"].to(self.args.device)
@@ -152,9 +150,7 @@ class DurableTrainer(Trainer):
 
     def _init_training_state(self, *args: Any) -> tuple[int, int]:
         progress = super()._init_training_state(*args)
-        if self.state.best_global_step:  # the run folder may have moved
-            best = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
-            self.state.best_model_checkpoint = str(best)
+        if self.state.best_global_step:
             self._check_best()
         return progress
 
@@ -162,8 +158,14 @@ class DurableTrainer(Trainer):
         self._check_best()
         super()._load_best_model()
 
+    def _best(self) -> Path:
+        """The best checkpoint so far, in the run folder, which may have moved."""
+        best = Path(cast(str, self.args.output_dir)) / f"checkpoint-{self.state.best_global_step}"
+        self.state.best_model_checkpoint = str(best)
+        return best
+
     def _check_best(self) -> None:
-        best = Path(cast(str, self.state.best_model_checkpoint))
+        best = self._best()
         if problem := damage(best, self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise RunError(f"{best}: the best checkpoint so far can't be used: {problem}; start a new run")
 

@@ -1,8 +1,8 @@
-"""The recipe's data as examples: examined once, kept in the cache folder, and read from there by later runs."""
+"""The recipe's data as examples: examined once, written to the cache folder, and read from there by later runs."""
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -27,23 +27,17 @@ from sft.models.resolve import cache_dir
 from sft.recipe.schema import Recipe, Source, changed
 
 REPORT = "report.json"
-LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # what they do stands in examples
+LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # their versions change examples
 # of a micro-batch. On 2 CPU cores SmolLM2-135M trains 24 questions a step 1.15 times as fast as with 512
 PACK_TOKENS = {"forest": 1024, "flex_attention": 4096}
 S = TypeVar("S", bound=Source)
 
 
-@dataclass(frozen=True)
-class Examined:
-    """The report, and the examples; None where the report says what stops the run."""
+def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataReport, Examples | None]:
+    """The report of the recipe's data, and its examples, encoded or from the cache; None if the data stops the run.
 
-    report: DataReport
-    examples: Examples | None
-
-
-def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
-    """The recipe's data, encoded or taken from the cache. Raises DataError where a source is not there at all, or a
-    file changes while it is read."""
+    Raises DataError if a source is missing or a file changes while it is read.
+    """
     check_template(tokenizer, recipe.model.base)
     rules, sources = rules_of(recipe), [pinned(source) for source in recipe.data.train]
     held_out = pinned(with_split(recipe.eval.data, "validation")) if recipe.eval.data else None
@@ -62,7 +56,7 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
         (folder / REPORT).write_text(json.dumps(report.to_json(), ensure_ascii=False), encoding="utf-8")
 
     def complete(report: DataReport, examples: Examples) -> DataReport:
-        """With what is not in the cache: names that only show, and figures that change with the steps."""
+        """Add what is not in the cache: names that are only shown, and figures that change with the steps."""
         sha256 = text_sha256(str(tokenizer.chat_template))
         report.tokenizer = {"base": recipe.model.base, "chat_template_sha256": sha256}
         count_shared(report.totals, examples, recipe)
@@ -72,30 +66,30 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> Examined:
         try:
             folder = build_once(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
         except _Stopped as stopped:
-            return Examined(stopped.report, None)
-        # read before the scratch folder goes: a mapped file outlives its name
+            return stopped.args[0], None
+        # read before the scratch folder is removed: a mapped file outlives its name
         report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         examples = Examples(folder)
-        return Examined(complete(report, examples), examples)
+        return complete(report, examples), examples
 
 
 def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, DataReport]:
-    """Training examples and the account of them. Raises DataError: a line for each thing that stops the run."""
-    found = examined(recipe, tokenizer)
-    if found.examples is None:
-        raise DataError("", "\n".join(found.report.stops), "data")
-    return found.examples, found.report
+    """Training examples and the report on them. Raises DataError: a line for each thing that stops the run."""
+    report, examples = examined(recipe, tokenizer)
+    if examples is None:
+        raise DataError("", "\n".join(report.stops), "data")
+    return examples, report
 
 
 def layout_of(recipe: Recipe, share: bool, implementation: str) -> Layout:
-    """The micro-batches of an attention back end, where the recipe leaves it open as large as PACK_TOKENS says."""
+    """The micro-batches of an attention back end; with data.pack_tokens auto they are of PACK_TOKENS tokens."""
     asked = recipe.data.pack_tokens
     tokens = PACK_TOKENS.get(implementation, 512) if asked == "auto" else asked
     return Layout(share, tokens, "sparse" if implementation in ("forest", "flex_attention") else "dense")
 
 
 def rows_layout(recipe: Recipe, on_gpu: bool, padded: bool) -> Layout:
-    """The micro-batches where no mask says who sees whom, so that each example is a row of its own."""
+    """The micro-batches of a model that does not follow a pack's mask: each example is a row of its own."""
     layout = layout_of(recipe, False, "flex_attention" if on_gpu else "forest")
     return replace(layout, attention="padded" if padded else "alone")
 
@@ -107,7 +101,7 @@ def sharing_of(examples: Examples, recipe: Recipe, implementation: str = "forest
 
 
 def count_shared(totals: Totals, examples: Examples, recipe: Recipe) -> None:
-    """Fill in how many tokens an epoch of the recipe's steps computes."""
+    """Fill in the number of tokens that an epoch of the recipe's steps computes."""
     sharing = sharing_of(examples, recipe)
     shared = sharing.pays if recipe.data.share_prefixes == "auto" else recipe.data.share_prefixes
     ratio = sharing.ratio if shared else 1.0
@@ -136,23 +130,23 @@ def rules_of(recipe: Recipe) -> Rules:
 
 
 def held_out_conversations(recipe: Recipe) -> list[Conversation]:
-    """eval.data, or what eval.share keeps apart, cut to eval.limit; nothing where the recipe has neither.
+    """eval.data, or the held-out share of data.train, cut to eval.limit; empty if the recipe has neither.
 
-    Raises DataError for rows with defects, unless data.on_error says to skip them; then a line says how many.
+    Raises DataError for rows with defects, unless data.on_error says to skip them; then their number is printed.
     """
     if recipe.eval.data:
-        found = read_all(with_split(recipe.eval.data, "validation"), recipe.task, recipe.data.on_error)
+        conversations = read_all(with_split(recipe.eval.data, "validation"), recipe.task, recipe.data.on_error)
     elif recipe.eval.share:
-        found = list(read_held_out(recipe.data.train, rules_of(recipe)))
+        conversations = list(read_held_out(recipe.data.train, rules_of(recipe)))
     else:
         return []
-    if not found:
+    if not conversations:
         raise DataError("", nothing_held_out(recipe.eval.share))
-    return limit_questions(found, recipe.eval.limit)
+    return limit_questions(conversations, recipe.eval.limit)
 
 
 def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-    """Held-out examples for the loss during training; nothing where the recipe does not ask for it."""
+    """Held-out examples for the loss during training; empty if the recipe does not ask for it."""
     if recipe.train.eval_strategy == "no":
         return []
     length = recipe.data.max_length
@@ -165,7 +159,7 @@ def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Ex
 def encode_held_out(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[list[Example], int]:
-    """Examples, and how many conversations are left out because they are longer than max_length."""
+    """Examples, and the number of conversations left out because they are longer than max_length."""
     examples: list[Example] = []
     too_long = 0
     for conversation in track(conversations, "encode held-out data"):
@@ -179,7 +173,7 @@ def encode_held_out(
 
 
 def with_split(source: Source, default: str) -> Source:
-    """The source with the split that is meant where the recipe names none; files have none."""
+    """The source with the default split if the recipe names none; files have no split."""
     if source.path.startswith("sklearn:") and default == "validation":
         default = "test"
     if source.split or files_of(source):
@@ -188,7 +182,7 @@ def with_split(source: Source, default: str) -> Source:
 
 
 def pinned(source: S) -> S:
-    """A Hub dataset at the commit that it has now: what is read is then what cache and report name."""
+    """A Hub dataset at its present commit, so that cache and report name the version that is read."""
     if not is_hub_id(source.path):
         return source
     return changed(source, revision=hub_revision(source.path, source.revision) or source.revision)
@@ -197,7 +191,7 @@ def pinned(source: S) -> S:
 def _key(
     sources: Sequence[Source], digests: Sequence[dict[str, str]], rules: Rules, tokenizer: PreTrainedTokenizerBase
 ) -> str | None:
-    """Names all that the examples depend on; None where the data has no version that could be named."""
+    """A digest of everything that the examples depend on; None if a source has no version."""
     for source, sha256 in zip(sources, digests, strict=True):
         if not sha256 and not COMMIT.fullmatch(source.revision or ""):
             return None
@@ -215,8 +209,4 @@ def _key(
 
 
 class _Stopped(Exception):
-    """The data must not be trained on, so nothing is kept in the cache."""
-
-    def __init__(self, report: DataReport) -> None:
-        super().__init__()
-        self.report = report
+    """Its argument is the report of data that must not be trained on, so nothing goes to the cache."""

@@ -25,16 +25,16 @@ from sft.training.trainer import PackTrainer, training_arguments
 def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) -> Path | None:
     """The run folder on the main process, None on others.
 
-    Raises SystemExit with the signal's exit code where one ended the training.
+    Raises SystemExit with the signal's exit code if one ended the training.
     """
     sharded = shards_parameters()
     with open_run(recipe, recipe_path, resume) as run:
-        with run.state.main_process_first():  # a base that is not in the cache yet is written there once
+        with run.state.main_process_first():  # a .gguf base is written to the cache once
             resolve_base(recipe.model.base)
         check_length(recipe)
         recipe = resolve_dtype(recipe, run.device)
         tokenizer = load_tokenizer(recipe.model)
-        with run.state.main_process_first():  # encoded once, the others read it from the cache
+        with run.state.main_process_first():  # encoded once; other processes read the cache
             examples, report = load_examples(recipe, tokenizer)
         held_out = load_held_out(recipe, tokenizer)
 
@@ -43,7 +43,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
         recipe, layout, decided = resolve_auto(recipe, model, examples, takes_mask, resume is not None)
         plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
-        recipe, more = resolve_compile(recipe, model, plan, resume is not None)
+        recipe, compiling = resolve_compile(recipe, model, plan, resume is not None)
         apply_auto(recipe, model, sharded)
 
         trainable, parameters = count_parameters(model)
@@ -62,7 +62,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{report.totals.examples} examples of {report.totals.contexts} contexts, {len(plan.steps)} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
-        lines = (summary, *decided, *more, *warnings_of(report, folder))
+        lines = (summary, *decided, *compiling, *warnings_of(report, folder))
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)
         weights = run.save_weights(trainer)

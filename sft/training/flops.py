@@ -1,4 +1,4 @@
-"""How many floating-point operations a training takes.
+"""Floating-point operations of a training.
 
 Weights that multiply are counted, not parameters: the input embedding is looked up, the head runs on trained tokens
 only, and frozen weights get no gradient. LoRA then takes 4 FLOPs a frozen weight and token, 6 a trained one.

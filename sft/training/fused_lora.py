@@ -1,8 +1,8 @@
-"""LoRA's products and their gradients in one step a layer, for training on a CPU.
+"""LoRA's products and their gradients in one step for each layer, for training on a CPU.
 
-PEFT computes a low-rank path beside the base's in fp32 and adds the two: casts, scaling and sums that each read and
-write the whole activation. Here the low rank is added within the product, and the backward is written out. On 2 CPU
-cores training is 1.25 times as fast in bfloat16, 1.07 times in float32 (SmolLM2-135M, r=16, all linear layers).
+PEFT computes a low-rank path in fp32 and adds it to the base's: casts, scaling and sums that each read and write the
+whole activation. Here the base's product accumulates the low rank, and the backward is written out. On 2 CPU cores
+training is 1.25 times as fast in bfloat16, 1.07 times in float32 (SmolLM2-135M, r=16, all linear layers).
 """
 
 from types import MethodType
@@ -39,8 +39,8 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def fuse_lora(model: nn.Module) -> int:
-    """Replace the forward of every plain LoRA layer; how many. Others (DoRA, dropout, several adapters, a trained or
-    quantized base layer) stay PEFT's."""
+    """Replace the forward of every plain LoRA layer; the number of layers. Others (DoRA, dropout, several adapters, a
+    trained or quantized base layer) stay PEFT's."""
     fused = 0
     for module in model.modules():
         if type(module) is Linear and _is_plain(module):

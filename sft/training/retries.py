@@ -10,15 +10,16 @@ from typing import Any
 
 from data.errors import ExitCode
 from sft.errors import RecipeError
+from sft.runs.interrupt import handle_signals
 from sft.session import child_environment, graft_command
 
 
 def supervise(first: Sequence[str], run: Path, again: Sequence[str], retries: int) -> int:
     """The exit code of the last of at most 1 + `retries` processes.
 
-    first: arguments of `graft train` that begin the run in the folder `run`; again: those that resume it. A process
-    that was killed, or failed with an error of Graft's own, is followed by another; a mistake, a full disk and other
-    ends with their own exit code are not. Signals are passed on.
+    first: arguments of `graft train` that begin the run in the folder `run`; again: those that resume it. Another
+    process follows one that was killed or failed with an error of Graft's own, not one that ended with another exit
+    code (a mistake, a full disk, ...). Signals are passed on.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RecipeError("--retries supervises one process; with several, use torchrun --max-restarts")
@@ -29,11 +30,7 @@ def supervise(first: Sequence[str], run: Path, again: Sequence[str], retries: in
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
         if attempt < retries:
             print(f"the training {how}; trying again, {attempt + 1} of {retries}", file=sys.stderr, flush=True)
-    print(
-        f"the training {how}, {retries + 1} times; resume it with: graft train --resume {run}",
-        file=sys.stderr,
-        flush=True,
-    )
+    print(f"the training {how}, {retries + 1} times; resume with: graft train --resume {run}", file=sys.stderr)
     return ExitCode.FAILED
 
 
@@ -41,18 +38,13 @@ def _run(arguments: Sequence[str]) -> int:
     command = graft_command("train", *arguments)
     # in its own group, so that a terminal's Ctrl-C arrives once, through us
     process = subprocess.Popen(command, process_group=0, env=child_environment())
-
     received: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:
         received.append(number)
         process.send_signal(number)
 
-    previous = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
+    with handle_signals(pass_on):
         code = process.wait()
-        # a stop was requested, even if the process ended before it could save
-        return 128 + received[-1] if received and (code < 0 or code == ExitCode.FAILED) else code
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    # a stop was requested, even if the process ended before it could save
+    return 128 + received[-1] if received and (code < 0 or code == ExitCode.FAILED) else code

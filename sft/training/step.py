@@ -6,7 +6,7 @@ The loss of a step is the sum over its trained tokens, in all packs on all proce
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -19,7 +19,7 @@ from data.encode.pack import Layout, Pack, make_packs, step_order
 from sft.recipe.schema import Train
 from sft.training.attention import source_logits
 
-ROWS = 64  # at a time: all else of a step that a vocabulary's width multiplies
+ROWS = 64  # rows of logits handled at a time, so that temporary copies stay small
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def plan_steps(examples: Examples, train: Train, layout: Layout, max_branches: i
 
 
 def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[Pack, float]]:
-    """This process's packs with weight 1; every process gets the same number, filled up with a pack of weight 0,
-    because sharded training gathers parameters in every forward."""
+    """This process's packs with weight 1. Sharded training gathers parameters in every forward, so every process gets
+    the same number of packs: a pack of weight 0 fills up."""
     order = sorted(packs, key=lambda p: -len(p.input_ids))
     mine = [(pack, 1.0) for pack in order[rank::processes]]
     most = -(-len(order) // processes)
@@ -90,8 +90,8 @@ def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tenso
 
 
 class _SumOfNll(torch.autograd.Function):
-    """Turns the logits into their gradient in place, in the forward pass already. PyTorch's own keeps the logits, their
-    log-softmax and its gradient: with a vocabulary of 150,000 each of them takes 0.6 MB a token."""
+    """Turns the logits into their gradient in place, already in the forward pass. PyTorch's own loss stores the logits,
+    their log-softmax and its gradient: with a vocabulary of 150,000 each takes 0.6 MB a token."""
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -99,10 +99,10 @@ class _SumOfNll(torch.autograd.Function):
         for first in range(0, len(target), ROWS):
             rows, wanted = logits[first : first + ROWS], target[first : first + ROWS, None]
             rows.copy_(rows.log_softmax(dim=-1))
-            told = rows.gather(1, wanted)
-            total -= told.sum()
-            # d(-log p(target)) / d logits = softmax - onehot(target), without p - 1, which rounds where p is near 1
-            rows.exp_().scatter_(1, wanted, told.expm1())
+            log_p = rows.gather(1, wanted)
+            total -= log_p.sum()
+            # d(-log p(target)) / d logits = softmax - onehot(target), without p - 1, which rounds if p is near 1
+            rows.exp_().scatter_(1, wanted, log_p.expm1())
         ctx.save_for_backward(logits.detach())
         return total
 
@@ -114,5 +114,4 @@ class _SumOfNll(torch.autograd.Function):
 
 def sum_of_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Sum over rows of -log p(target), a scalar in float32. logits [M, vocab] are overwritten; one backward pass."""
-    found: torch.Tensor = _SumOfNll.apply(logits.float(), target)
-    return found
+    return cast(torch.Tensor, _SumOfNll.apply(logits.float(), target))

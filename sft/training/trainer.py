@@ -25,8 +25,8 @@ from sft.training.step import StepPlan, pack_loss, shard_packs, train_step
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
-    """PEFT casts LoRA's input to float32, which autocast then casts back: the same values, but the copy is kept for the
-    backward pass at twice the size. Of 4-bit layers PEFT knows. Without autocast the layers don't work after this."""
+    """Turn off PEFT's cast of LoRA's input to float32, which autocast casts back: the values stay, without a copy of
+    twice the size for the backward pass. For autocast only. PEFT itself skips the cast in 4-bit layers."""
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = False
@@ -61,28 +61,26 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             args=args,
             train_dataset=rows,
             eval_dataset=rows.select([0]) if held_out else None,
-            data_collator=lambda batch: self._collate(batch, processes),
+            data_collator=lambda batch: self._collate(batch[0]["row"], processes),
             processing_class=tokenizer,
             callbacks=list(callbacks),
         )
         if isinstance(model, PeftModel) and hasattr(model.base_model, "update_and_allocate"):
             self.add_callback(AllocateRanks())
-        self.remove_callback(PrinterCallback)  # Monitor says it better
+        self.remove_callback(PrinterCallback)  # Monitor prints the progress
         if not one_dtype:
             for parameter in model.parameters():
                 if parameter.requires_grad and parameter.is_floating_point():
-                    # TRL casts a 4-bit model's adapter to bf16, where AdamW's second moment stalls
+                    # TRL casts a 4-bit model's adapter to bf16, in which AdamW's second moment stalls
                     parameter.data = parameter.data.float()
         if args.bf16:
             leave_casts_to_autocast(model)
         self.gradients: list[tuple[nn.Parameter, torch.Tensor]] = []
         if args.device.type == "cpu":
-            # before any activation: gradients allocated among them in each step leave holes that cost about 0.3 GiB
+            # allocated before any activation: among them they would leave holes of about 0.3 GiB
             self.gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
 
-    def _collate(self, batch: list[dict[str, int]], processes: int) -> dict[str, Any]:
-        (item,) = batch
-        row = item["row"]
+    def _collate(self, row: int, processes: int) -> dict[str, Any]:
         packs = self.plan.packs(row // processes, processes)
         return {
             "row": row,
@@ -100,10 +98,10 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         return None  # the rows carry trained_tokens of the whole step
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The step's loss; where memory does not suffice, once more with the same examples in smaller packs."""
+        """The step's loss; if memory does not suffice, the same examples are tried again in smaller packs."""
         while True:
             if inputs["pack_tokens"] != self.plan.layout.pack_tokens:  # packed before they had to become smaller
-                inputs = self._collate([{"row": inputs["row"]}], self.accelerator.num_processes)
+                inputs = self._collate(inputs["row"], self.accelerator.num_processes)
             before = random_state()
             for parameter, gradient in self.gradients:
                 parameter.grad = gradient.zero_()
@@ -124,8 +122,8 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         return loss
 
     def _make_packs_smaller(self, inputs: dict[str, Any], error: RuntimeError) -> None:
-        """Half of what did not fit, for the rest of the run. Raises the error where a process can't decide that alone,
-        or an example is what does not fit."""
+        """Halve the size that did not fit, for the rest of the run. Raises the error if other processes train too, or
+        if a single example does not fit."""
         step = self.state.global_step
         largest = max(len(pack.input_ids) for pack, _ in inputs["packs"])
         longest = max(len(self.plan.examples[i].ids) for i in self.plan.steps[step])
@@ -135,7 +133,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         self.plan = replace(self.plan, layout=replace(self.plan.layout, pack_tokens=smaller))
         print(
             f"warning: step {step + 1}: out of memory at {largest} tokens in a micro-batch; from now on at most "
-            f"{smaller} (data.pack_tokens), with as many examples in a step as before",
+            f"{smaller} (data.pack_tokens); a step keeps its examples",
             flush=True,
         )
 
@@ -145,7 +143,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
     def set_own_state(self, state: State) -> None:
         super().set_own_state(state)
         asked, smaller = state["pack_tokens"]
-        if asked == self.asked_pack_tokens:  # else the recipe was changed since, and told so
+        if asked == self.asked_pack_tokens:  # else the user has changed the recipe since
             self.plan = replace(self.plan, layout=replace(self.plan.layout, pack_tokens=smaller))
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
@@ -164,7 +162,7 @@ class PackTrainer(DurableTrainer, SFTTrainer):
 
 
 def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> SFTConfig:
-    """TrainingArguments of a run whose rows are optimizer steps."""
+    """TrainingArguments of a run whose dataset has a row for each optimizer step and process."""
     own = {
         "examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16",
         "attn_implementation", "compile_layers", "report_to",
@@ -190,5 +188,5 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
         report_to="none",  # open_run adds the trackers
         logging_nan_inf_filter=False,  # it would hide NaN in the log
     )
-    arguments._n_gpu = 1  # one process, one device: Trainer would split a step over all it sees
+    arguments._n_gpu = 1  # one process, one device: Trainer would split a step over all GPUs
     return arguments

@@ -254,7 +254,7 @@ def run_case(case: Case, folder: Path) -> None:
     sections = dict(case.recipe)
     tokenizer = build(sections.pop("family"))
     sections["data"] = sections["data"] | {"train": [{"path": str(path)} | sections["data"]["train"]]}
-    report = examined(check_recipe({"model": {"base": "owner/name"}, **sections}), tokenizer).report
+    report = examined(check_recipe({"model": {"base": "owner/name"}, **sections}), tokenizer)[0]
     write_html(report, folder / "data_report.html")
     print_report(report, Console(file=io.StringIO()))
     if report.stops:

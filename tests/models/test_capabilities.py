@@ -1,4 +1,4 @@
-"""Which models take packs, and that they train in packs as on each example alone."""
+"""Models that take packs or padding train in them as on each example alone."""
 
 import random
 from typing import Any
@@ -30,20 +30,20 @@ def test_examples_that_may_not_fit_into_a_sliding_window_are_not_packed(tiny_qwe
 
 
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "qwen2"])
-def test_packs_of_short_examples_train_as_they_do_alone_where_windows_slide(kind, questions, tokenizer):
+def test_packs_of_short_examples_train_as_each_alone_under_sliding_windows(kind, questions, tokenizer):
     """Loss and gradients, with each implementation that a CPU has."""
     examples = [encode(q, tokenizer, 512) for q in questions[:4]]
     longest = max(len(e.ids) for e in examples)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    more = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": longest, "pad_token_id": 0, "bos_token_id": 1}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": longest, "pad_token_id": 0, "bos_token_id": 1}
     if kind == "qwen2":
-        more |= {"use_sliding_window": True, "max_window_layers": 1}
-    config = AutoConfig.for_model(kind, vocab_size=1 + max(max(e.ids) for e in examples), **sizes, **more)
+        sizes |= {"use_sliding_window": True, "max_window_layers": 1}
+    config = AutoConfig.for_model(kind, vocab_size=1 + max(max(e.ids) for e in examples), **sizes)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     assert sliding_window(model) == longest
     assert takes_packs(model, longest)
-    found = []
+    results = []
     for implementation in ("alone", "sdpa", "forest"):
         if implementation == "forest":
             model.set_attn_implementation("forest")
@@ -51,14 +51,14 @@ def test_packs_of_short_examples_train_as_they_do_alone_where_windows_slide(kind
         model.zero_grad()
         loss = sum(pack_loss(model, pack, CPU) for pack in make_packs(examples, layout))
         loss.backward()
-        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
-    for loss, gradient in found[1:]:
-        assert loss == pytest.approx(found[0][0], rel=1e-5)
-        assert (gradient - found[0][1]).norm() < 1e-4 * found[0][1].norm()
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    for loss, gradient in results[1:]:
+        assert loss == pytest.approx(results[0][0], rel=1e-5)
+        assert (gradient - results[0][1]).norm() < 1e-4 * results[0][1].norm()
 
 
 @pytest.mark.parametrize("rope", ["longrope", "dynamic"])
-def test_positions_that_mean_another_angle_beside_a_longer_example_are_not_packed(rope):
+def test_examples_whose_angles_depend_on_a_longer_one_are_not_packed(rope):
     """transformers picks the angles of a whole forward pass by its largest position."""
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     ropes = {"rope_type": rope, "rope_theta": 10000.0}
@@ -77,11 +77,11 @@ def test_positions_that_mean_another_angle_beside_a_longer_example_are_not_packe
     assert not takes_padding(model, 65)
 
 
-def small_model(kind: str, **more: object) -> PreTrainedModel:
+def small_model(kind: str, **keys: object) -> PreTrainedModel:
     sizes = {"hidden_size": 32, "n_layer": 2, "n_head": 4, "num_hidden_layers": 2, "vocab_size": 64}
     small = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | small | more))
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes | small | keys))
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def small_model(kind: str, **more: object) -> PreTrainedModel:
 )
 def test_padded_rows_train_as_each_example_alone(kind):
     """Loss and gradients; an attention that the recipe names sees windows too."""
-    more = {"sliding_window": 4} if kind in ("mistral", "forest") else {}
+    keys = {"sliding_window": 4} if kind in ("mistral", "forest") else {}
     if kind == "qwen3_next":
-        more = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8}
-        more |= {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        more |= {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
-    model: Any = small_model(kind if kind in ("bloom", "mamba", "qwen3_next") else "mistral", **more)
+        keys = {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "head_dim": 8}
+        keys |= {"linear_value_head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+        keys |= {"shared_expert_intermediate_size": 16, "layer_types": ["linear_attention", "full_attention"]}
+    model: Any = small_model(kind if kind in ("bloom", "mamba", "qwen3_next") else "mistral", **keys)
     if kind.endswith("tuning"):
         tune = {"method": kind, "num_virtual_tokens": 3} | ({"encoder_hidden_size": 16} if kind == "p_tuning" else {})
         model = tune_model(model, Tune.model_validate(tune), 0)
@@ -104,16 +104,16 @@ def test_padded_rows_train_as_each_example_alone(kind):
     rng = random.Random(0)
     lengths = [20, 17, 12, 9, 9]
     rows = [Example([rng.randrange(5, 60) for _ in range(n)], [i > n - 4 for i in range(n)]) for n in lengths]
-    found = []
+    results = []
     for attention in ("alone", "padded"):
         packs = make_packs(rows, Layout(False, 64, attention))
         model.zero_grad()
         loss = sum(pack_loss(model, pack, CPU) for pack in packs)
         loss.backward()
-        found.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+        results.append((loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     assert [len(make_packs(rows, Layout(False, 64, a))) for a in ("alone", "padded")] == [5, 2]
     reference = sum(nll_alone(model, row) for row in rows)
-    (alone, of_alone), (padded, of_padded) = found
+    (alone, of_alone), (padded, of_padded) = results
     assert alone == pytest.approx(reference, rel=1e-5)
     assert padded == pytest.approx(reference, rel=1e-5)
     assert (of_padded - of_alone).norm() < 1e-4 * of_alone.norm()
@@ -141,14 +141,14 @@ def test_a_model_that_looks_ahead_takes_no_padding(dtype, share):
     assert (model.training, model.lm_head.training, model.model.training) == (True, False, True)
 
 
-def test_logits_of_other_tokens_than_asked_for_are_refused():
-    """Two rows of four tokens, four of them trained: a row of logits has as many as are asked for."""
+def test_logits_of_other_tokens_than_the_sources_are_refused():
+    """Two rows of four tokens, four of them trained: each row of logits has the expected number."""
     model = small_model("mistral")
     unused = torch.nn.Linear(32, 64)
     model.get_output_embeddings = lambda: unused  # which the forward does not call
     rows = [Example([5, 6, 7, 8], [0, 0, 1, 1]), Example([5, 6, 9, 10], [0, 0, 1, 1])]
     (pack,) = make_packs(rows, Layout(False, 64, "padded"))
-    with pytest.raises(UserError, match="MistralForCausalLM gives logits of 2 x 4 tokens where 4 are asked for"):
+    with pytest.raises(UserError, match="MistralForCausalLM .* 2 x 4 tokens .* 4;"):
         pack_loss(model, pack, CPU)
 
 

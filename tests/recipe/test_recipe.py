@@ -1,4 +1,4 @@
-"""Recipes are strict: every mistake is one line with key, value, what is allowed and the nearest valid key."""
+"""Recipes are strict: every mistake is one line with key, value, allowed values and the nearest valid key."""
 
 import re
 from pathlib import Path
@@ -162,7 +162,7 @@ def test_every_declared_key_is_read_somewhere():
         for key in section.model_fields:
             assert any(re.search(rf"\b{re.escape(name)}\.{key}\b", code) for name in names), f"{section.__name__}.{key}"
     assert set(schema.Audit.model_fields) == {*AUDITS, "leaks"}
-    # these two are passed on as a whole
+    # these two sections are passed on as a whole
     own = {"examples_per_step", "attn_implementation", "compile_layers"}  # read by name
     assert set(schema.Train.model_fields) - own <= set(SFTConfig.__dataclass_fields__)
     assert set(schema.Quantization.model_fields) <= set(inspect.signature(BitsAndBytesConfig).parameters)

@@ -1,4 +1,4 @@
-"""Checkpoint folders: written whole or not at all, checked before they are trusted, rotated without loss."""
+"""Checkpoint folders: written whole or not at all, verified before use, rotated without loss."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from tests.helpers.runs import HARM, flip
 
 
 def write(run: Path, step: int) -> Path:
-    aside = run / f".checkpoint-{step}.new"
-    (aside / "nested").mkdir(parents=True)
-    (aside / "weights.safetensors").write_bytes(os.urandom(2000))
-    (aside / "trainer_state.json").write_text(json.dumps({"global_step": step}))
-    (aside / "nested" / "part").write_text("x" * 50)
-    commit_checkpoint(aside, run / f"checkpoint-{step}", {"step": step})
+    temporary = run / f".checkpoint-{step}.new"
+    (temporary / "nested").mkdir(parents=True)
+    (temporary / "weights.safetensors").write_bytes(os.urandom(2000))
+    (temporary / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (temporary / "nested" / "part").write_text("x" * 50)
+    commit_checkpoint(temporary, run / f"checkpoint-{step}", {"step": step})
     return run / f"checkpoint-{step}"
 
 
@@ -55,13 +55,13 @@ def test_newest_whole_checkpoint_is_taken(run):
 def test_each_damaged_file_is_named_and_the_checkpoint_before_it_taken(harm, run):
     """R5: every file of a checkpoint in turn, its manifest too."""
     good, newer = write(run, 5), write(run, 10)
-    shutil.copytree(newer, run / "kept")
+    shutil.copytree(newer, run / "copy")
     for name in ("weights.safetensors", "trainer_state.json", "nested/part", "manifest.json"):
         shutil.rmtree(newer)
-        shutil.copytree(run / "kept", newer)
+        shutil.copytree(run / "copy", newer)
         HARM[harm](newer / name)
-        found, broken = last_checkpoint(run)
-        assert found == good
+        taken, broken = last_checkpoint(run)
+        assert taken == good
         assert [*broken] == [newer]
         assert name in broken[newer]
     HARM[harm](good / "nested" / "part")
@@ -74,7 +74,7 @@ def test_renamed_checkpoint_is_none(run):
     assert damage(run / "checkpoint-6") == "it was renamed: it holds step 5"
 
 
-def test_a_flipped_bit_anywhere_in_a_manifest_changes_nothing_that_is_believed(run):
+def test_a_flipped_bit_anywhere_in_a_manifest_is_noticed_or_harmless(run):
     folder = write(run, 5)
     path = folder / "manifest.json"
     content = path.read_bytes()
@@ -85,18 +85,18 @@ def test_a_flipped_bit_anywhere_in_a_manifest_changes_nothing_that_is_believed(r
 
 
 def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
-    """S2: a planted optimizer.pt is what PyTorch would unpickle."""
+    """S2: PyTorch would unpickle a planted optimizer.pt."""
     folder = write(run, 5)
     (folder / "optimizer.pt").write_bytes(b"\x80\x04")
     assert damage(folder) == "optimizer.pt does not belong to it"
-    aside = run / ".aside"
-    folder.rename(aside)
-    commit_checkpoint(aside, run / "checkpoint-6", {"step": 6})
+    temporary = run / ".temporary"
+    folder.rename(temporary)
+    commit_checkpoint(temporary, run / "checkpoint-6", {"step": 6})
     assert damage(run / "checkpoint-6") == "optimizer.pt is a pickle, which is never opened"
     assert damage(run / "checkpoint-6", pickles=True) is None
 
 
-def test_what_cannot_be_read_is_named(run):
+def test_unreadable_files_are_named(run):
     folder = write(run, 5)
     (folder / "link.json").symlink_to("nowhere")
     assert "can't be read" in str(damage(folder)) or "does not belong" in str(damage(folder))
@@ -107,15 +107,15 @@ def test_what_cannot_be_read_is_named(run):
         read_metrics(run)
 
 
-def test_what_the_disk_does_not_return_is_not_published(run, monkeypatch):
+def test_a_checkpoint_that_the_disk_does_not_return_is_not_published(run, monkeypatch):
     write(run, 5)
     flush, hashed = sft.runs.checkpoint.flush, sft.runs.checkpoint.file_sha256
-    seen = set()
+    hashed_once = set()
 
     def lose(path: Path) -> str:
-        if path in seen:  # read again
+        if path in hashed_once:  # read again
             flip(path)
-        seen.add(path)
+        hashed_once.add(path)
         return hashed(path)
 
     monkeypatch.setattr(sft.runs.checkpoint, "file_sha256", lose)
@@ -135,7 +135,7 @@ def test_rotation_goes_by_number_and_keeps_the_newest_and_the_best(run):
     os.utime(run / "checkpoint-2")  # the youngest by date
     rotate(run, 3, [run / "checkpoint-30"])
     assert [p.name for p in checkpoints(run)] == ["checkpoint-9", "checkpoint-10", "checkpoint-30"]
-    rotate(run, 1, [run / "checkpoint-9"])  # written after training had gone back to it
+    rotate(run, 1, [run / "checkpoint-9"])  # written after a resume from an earlier one
     assert [p.name for p in checkpoints(run)] == ["checkpoint-9"]
     for step in (40, 50):
         write(run, step)
@@ -154,7 +154,7 @@ def test_damaged_checkpoint_is_set_aside_and_written_again(run):
     assert last_checkpoint(run) == (run / "checkpoint-10", {})
 
 
-def test_finished_run_without_checkpoints_and_no_run_at_all_are_told(run, tmp_path_factory):
+def test_finished_run_without_checkpoints_and_folder_that_is_no_run_are_refused(run, tmp_path_factory):
     (run / "adapter").mkdir()
     with pytest.raises(RunError, match="is finished and has no checkpoint"):
         last_checkpoint(run)
@@ -162,7 +162,7 @@ def test_finished_run_without_checkpoints_and_no_run_at_all_are_told(run, tmp_pa
         last_checkpoint(tmp_path_factory.mktemp("empty"))
 
 
-def test_too_small_a_disk_is_told_before_training(run, monkeypatch):
+def test_too_small_a_disk_is_an_error_before_training(run, monkeypatch):
     model = torch.nn.Linear(1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 20_000_000))
     with pytest.raises(DiskFull, match="room for 0.02 GiB, and two checkpoints take 0.02 GiB"):
@@ -179,24 +179,24 @@ def test_state_comes_back_bit_for_bit(tmp_path):
     shared = torch.arange(6.0)
     state = {"optimizer": optimizer.state_dict(), "views": [shared, shared[:3], shared], "pair": (1, None), 7: "seven"}
     save_state(tmp_path / "state", state)
-    found = load_state(tmp_path / "state")
-    assert found["pair"] == (1, None)
-    assert found[7] == "seven"
-    assert torch.equal(found["views"][1], shared[:3])
-    assert found["views"][0] is found["views"][2]
-    assert found["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
+    loaded = load_state(tmp_path / "state")
+    assert loaded["pair"] == (1, None)
+    assert loaded[7] == "seven"
+    assert torch.equal(loaded["views"][1], shared[:3])
+    assert loaded["views"][0] is loaded["views"][2]
+    assert loaded["optimizer"]["param_groups"] == optimizer.state_dict()["param_groups"]
     for index, entries in optimizer.state_dict()["state"].items():
         for name, value in entries.items():
-            assert torch.equal(found["optimizer"]["state"][index][name], value)
+            assert torch.equal(loaded["optimizer"]["state"][index][name], value)
 
 
-def test_what_a_state_cannot_hold_is_named(tmp_path):
+def test_a_value_that_a_state_cannot_hold_is_named(tmp_path):
     with pytest.raises(TypeError, match="can't hold a set"):
         save_state(tmp_path / "state", {"a": {1, 2}})
 
 
-def test_random_generators_go_on_where_they_were(tmp_path):
-    random.gauss(0, 1)  # keeps its second number
+def test_random_generators_continue_from_their_saved_state(tmp_path):
+    random.gauss(0, 1)  # stores its second number
     save_state(tmp_path / "state", random_state())
     draws = [(random.gauss(0, 1), random.random(), np.random.rand(3).tolist(), torch.rand(3).tolist())]
     set_random_state(load_state(tmp_path / "state"))

@@ -1,4 +1,4 @@
-"""Trackers: what transformers' callbacks are given, and where TensorBoard's files go."""
+"""Trackers: the callbacks of transformers, and the folder of TensorBoard's files."""
 
 import sys
 from types import ModuleType
@@ -38,5 +38,5 @@ def test_another_tracker_is_the_callback_that_transformers_has_for_it(tmp_path, 
 
     monkeypatch.setitem(sys.modules, "trackio", ModuleType("trackio"))
     monkeypatch.setitem(integrations.INTEGRATION_TO_CALLBACK, "trackio", Callback)
-    (made,) = trackers(("trackio",), tmp_path, 0)
-    assert isinstance(made, Callback)
+    (tracker,) = trackers(("trackio",), tmp_path, 0)
+    assert isinstance(tracker, Callback)

@@ -1,4 +1,4 @@
-"""A run that goes on: bit for bit the undisturbed one, after any stop; and never as another run than it was."""
+"""A resumed run equals the undisturbed one bit for bit after any stop, and never becomes another run."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(share, tiny, tmp_pat
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGUSR1, 138)], ids=lambda value: str(int(value))
 )
 def test_signal_saves_at_the_step_and_ends_with_its_code(number, code, tiny, tmp_path, monkeypatch):
-    """R3: as SIGTERM does in R1; and the signals belong again to whom they belonged before."""
+    """R3: as SIGTERM does in R1; afterwards the signals have their earlier handlers."""
     before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     signal_at(monkeypatch, 1, number)
     done = graft("train", recipe_of(tmp_path, tiny, steps=4), code=code)
@@ -86,7 +86,7 @@ def saved(tmp_path_factory, tiny) -> Path:
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(saved, tmp_path):
-    """R5: through the command; and what PyTorch would unpickle is not there."""
+    """R5: through the command; no file is one that PyTorch would unpickle."""
     assert not [p for p in saved.rglob("*") if p.suffix in (".pt", ".pth", ".bin", ".pkl")]
     copy = tmp_path / "run"
     shutil.copytree(saved, copy)
@@ -101,7 +101,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_it_gives_the_same_run(sa
 
 
 @pytest.mark.parametrize("harm", HARM)
-def test_every_file_of_a_real_checkpoint_is_looked_at(harm, saved, tmp_path):
+def test_every_file_of_a_real_checkpoint_is_checked(harm, saved, tmp_path):
     """R5"""
     for name in ("checkpoint-2", "checkpoint-4"):
         shutil.copytree(saved / name, tmp_path / name)
@@ -110,8 +110,8 @@ def test_every_file_of_a_real_checkpoint_is_looked_at(harm, saved, tmp_path):
         assert file in names
     for name in names:
         HARM[harm](tmp_path / "checkpoint-4" / name)
-        found, broken = last_checkpoint(tmp_path)
-        assert found == tmp_path / "checkpoint-2"
+        taken, broken = last_checkpoint(tmp_path)
+        assert taken == tmp_path / "checkpoint-2"
         assert name in broken[tmp_path / "checkpoint-4"]
         shutil.copy(saved / "checkpoint-4" / name, tmp_path / "checkpoint-4")
     assert last_checkpoint(tmp_path) == (tmp_path / "checkpoint-4", {})
@@ -121,7 +121,7 @@ def test_pickles_of_a_checkpoint_are_not_opened_by_resuming(saved, tmp_path):
     """S2: under the names that PyTorch and transformers would open, in a checkpoint whose manifest lists them."""
     copy, marker = tmp_path / "run", tmp_path / "opened"
     shutil.copytree(saved, copy)
-    planted = (copy / "checkpoint-4").rename(copy / "aside")
+    planted = (copy / "checkpoint-4").rename(copy / "planted")
     facts = {key: value for key, value in read_manifest(planted).items() if key not in ("files", "manifest_sha256")}
     for name in ("rng_state.pth", "optimizer.pt", "scheduler.pt", "training_args.bin"):
         (planted / name).write_bytes(pickle.dumps(Payload(marker)))
@@ -181,7 +181,7 @@ def changed_base(copy: Path) -> None:
     ],
     ids=["recipe", "data", "base"],
 )
-def test_changed_run_is_refused_with_the_difference_unless_told(change, kinds, shown, saved, tmp_path):
+def test_changed_run_is_refused_with_the_difference_unless_allowed(change, kinds, shown, saved, tmp_path):
     """R10"""
     copy = tmp_path / "run"
     shutil.copytree(saved, copy)
@@ -206,7 +206,7 @@ def test_contents_that_changed_places_are_a_change(saved):
         check_unchanged(saved, made, made | {"base": made["base"] | {"commit": "f00"}})
 
 
-def test_other_number_of_processes_needs_leave(saved, tmp_path):
+def test_other_number_of_processes_needs_permission(saved, tmp_path):
     made = read_manifest(saved / "checkpoint-4")["made_from"]
     with pytest.raises(RunError, match="trained by 1 processes and has 2 now.*--elastic"):
         check_unchanged(saved, made, made | {"processes": 2})
@@ -224,7 +224,7 @@ def test_options_of_resume_are_refused_without_it(saved):
     assert "--allow-changed date: must be one or several of recipe,data,base" in wrong.stderr
 
 
-def test_data_that_changes_during_a_run_is_told(tiny, tmp_path, monkeypatch):
+def test_data_that_changes_during_a_run_is_reported(tiny, tmp_path, monkeypatch):
     data = tmp_path / "train.json"
     shutil.copy(SAMPLES / "squad_train.json", data)
     original = PackTrainer.training_step
@@ -253,7 +253,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_bit_for_bit_and_one_process_elastically(tiny, tmp_path):
+def test_two_processes_resume_bit_for_bit_and_one_process_elastically(tiny, tmp_path):
     """R2: a signal to one of them stops both at the same step."""
     finish(torchrun(2, recipe_of(tmp_path / "whole", tiny, steps=40)))
     cut = tmp_path / "cut" / "run"
@@ -278,7 +278,7 @@ def test_two_processes_go_on_bit_for_bit_and_one_process_elastically(tiny, tmp_p
 
 
 @pytest.mark.slow
-def test_more_processes_go_on_elastically_with_the_same_losses(tiny, tmp_path):
+def test_more_processes_resume_elastically_with_the_same_losses(tiny, tmp_path):
     graft("train", recipe_of(tmp_path, tiny, steps=8, save_steps=4, logging_steps=1, dropout=0.0))
     copy = tmp_path / "copy"
     shutil.copytree(tmp_path / "run", copy)

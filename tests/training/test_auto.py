@@ -1,4 +1,4 @@
-"""What `auto` becomes: decided by measurement, told, and kept in the run's recipe."""
+"""The values of `auto`: decided by measurement, printed, and written to the run's recipe."""
 
 import json
 import random
@@ -25,8 +25,8 @@ from tests.helpers.graft import run
 CPU = torch.device("cpu")
 
 
-def lora(**more) -> Tune:
-    return Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"} | more)
+def lora(**keys) -> Tune:
+    return Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"} | keys)
 
 
 def tuned(folder, tune: Tune | None = None, dtype=torch.float32):
@@ -41,24 +41,23 @@ def squad(questions, tokenizer, tmp_path):
 
 @pytest.fixture
 def unrelated(tmp_path):
-    """Rows that share a short system prompt, as instructions do."""
+    """Rows that share only a short system prompt, like instructions."""
     rng = random.Random(0)
     ids = [[*range(20, 40), *(rng.randrange(100, 9000) for _ in range(150))] for _ in range(40)]
     return stored(tmp_path / "u", [Example(i, [0] * 160 + [1] * 10, f"{n:016x}") for n, i in enumerate(ids)])
 
 
-def test_prefixes_are_shared_where_that_pays_and_the_ratio_is_told(tiny, squad, unrelated, tmp_path):
+def test_prefixes_are_shared_if_that_pays_and_the_ratio_is_printed(tiny, squad, unrelated, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
-    settled, layout, lines = resolve_auto(recipe, tuned(tiny), squad, True)
-    assert settled.data.share_prefixes is layout.share_prefixes is True
+    resolved, layout, lines = resolve_auto(recipe, tuned(tiny), squad, True)
+    assert resolved.data.share_prefixes is layout.share_prefixes is True
     assert "flat tokens per executed token" in lines[0]
     assert lines[0].endswith("on")
-    assert (
-        resolve_auto(recipe, tuned(tiny), unrelated, True)[1].share_prefixes is True
-    )  # attention costs no more for it
+    _, layout, _ = resolve_auto(recipe, tuned(tiny), unrelated, True)
+    assert layout.share_prefixes is True  # attention by pieces costs the same with it
     dense = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=sdpa"])
-    settled, layout, lines = resolve_auto(dense, tuned(tiny), unrelated, True)
-    assert settled.data.share_prefixes is layout.share_prefixes is False
+    resolved, layout, lines = resolve_auto(dense, tuned(tiny), unrelated, True)
+    assert resolved.data.share_prefixes is layout.share_prefixes is False
     assert lines[0].endswith("off")
 
 
@@ -69,8 +68,8 @@ def test_a_base_that_takes_no_mask_trains_unshared_and_says_so(tokenizer, squad,
     )  # fmt: skip
     windows = save_tiny(config, tmp_path / "windows", tokenizer)
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", windows))
-    settled, layout, lines = resolve_auto(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
-    assert settled.data.share_prefixes is False
+    resolved, layout, lines = resolve_auto(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
+    assert resolved.data.share_prefixes is False
     assert layout.attention == "padded"
     assert "prefixes are not shared" in lines[0]
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share_prefixes": True})})
@@ -97,18 +96,18 @@ def test_flex_attention_on_a_cpu_is_a_mistake_with_a_remedy(tiny, squad, tmp_pat
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=flex_attention"])
     with pytest.raises(RecipeError, match="no backward on a CPU; use auto or forest"):
         resolve_auto(recipe, tuned(tiny), squad, True)
-    settled, _, lines = resolve_auto(recipe, tuned(tiny), squad, True, resumed=True)  # a run that began on a GPU
-    assert settled.train.attn_implementation == "forest"
-    assert "chosen anew" in lines[0]
+    resolved, _, lines = resolve_auto(recipe, tuned(tiny), squad, True, resumed=True)  # a run that began on a GPU
+    assert resolved.train.attn_implementation == "forest"
+    assert "flex_attention" in lines[0]
 
 
-def test_run_keeps_what_was_decided(tiny, tmp_path):
+def test_decisions_are_in_the_recipe_of_the_run(tiny, tmp_path):
     recipe = write_recipe(tmp_path / "r.yaml", tiny)
     run("train", recipe)
-    kept = load_recipe(tmp_path / "run" / "recipe.yaml")
-    assert (kept.data.share_prefixes, kept.train.attn_implementation) == (True, "forest")
-    assert kept.train.compile_layers is False
-    assert kept.model.dtype == "float32"
+    decided = load_recipe(tmp_path / "run" / "recipe.yaml")
+    assert (decided.data.share_prefixes, decided.train.attn_implementation) == (True, "forest")
+    assert decided.train.compile_layers is False
+    assert decided.model.dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -129,7 +128,7 @@ def test_bfloat16_on_a_cpu_is_for_lora(tiny, tmp_path, tune, dtype, monkeypatch)
             resolve_dtype(recipe.model_copy(update={"model": Model(base=str(tiny), dtype="bfloat16")}), CPU)
 
 
-def test_bfloat16_trains_from_end_to_end_as_float32_does_but_for_rounding(tiny, tmp_path):
+def test_bfloat16_trains_from_end_to_end_as_float32_does_up_to_rounding(tiny, tmp_path):
     curves = []
     for dtype in ("float32", "bfloat16"):
         (tmp_path / dtype).mkdir()
@@ -149,7 +148,7 @@ def test_kernels_without_a_gpu_are_a_mistake_with_a_remedy(tiny, tmp_path):
         resolve_dtype(recipe, CPU)
 
 
-def test_dtype_is_settled_by_name(tiny, tmp_path):
+def test_dtype_auto_becomes_the_name_of_a_dtype(tiny, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, model=f"{{base: '{tiny}'}}"))
     assert resolve_dtype(recipe, CPU).model.dtype in ("float32", "bfloat16")
 
@@ -158,7 +157,7 @@ def test_dtype_is_settled_by_name(tiny, tmp_path):
     ("seconds", "dtype", "pays"),
     [(20, torch.bfloat16, False), (100_000, torch.bfloat16, True), (100_000, torch.float32, False)],
 )
-def test_layers_are_compiled_where_that_was_seen_to_gain_and_the_run_is_long_enough(seconds, dtype, pays):
+def test_layers_are_compiled_if_the_dtype_gains_and_the_run_is_long_enough(seconds, dtype, pays):
     decided, why = compile_pays(seconds, CPU, dtype)
     assert decided is pays
     assert "s of " in why
@@ -184,7 +183,7 @@ def test_time_is_estimated_from_a_part_of_the_steps(tiny, squad, tmp_path, monke
 
 
 @pytest.mark.parametrize("change", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}])
-def test_lora_layers_that_are_not_plain_stay_as_peft_made_them(tiny, change):
+def test_lora_layers_that_are_not_plain_keep_pefts_forward(tiny, change):
     assert fuse_lora(tuned(tiny, lora(**change))) == 0
 
 
@@ -204,18 +203,18 @@ def test_a_disabled_adapter_is_off_in_fused_layers_too(tiny, squad):
 def test_compiled_layers_give_the_same_loss_and_gradients(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=eager"])
     packs = make_packs(squad[:12])
-    found = []
+    results = []
     for compiled in (False, True):
         train = recipe.train.model_copy(update={"compile_layers": compiled})
         model = tuned(tiny)
         apply_auto(recipe.model_copy(update={"train": train}), model)
         loss = sum(pack_loss(model, pack, CPU) for pack in packs)
         loss.backward()
-        found.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}))
-    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
-    assert len(found[0][1]) == 14
-    for name, gradient in found[0][1].items():
-        assert (gradient - found[1][1][name]).norm() <= 1e-4 * gradient.norm(), name
+        results.append((loss.item(), {n: p.grad for n, p in model.named_parameters() if "lora_B" in n}))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert len(results[0][1]) == 14
+    for name, gradient in results[0][1].items():
+        assert (gradient - results[1][1][name]).norm() <= 1e-4 * gradient.norm(), name
 
 
 def test_every_decoder_layer_is_found(tiny):

@@ -1,4 +1,4 @@
-"""What goes wrong within a training: it stops with its own exit code, publishes nothing broken, and keeps what it has."""
+"""Failures within a training: it stops with its own exit code, publishes nothing broken, and keeps its checkpoints."""
 
 import json
 import os
@@ -78,22 +78,22 @@ def trainer(tiny, tokenizer, questions, tmp_path):
 
 
 def test_gradient_that_is_not_finite_stops_before_the_optimizer_steps(trainer, monkeypatch):
-    """R7: the loss is finite, and so stay the weights."""
-    original, kept = PackTrainer.training_step, {}
+    """R7: the loss is finite, and the weights stay finite."""
+    original, weights = PackTrainer.training_step, {}
 
     def spoil(self, *args):
         loss = original(self, *args)
         if self.state.global_step == 1:
             named = dict(self.model.named_parameters())
-            kept.update({name: p.detach().clone() for name, p in named.items() if p.requires_grad})
+            weights.update({name: p.detach().clone() for name, p in named.items() if p.requires_grad})
             next(p for p in named.values() if p.requires_grad).grad[0, 0] = float("inf")
         return loss
 
     monkeypatch.setattr(PackTrainer, "training_step", spoil)
     with pytest.raises(TrainingDiverged, match="the gradient of step 2 is not finite"):
         trainer.train()
-    assert kept
-    assert all(torch.equal(p, kept[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
+    assert weights
+    assert all(torch.equal(p, weights[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
 
 
 def test_weights_that_are_not_finite_are_not_saved(trainer, tmp_path):
@@ -110,7 +110,7 @@ def test_absurd_learning_rate_stops_the_run(tiny, tmp_path):
     assert not (tmp_path / "run" / "adapter").exists()
 
 
-def test_spike_is_told_and_needs_enough_rows_before_it(tmp_path, capsys):
+def test_spike_is_reported_and_needs_enough_rows_before_it(tmp_path, capsys):
     values = [1.0 + 0.01 * (i % 5) for i in range(200)]
     assert [Spikes(values[:n]).add(1.5) is not None for n in (63, 64)] == [False, True]
     assert Spikes(values).add(1.05) is None
@@ -156,7 +156,7 @@ def test_example_that_alone_does_not_fit_ends_with_the_keys_to_change(tiny, tmp_
     assert "data.pack_tokens or data.max_length" in done.stderr
 
 
-def test_memory_that_is_not_there_is_told_by_its_allocator():
+def test_an_allocators_error_counts_as_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**50)
     assert is_out_of_memory(caught.value)
@@ -164,22 +164,22 @@ def test_memory_that_is_not_there_is_told_by_its_allocator():
 
 
 def limit_file_size(number: int) -> None:
-    """As a full disk: the kernel refuses every write beyond so many bytes of a file, to Python and to Rust alike."""
+    """Like a full disk: the kernel refuses every write beyond this size of a file, to Python and to Rust."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (number, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize(
-    ("where", "room"),
+    ("method", "room"),
     [
         ("_save_checkpoint", 20_000),
         pytest.param("_save_rng_state", 100, marks=pytest.mark.slow),
         pytest.param("training_step", 0, marks=pytest.mark.slow),
     ],
 )
-def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(where, room, tiny, tmp_path, monkeypatch):
+def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(method, room, tiny, tmp_path, monkeypatch):
     """R6: within weights, within the random state, within metrics.jsonl."""
     run = tmp_path / "run"
-    original = getattr(PackTrainer, where)
+    original = getattr(PackTrainer, method)
 
     def full(self, *args):
         if self.state.global_step >= 3:
@@ -188,7 +188,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(where, ro
 
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(PackTrainer, where, full)
+            patch.setattr(PackTrainer, method, full)
             done = graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2, logging_steps=1), code=4)
     finally:
         limit_file_size(resource.RLIM_INFINITY)
@@ -201,7 +201,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(where, ro
     assert not list(run.glob(".*.new"))
 
 
-def test_full_disk_is_told_from_other_errors():
+def test_full_disk_is_distinguished_from_other_errors():
     assert is_disk_full(OSError(28, "No space left on device"))
     assert is_disk_full(Exception("I/O error: No space left on device (os error 28)"))
     assert not is_disk_full(OSError(2, "No such file"))
@@ -209,7 +209,7 @@ def test_full_disk_is_told_from_other_errors():
 
 
 def test_death_within_a_write_leaves_the_checkpoint_before_it(tiny, tmp_path, monkeypatch):
-    """R4: nothing is tidied up; tests/faults/kills.py does it with SIGKILL, at random moments."""
+    """R4: nothing is cleaned up; tests/faults/kills.py does the same with SIGKILL at random moments."""
 
     class Death(BaseException):
         pass
@@ -269,7 +269,7 @@ def test_supervisor_goes_on_after_a_crash_and_after_nothing_else(codes, retries,
 
 @pytest.mark.parametrize("training", [["sleep", "30"], ["sh", "-c", "trap 'exit 1' TERM; sleep 30 & wait"]])
 def test_supervisor_that_is_asked_to_stop_does_not_begin_again(training, tmp_path, monkeypatch):
-    """Also where the training has no handler yet, or no longer, and dies of the signal, or fails while it saves."""
+    """Also if the training has no handler, or none any more, and dies of the signal, or fails while it saves."""
     begun = []
 
     def sleep(command, **options):
@@ -286,7 +286,7 @@ def test_supervisor_that_is_asked_to_stop_does_not_begin_again(training, tmp_pat
 
 def test_supervisor_is_not_for_launchers(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(RecipeError, match="--retries: is for one process"):
+    with pytest.raises(RecipeError, match="--retries .*one process"):
         sft.training.retries.supervise(["new"], tmp_path, ["resume"], 1)
 
 

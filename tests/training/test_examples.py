@@ -55,13 +55,13 @@ def test_second_run_reads_what_the_first_one_encoded(recipe, counted):
     assert (list(first), report) == (list(again), same)
 
 
-def test_changed_file_recipe_or_template_is_encoded_anew(recipe, counted, tmp_path):
+def test_changed_file_recipe_or_template_is_encoded_again(recipe, counted, tmp_path):
     tokenizer = load_tokenizer(recipe.model)
     load_examples(recipe, tokenizer)
     tokenizer.chat_template = tokenizer.chat_template.replace("You are", "You have always been")
     load_examples(recipe, tokenizer)
     load_examples(recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 65})}), tokenizer)
-    tokenizer.eos_token = "<|endoftext|>"  # special tokens stand in templates
+    tokenizer.eos_token = "<|endoftext|>"  # templates use special tokens
     load_examples(recipe, tokenizer)
     (tmp_path / "rows.jsonl").write_text('{"prompt": "p", "completion": "C"}\n{"prompt": "q", "completion": "d"}\n')
     load_examples(recipe, tokenizer)
@@ -102,12 +102,12 @@ def test_data_that_stops_the_run_is_never_cached(recipe, counted, tmp_path):
         with pytest.raises(DataError, match=r"rows\.jsonl:1: completion"):
             load_examples(recipe, tokenizer)
     assert len(counted) == 2
-    assert examined(recipe, tokenizer).report.stops
+    assert examined(recipe, tokenizer)[0].stops
     assert not list((tmp_path / "cache" / "examples").iterdir())
 
 
 def test_two_processes_may_build_one_store_at_once(tmp_path):
-    """The one that comes second drops its copy and reads the first one's."""
+    """The second one drops its copy and reads the first one's."""
 
     def build_while_another_publishes(folder: Path) -> None:
         stored(folder, [Example([1], [1])])
@@ -143,7 +143,7 @@ def test_share_that_holds_out_nothing_stops_before_training(tmp_path, tiny):
         held_out_conversations(recipe)
 
 
-def test_report_names_the_base_of_this_recipe_though_another_encoded_the_same(recipe, counted, tmp_path):
+def test_report_names_the_base_of_this_recipe_if_another_encoded_the_same(recipe, counted, tmp_path):
     tokenizer = load_tokenizer(recipe.model)
     load_examples(recipe, tokenizer)
     other = recipe.model_copy(update={"model": recipe.model.model_copy(update={"base": "owner/copy"})})
@@ -159,8 +159,8 @@ def test_check_writes_report_and_page_and_says_by_its_code_what_stops(tmp_path, 
     data = f"{{train: '{tmp_path}/rows.jsonl', max_length: 64}}"
     recipe = write_recipe(tmp_path / "r.yaml", tiny, task="instruct", data=data, eval="{limit: 5}")
 
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sft.cli", "check", str(recipe), "--out", str(tmp_path / "report"), *more]
+    def run(*options: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "sft.cli", "check", str(recipe), "--out", str(tmp_path / "report"), *options]
         return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
 
     stopped = run()

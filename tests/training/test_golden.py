@@ -1,7 +1,8 @@
 """The first losses of each recipe that runs on the samples, on a tiny random base.
 
 A change that should not move numbers moves none of these. To accept new ones: GRAFT_GOLDEN=write python -m pytest
-tests/test_golden.py -m "slow or not slow". Not compared bit for bit: processors round differently in the last digits.
+tests/training/test_golden.py -m "slow or not slow". They are compared up to the last digits, which processors round
+differently.
 """
 
 import json
@@ -22,14 +23,14 @@ QUICK = ("smollm_qlora",)
 
 
 def recipes() -> list[object]:
-    """Those without a floor or data on a hub."""
-    found = []
+    """All that train weights on data in the repository."""
+    cases = []
     for path in sorted((ROOT / "recipes").glob("*.yaml")):
         recipe = load_any_recipe(path)
         floor = isinstance(recipe, BaselineRecipe) and recipe.is_floor
         if not floor and all(Path(source.path).is_file() for source in recipe.data.train):
-            found.append(pytest.param(path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow))
-    return found
+            cases.append(pytest.param(path.stem, marks=[] if path.stem in QUICK else pytest.mark.slow))
+    return cases
 
 
 @pytest.mark.parametrize("name", recipes())

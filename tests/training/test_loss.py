@@ -26,7 +26,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy(rows, dtype):
 
 
 def test_logits_of_a_capped_head_keep_their_gradient():
-    """What Gemma does to them: tanh keeps its result for its own backward pass."""
+    """As in Gemma: tanh stores its result for its own backward pass, so the loss must not overwrite it."""
     torch.manual_seed(0)
     raw, target = torch.randn(5, 50, requires_grad=True), torch.arange(5)
     (ours,) = torch.autograd.grad(sum_of_nll(30 * torch.tanh(raw / 30), target), raw)

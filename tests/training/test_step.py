@@ -54,7 +54,7 @@ def assert_same_step(model, examples: list[Example], layout: Layout) -> None:
 
 
 def random_adapter(model) -> None:
-    """LoRA-B starts at zero, where LoRA-A has no gradient to compare."""
+    """LoRA-B starts at zero, and LoRA-A would then have no gradient to compare."""
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -66,7 +66,7 @@ LORA = Tune.model_validate({"method": "lora", "r": 4, "lora_alpha": 8, "target_m
 
 @pytest.fixture(params=["forest", "sdpa", "eager"])
 def tuned(request, tiny):
-    """A tiny model with an adapter that does something, computed the plain way and the fast one."""
+    """A tiny model with an adapter that changes its answers, on each back end; on eager with fused LoRA."""
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), LORA, seed=0)
     random_adapter(model)
     model.set_attn_implementation(request.param)
@@ -91,7 +91,7 @@ def test_one_step_of_branching_conversations_equals_the_flat_one(tokenizer, tune
     opening = [{"role": "system", "content": "Be brief."}, turn("user"), turn("assistant")]
     middles = [[turn("user"), turn("assistant")] for _ in range(2)]
     talks = [[*opening, *middle, turn("user"), turn("assistant")] for middle in middles for _ in range(3)]
-    talks += [opening, [*opening, *middles[0]]]  # some end where others go on
+    talks += [opening, [*opening, *middles[0]]]  # some are the beginning of others
     rows = [
         row
         for i, talk in enumerate(talks)
@@ -124,37 +124,37 @@ def test_pieces_of_a_pack_see_what_the_mask_lets_them_see(seed):
         ids = [*ids[: rng.randrange(len(ids) + 1)], *(rng.randrange(5, 9) for _ in range(rng.randrange(2, 90)))]
         rows.append(Example(ids, [0] * len(ids)))
     (pack,) = make_packs(rows, Layout(True, 10_000, "sparse"))
-    seen, found = torch.zeros(len(pack.end), len(pack.end), dtype=torch.bool), pieces_of(tuple(pack.end))
-    for piece in found:
+    mask, pieces = torch.zeros(len(pack.end), len(pack.end), dtype=torch.bool), pieces_of(tuple(pack.end))
+    for piece in pieces:
         own = range(piece.start, piece.stop)
         columns = [i for a, b in piece.before for i in range(a, b)] + list(own)
         sees = torch.ones(len(own), len(columns), dtype=torch.bool).tril() if piece.mask is None else piece.mask == 0
-        seen[piece.start : piece.stop, columns] = sees
-    assert torch.equal(seen, attention_mask(pack)[0, 0])
-    assert [i for piece in found for i in range(piece.start, piece.stop)] == list(range(len(pack.end)))
-    assert sum(p.pairs for p in found) < 0.5 * seen.numel()
+        mask[piece.start : piece.stop, columns] = sees
+    assert torch.equal(mask, attention_mask(pack)[0, 0])
+    assert [i for piece in pieces for i in range(piece.start, piece.stop)] == list(range(len(pack.end)))
+    assert sum(p.pairs for p in pieces) < 0.5 * mask.numel()
 
 
 @pytest.mark.parametrize("most", [2.0, 0.0])
-def test_branches_by_themselves_train_in_bfloat16_as_the_dense_mask_does(questions, tokenizer, tiny, monkeypatch, most):
-    """By plain products, and by the fused kernel where the scores would take too much memory."""
+def test_pieces_train_in_bfloat16_as_the_dense_mask_does(questions, tokenizer, tiny, monkeypatch, most):
+    """By plain products, and by the fused kernel if the scores would take too much memory."""
     monkeypatch.setattr("sft.training.forest_attention.PLAIN_GIB", most)
     (pack,) = make_packs([encode(q, tokenizer, 1024) for q in questions[:8]], Layout(True, 4096, "sparse"))
-    found = []
+    gradients = []
     for dtype, implementation in ((torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "forest")):
         model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=dtype), LORA, seed=0)
         random_adapter(model)
         model.set_attn_implementation(implementation)
         torch.manual_seed(0)
         pack_loss(model, pack, torch.device("cpu")).backward()
-        found.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad]))
-    exact, dense, forest = found
+        gradients.append(torch.cat([p.grad.flatten().float() for p in model.parameters() if p.requires_grad]))
+    exact, dense, forest = gradients
     assert (forest - exact).norm() < 1.5 * (dense - exact).norm() < 0.2 * exact.norm()
 
 
 @pytest.mark.parametrize("case", ["plain", "transposed", "autocast", "checkpointed", "other value size"])
 def test_attention_by_pieces_has_the_gradients_of_a_dense_mask(case):
-    """With grouped heads, of a trunk with long branches and short ones."""
+    """With grouped heads, on a trunk with long and short branches."""
     torch.manual_seed(0)
     end = [300, *[300] * 39, *[120] * 80, *[200] * 80, *[250] * 50, *[300] * 50]
     mask = torch.tensor([[k <= q < end[k] for k in range(300)] for q in range(300)])
@@ -162,18 +162,18 @@ def test_attention_by_pieces_has_the_gradients_of_a_dense_mask(case):
     shapes = ((6, 16), (2, 16), (2, size))
     states = [torch.randn(1, h, 300, s, requires_grad=True) for h, s in shapes]
     module = SimpleNamespace(config=SimpleNamespace(num_hidden_layers=2), training=False)
-    given = torch.randn(1, 300, 6, size)
+    of_output = torch.randn(1, 300, 6, size)
 
     def forest(*qkv: torch.Tensor) -> torch.Tensor:
-        if case == "transposed":  # a last stride that the fused kernel can't have
+        if case == "transposed":  # a last stride that the fused kernel does not take
             qkv = tuple(t.transpose(2, 3).contiguous().transpose(2, 3) for t in qkv)
         return forest_attention(module, *qkv, torch.tensor(end)[None, None, None], scaling=0.3)[0]
 
     with torch.autocast("cpu", torch.bfloat16, enabled=case == "autocast"):
         ours = checkpoint(forest, *states, use_reentrant=False) if case == "checkpointed" else forest(*states)
     theirs = functional.scaled_dot_product_attention(*states, mask, scale=0.3, enable_gqa=True).transpose(1, 2)
-    found = [torch.autograd.grad(o, states, given.to(o.dtype)) for o in (ours, theirs)]
-    for mine, other in zip((ours, *found[0]), (theirs, *found[1]), strict=True):
+    gradients = [torch.autograd.grad(o, states, of_output.to(o.dtype)) for o in (ours, theirs)]
+    for mine, other in zip((ours, *gradients[0]), (theirs, *gradients[1]), strict=True):
         assert (mine.float() - other).norm() <= (0.02 if case == "autocast" else 1e-5) * other.norm()
 
 
@@ -194,22 +194,22 @@ def test_flex_attention_sees_what_the_dense_mask_lets_it_see(questions, tokenize
     assert (logits[0] - logits[1]).abs().max() < tolerance
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU, and there is none")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention's backward needs a GPU")
 def test_flex_attention_trains_on_a_gpu_as_the_dense_mask_does(questions, tokenizer, tuned):
     device = torch.device("cuda")
     model = tuned.to(device)
     (pack,) = make_packs([encode(q, tokenizer, 1024) for q in questions[:8]], Layout(True, 4096, "sparse"))
-    found = []
+    results = []
     for implementation in ("sdpa", "flex_attention"):
         model.get_base_model().set_attn_implementation(implementation)
         model.zero_grad()
         loss = pack_loss(model, pack, device)
         loss.backward()
         gradients = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
-        found.append((loss.item(), gradients))
+        results.append((loss.item(), gradients))
     tuned.to("cpu")
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-4)
-    assert (found[1][1] - found[0][1]).norm() < 1e-3 * found[0][1].norm()
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-4)
+    assert (results[1][1] - results[0][1]).norm() < 1e-3 * results[0][1].norm()
 
 
 @pytest.mark.slow

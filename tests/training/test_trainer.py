@@ -1,4 +1,4 @@
-"""One optimizer step: the same examples and the same loss, however many packs and processes share the work."""
+"""One optimizer step has the same examples and the same loss for any number of packs and processes."""
 
 import json
 import os
@@ -51,8 +51,8 @@ def test_every_pack_counts_once_over_all_processes(examples, processes):
 def test_virtual_tokens_are_seen_through_ddp(method, virtual, tiny):
     import torch.distributed as dist
 
-    more = {"r": 4, "target_modules": "all-linear"} if method == "lora" else {"num_virtual_tokens": 4}
-    tune = Tune.model_validate({"method": method} | more)
+    keys = {"r": 4, "target_modules": "all-linear"} if method == "lora" else {"num_virtual_tokens": 4}
+    tune = Tune.model_validate({"method": method} | keys)
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, 0)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -62,7 +62,7 @@ def test_virtual_tokens_are_seen_through_ddp(method, virtual, tiny):
         dist.destroy_process_group()
 
 
-def test_casts_left_to_autocast_change_no_gradient_and_keep_less(tiny, examples):
+def test_casts_left_to_autocast_change_no_gradient_and_store_less(tiny, examples):
     tune = {"method": "lora", "r": 4, "target_modules": "all-linear", "init_lora_weights": False}
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16), Tune.model_validate(tune), 0)
     for parameter in model.parameters():
@@ -70,10 +70,10 @@ def test_casts_left_to_autocast_change_no_gradient_and_keep_less(tiny, examples)
             parameter.data = parameter.data.float()
 
     def train() -> tuple[torch.Tensor, int]:
-        kept: dict[int, int] = {}
+        stored_bytes: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            stored_bytes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
         model.zero_grad()
@@ -81,17 +81,17 @@ def test_casts_left_to_autocast_change_no_gradient_and_keep_less(tiny, examples)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", torch.bfloat16):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
-        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), sum(kept.values())
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]), sum(stored_bytes.values())
 
-    before, more = train()
+    before, bytes_before = train()
     leave_casts_to_autocast(model)
-    after, less = train()
+    after, bytes_after = train()
     assert torch.equal(before, after)
-    assert less < more
+    assert bytes_after < bytes_before
 
 
-def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **more) -> list[dict]:
-    train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", **more)
+def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **keys) -> list[dict]:
+    train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", **keys)
     tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"})
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
     plan = plan_steps(examples, train, Layout(share))
