@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,7 +37,6 @@ from sft.baselines.encoder import load_trained
 from sft.errors import RecipeError
 from sft.models.load import load_base, load_tokenizer
 from sft.models.resolve import resolve_base, stored_config
-from sft.models.speed import CPU
 from sft.models.target import adapter_folder, load_run, load_target
 from sft.models.tune import tune_model
 from sft.recipe.load import check_recipe, dump_recipe, load_recipe
@@ -169,7 +169,7 @@ def test_tokenizer_that_peft_would_load_is_the_bases_own(settings, base: Path):
         "data": {"train": "data/samples/instructions.jsonl"},
     }
     recipe = check_recipe(tree)
-    tuned = tune_model(load_base(recipe.model, CPU), recipe.tune, 1)
+    tuned = tune_model(load_base(recipe.model, torch.device("cpu")), recipe.tune, 1)
     assert tuned.peft_config["default"].tokenizer_name_or_path == str(base)
     with pytest.raises(RecipeError, match="unknown key of method prompt_tuning"):
         check_recipe(tree | {"tune": {**tree["tune"], **settings}})
@@ -179,7 +179,7 @@ def test_model_that_needs_its_own_code_is_refused(base: Path, marker: Path):
     """S3: auto_map for an architecture that transformers has not."""
     plant_code(base, marker, model_type="evil")
     with pytest.raises(RecipeError, match=r"needs code of its own \(auto_map\), which Graft never runs") as caught:
-        load_base(Model(base=str(base)), CPU)
+        load_base(Model(base=str(base)), torch.device("cpu"))
     assert "trust_remote_code" not in str(caught.value)
     assert not marker.exists()
 

@@ -39,7 +39,7 @@ def news_run(tiny, tmp_path_factory):
 
 
 def test_labels_by_likelihood_are_always_valid_and_have_probabilities(news_run, tmp_path):
-    results = evaluate(str(news_run), tmp_path / "a", asking=AnswerOptions(labels=True))
+    results = evaluate(str(news_run), tmp_path / "a", options=AnswerOptions(labels=True))
     assert results["scorer"] == "labels"
     assert results["scores"]["total"]["valid"] == 100
     assert all(0 < row["probability"] <= 1 for row in rows_of(tmp_path / "a"))
@@ -56,7 +56,7 @@ def test_untuned_base_costs_no_training(news_run, tmp_path):
 
 def test_shots_stand_before_each_question_and_change_nothing_else(news_run, tmp_path):
     plain = evaluate(str(news_run), tmp_path / "a")
-    shots = evaluate(str(news_run), tmp_path / "b", asking=AnswerOptions(shots=2))
+    shots = evaluate(str(news_run), tmp_path / "b", options=AnswerOptions(shots=2))
     assert shots["name"] == f"{plain['name']} 2-shot"
     assert shots["evaluation_sha256"] == plain["evaluation_sha256"]
     assert [row["id"] for row in rows_of(tmp_path / "a")] == [row["id"] for row in rows_of(tmp_path / "b")]
@@ -91,7 +91,7 @@ def test_interrupted_evaluation_resumes_from_its_answers(news_run, tmp_path, mon
 
 def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
     run = run_of(tiny, tmp_path)
-    evaluate(str(run), tmp_path / "a", asking=AnswerOptions(threshold_from=8))
+    evaluate(str(run), tmp_path / "a", options=AnswerOptions(threshold_from=8))
     assert "on 8 training questions" in capsys.readouterr().out
     # a random model quotes nothing right, and a quarter of the questions have no answer: never to answer is best
     assert {row["predicted"] for row in rows_of(tmp_path / "a")} <= {UNANSWERABLE, ""}
@@ -129,4 +129,4 @@ def test_training_questions_follow_the_recipe_past_rows_with_defects(tmp_path, t
 def test_what_a_task_can_not_be_asked_is_an_error(asking, message, tiny, tmp_path):
     run = run_of(tiny, tmp_path)
     with pytest.raises(UserError, match=message):
-        evaluate(str(run), tmp_path / "a", asking=asking)
+        evaluate(str(run), tmp_path / "a", options=asking)
