@@ -12,6 +12,10 @@ quickstart: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest
 
+# for whoever is editing
+test-fast: $(VENV)/.installed
+	$(BIN)/python -m pytest -m 'not serve and not slow and not heavy'
+
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 

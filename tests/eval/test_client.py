@@ -14,6 +14,8 @@ from eval.client import ServerError, served_model, server_predictions
 from sft.cli import app
 from tests.helpers.fake_server import Streamer, completion, serving
 
+pytestmark = pytest.mark.heavy
+
 LONGEST = 4096  # characters
 
 

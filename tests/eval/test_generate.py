@@ -17,6 +17,8 @@ from sft.models.load import load_base
 from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 NEW = 12
 STOP = set(range(0, 49_152, 9))  # so that a random model ends some answers early and others not at all

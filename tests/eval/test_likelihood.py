@@ -18,6 +18,8 @@ from sft.recipe.schema import Model, Tune
 from tests.helpers.families import FAMILIES, build
 from tests.helpers.places import SMOLLM
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 LABELS = ("sci.med", "sci.space", "sci", "talk.politics.misc", "a label of many more words than the others have")
 

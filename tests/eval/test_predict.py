@@ -10,6 +10,8 @@ from eval.results import score, summarize
 from sft.models.load import load_base
 from sft.recipe.schema import Model
 
+pytestmark = pytest.mark.heavy
+
 
 def test_packed_answers_equal_transformers_own_generate(smollm, tokenizer, questions):
     model = load_base(Model(base=str(smollm), dtype="float32"), torch.device("cpu"))

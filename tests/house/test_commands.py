@@ -20,6 +20,8 @@ from tests.helpers.builders import write_recipe
 from tests.helpers.graft import run
 from tests.helpers.places import ROOT, SAMPLES
 
+pytestmark = pytest.mark.heavy
+
 
 def command(*args: object, script: bool = False) -> list[str]:
     entry = [str(ROOT / "sft" / "train.py")] if script else ["-m", "sft.cli"]

@@ -14,6 +14,8 @@ from tests.helpers.builders import write_recipe
 from tests.helpers.graft import run
 from tests.helpers.places import ROOT, SAMPLES
 
+pytestmark = pytest.mark.heavy
+
 BAD_SQUAD = {
     "data": [
         {

@@ -49,6 +49,8 @@ from tests.helpers.graft import run
 from tests.helpers.places import ROOT
 from tests.helpers.recipes import with_key
 
+pytestmark = pytest.mark.heavy
+
 
 def changed(file: Path, **values) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | values))

@@ -21,6 +21,8 @@ from sft.training.flops import training_flops
 from sft.training.step import pack_loss
 from tests.helpers.places import SMOLLM
 
+pytestmark = pytest.mark.heavy
+
 NF4 = Quantization(load_in_4bit=True)
 CPU = torch.device("cpu")
 

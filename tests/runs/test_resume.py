@@ -25,6 +25,8 @@ from tests.helpers.graft import run as graft
 from tests.helpers.places import ROOT, SAMPLES
 from tests.helpers.runs import HARM, everything, recipe_of
 
+pytestmark = pytest.mark.heavy
+
 
 def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
     """A real signal to this process within the step after `step`."""

@@ -22,6 +22,8 @@ from sft.training.step import pack_loss, plan_steps
 from tests.helpers.builders import save_tiny, stored, write_recipe
 from tests.helpers.graft import run
 
+pytestmark = pytest.mark.heavy
+
 CPU = torch.device("cpu")
 
 

@@ -39,6 +39,8 @@ from tests.helpers.graft import run as graft
 from tests.helpers.places import ROOT
 from tests.helpers.runs import everything, recipe_of
 
+pytestmark = pytest.mark.heavy
+
 
 def all_finite(run: Path) -> bool:
     return all(

@@ -18,6 +18,8 @@ from sft.training.examples import examined, held_out_conversations, load_example
 from tests.helpers.builders import stored, write_recipe
 from tests.helpers.places import ROOT
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def counted(monkeypatch) -> list[int]:

@@ -17,6 +17,8 @@ from sft.runs.metrics import read_metrics
 from tests.helpers.graft import run as graft
 from tests.helpers.places import ROOT
 
+pytestmark = pytest.mark.heavy
+
 GOLDEN = ROOT / "tests" / "golden" / "losses.json"
 STEPS = 4
 QUICK = ("smollm_qlora",)

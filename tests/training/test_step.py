@@ -22,6 +22,8 @@ from sft.training.step import pack_loss
 from tests.helpers.builders import read_squad
 from tests.helpers.places import REAL_DATA, SMOLLM, needs_real
 
+pytestmark = pytest.mark.heavy
+
 
 def flat_loss(model, example: Example) -> torch.Tensor:
     """An independent reference: plain causal forward, every position, labels shifted by hand."""

@@ -19,6 +19,8 @@ from sft.training.trainer import PackTrainer, leave_casts_to_autocast, training_
 from tests.helpers.builders import stored, write_recipe
 from tests.helpers.places import ROOT
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def examples(questions, tokenizer, tmp_path):
