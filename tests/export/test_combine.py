@@ -61,7 +61,7 @@ def test_adapters_that_peft_would_combine_wrongly_are_refused(kind, plain, tmp_p
     ("options", "message"),
     [
         (("--weights", "1"), "--weights holds 1 numbers for 2 runs"),
-        (("--weights", "a,b"), "write numbers with commas between"),
+        (("--weights", "a,b"), "write comma-separated numbers"),
         (("--method", "mean"), "--method mean is none of linear, cat"),
         (("--method", "ties"), "needs --density"),
         (("--density", "0.5"), "leave --density out"),

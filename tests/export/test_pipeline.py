@@ -163,7 +163,7 @@ FAULTS: dict[str, tuple[Callable, str]] = {
     ),
     "text split otherwise": (
         lambda run, out: edit_json(out / "tokenizer.json", pre_tokenizer={"type": "Digits", "individual_digits": True}),
-        "the tokenizer splits text otherwise than the run's",
+        "the tokenizer splits text differently from the run's",
     ),
     "configuration changed": (
         lambda run, out: edit_json(out / "config.json", rms_norm_eps=0.5),
