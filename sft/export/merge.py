@@ -73,11 +73,8 @@ class Merge:
                     memo[id(empty)] = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
             layer = copy.deepcopy(layer, memo)  # with the base's weights; the plan's own layer stays empty
         after = _merged_by_peft(owner, layer)
-        names = {leaf: f"{owner}.{leaf}" for leaf in after}
-        return {
-            names[leaf]: Weight(names[leaf], owner, before.get(leaf), weight.to(self.dtype))
-            for leaf, weight in after.items()
-        }
+        weights = (Weight(f"{owner}.{leaf}", owner, before.get(leaf), w.to(self.dtype)) for leaf, w in after.items())
+        return {weight.name: weight for weight in weights}
 
     def owner(self, name: str) -> str | None:
         """The adapted module that a weight belongs to."""
