@@ -100,9 +100,14 @@ def export(
     return parity
 
 
-def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool = False) -> dict[str, Any]:
-    """Verify a finished export against its run; writes nothing. Raises ParityError with a line for each fault."""
-    parity, trained = read_parity(out), read_trained(run)
+def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
+    """Re-verify a finished export against `run`, or else the run whose folder it is in; writes nothing. Raises RunError
+    without a run, ParityError with a line for each fault."""
+    parity = read_parity(out)
+    run = run or out.absolute().parent
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{out}: is in no run folder, so its run is unknown; name it with --run RUN")
+    trained = read_trained(run)
     base = next((name for name, written in CANDIDATES.items() if written == parity["base"]), None)
     if base is None:
         raise RunError(f"{out / PARITY}: base {parity['base']!r} is none of {', '.join(CANDIDATES.values())}")
@@ -218,12 +223,3 @@ def _publish(folder: Path, out: Path) -> None:
     else:
         folder.rename(out)
     flush(out.parent)
-
-
-def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
-    """Re-verify a finished export against `run`, or else the run whose folder it is in. Raises RunError without one."""
-    read_parity(out)
-    run = run or out.absolute().parent
-    if not (run / "recipe.yaml").is_file():
-        raise RunError(f"{out}: is in no run folder, so its run is unknown; name it with --run RUN")
-    return check_export(run, out, data, allow_mismatch)
