@@ -59,9 +59,9 @@ def test_streamed_merge_equals_merge_in_memory(kind, untied, tmp_path):
     assert merged.state_dict().keys() == expected.keys()
     for name, value in merged.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-7), name
-    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")].sort() == [
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == sorted(
         p.name for p in untied.glob("*.safetensors")
-    ].sort()
+    )
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").glob("*.safetensors")} == {0o644}
 
 
