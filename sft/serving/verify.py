@@ -70,12 +70,14 @@ def verify(
         check_first_token(pairs, margin),
         check_score(*(summary["scores"]["total"] for summary in scores)),
     ]
-    texts = [(local.prediction.text, server.prediction.text) for local, server in pairs]
     different = [
-        {"id": question.id, "in_process": local, "server": server}
-        for question, (local, server) in zip(questions, texts, strict=True)
-        if local != server
+        {"id": question.id, "in_process": local.prediction.text, "server": server.prediction.text}
+        for question, (local, server) in zip(questions, pairs, strict=True)
+        if local.prediction.text != server.prediction.text
     ]
+    differences = (
+        _difference(check.name, questions[i], *pairs[i], loaded.tokenizer) for check in checks for i in check.differing
+    )
     record = {
         "run": run.name,
         "url": url,
@@ -88,14 +90,7 @@ def verify(
         "seconds": round(time.monotonic() - start, 1),
         "checks": {check.name: {"passed": check.passed, "text": check.text, **check.numbers} for check in checks},
         "different_answers": different,
-        "first_difference": next(
-            (
-                _difference(check.name, questions[i], *pairs[i], loaded.tokenizer)
-                for check in checks
-                for i in check.differing
-            ),
-            None,
-        ),
+        "first_difference": next(differences, None),
     }
     write_json(run / "verify.json", record)
     return record

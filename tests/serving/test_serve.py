@@ -408,7 +408,7 @@ def started(*args: str, **options) -> "subprocess.Popen[str]":
 @pytest.mark.serve
 @needs_vllm
 def test_graft_serve_answers_behind_its_gatekeeper_and_stops_cleanly():
-    """S15, S16 with the real server: foreign Host and Origin, 10 MB, n of a thousand million, a template in the request."""
+    """S15, S16 with the real server: foreign Host and Origin, 10 MB, n of a billion, a template of the request."""
     from sft.models.resolve import resolve_base
 
     target, port = Path(resolve_base(SMOLLM)), free_port()
