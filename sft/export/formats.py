@@ -53,8 +53,7 @@ def find_writer(name: str) -> Writer:
 
 
 def calibration_rows(name: str, trained: Trained) -> Rows:
-    """Training examples drawn with the recipe's seed; none for a format without calibration. Held-out examples measure
-    the result."""
+    """Training examples, drawn with the recipe's seed; none for a format without calibration."""
     if name not in CALIBRATED:
         return []
     examples, _ = load_examples(trained.recipe, trained.tokenizer)

@@ -137,8 +137,7 @@ class ParityCheck:
 
 
 def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
-    """The conversations of `data`, or those that the recipe holds out; at most export.prompts. Raises RunError if there
-    are none."""
+    """Conversations of `data`, or those that the recipe holds out; at most export.prompts. Raises RunError if none."""
     recipe = trained.recipe
     conversations: Sequence[Conversation]
     if data:
@@ -160,8 +159,7 @@ def least_agreement(recipe: Recipe, form: str) -> tuple[str, float]:
 
 
 def check_agreement(measured: dict[str, Any], recipe: Recipe, form: str = "") -> None:
-    """Raise ParityError if a merged or converted model agrees with the adapter on fewer answer tokens than the recipe
-    demands."""
+    """Raise ParityError if a merged or converted model agrees on fewer answer tokens than the recipe demands."""
     agreement = measured["answer_argmax_agreement"]
     key, least = least_agreement(recipe, form)
     if agreement < least:

@@ -13,8 +13,7 @@ class PushError(UserError):
 
 
 def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
-    """Send a finished export; with `dry_run` send nothing. Returns a line for each file. A new repository is private
-    until its owner opens it."""
+    """Send an export, or only list its files if `dry_run`; returns a line for each. A new repository is private."""
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"{repo}: is not a repository's name; write OWNER/NAME")
     if not (folder / PARITY).is_file():

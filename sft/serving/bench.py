@@ -139,8 +139,7 @@ async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens:
 
 
 def summarize(loads: Sequence[Load], base: Sequence[Load]) -> dict[str, Any]:
-    """Figures over all rounds. `relative`: tokens/s divided by those of `base` in the same round: median, lowest,
-    highest."""
+    """Figures over all rounds. `relative`: tokens/s over `base`'s in the same round: median, lowest, highest."""
     answers, seconds = [answer for load in loads for answer in load.answers], sum(load.seconds for load in loads)
     gaps = [later - earlier for times, _ in answers for earlier, later in itertools.pairwise(times)]
     ratios = [load.tokens_per_s / other.tokens_per_s for load, other in zip(loads, base, strict=True)]
