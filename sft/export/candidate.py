@@ -42,7 +42,7 @@ class Trained:
 
 
 def base_names(trained: Trained, measure: bool = True) -> list[str]:
-    """Names of the weights to merge into; of `auto` without measuring only those that training saw."""
+    """Names of the bases to merge into. `auto` means both; without measuring, only the one that training saw."""
     if trained.adapter is None:
         return ["whole"]
     if not is_quantized(trained.recipe.model.quantization):
@@ -54,7 +54,7 @@ def base_names(trained: Trained, measure: bool = True) -> list[str]:
 
 
 def plan(trained: Trained, base: str) -> Merge:
-    """Raises CannotStream; RunError for what can't be merged at all."""
+    """The plan of the merge into one base. Raises CannotStream, or RunError if the adapter can't be merged at all."""
     model, device = trained.recipe.model, default_device()
     quantization = bitsandbytes_config(model, device) if base == "dequantized" else None
     if quantization and not quantization.load_in_4bit:
@@ -64,8 +64,8 @@ def plan(trained: Trained, base: str) -> Merge:
 
 
 def write_candidate(trained: Trained, base: str, folder: Path, allow_unchanged: bool = False) -> dict[str, Any]:
-    """Write the merged model into a new folder; returns how it was merged. Raises ParityError if something was not
-    merged, is not finite, or if template or stops are not those of training."""
+    """Write the merged model to a new folder and return how it was merged. Raises ParityError if a weight is not
+    merged or not finite, or if template or stop tokens differ from those of training."""
     folder.mkdir()
     try:
         facts: dict[str, Any] = {"streamed": True, **write_merge(plan(trained, base), folder)}
@@ -76,7 +76,7 @@ def write_candidate(trained: Trained, base: str, folder: Path, allow_unchanged: 
         _check_unchanged(trained, facts["unchanged"], facts["adapted"], allow_unchanged)
     trained.tokenizer.save_pretrained(folder)
     stops = generation_config(str(trained.base))
-    stops.eos_token_id = stop_tokens(stops.eos_token_id, trained.tokenizer)  # servers read it
+    stops.eos_token_id = stop_tokens(stops.eos_token_id, trained.tokenizer)  # inference servers read it
     stops.save_pretrained(folder)
     if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, folder), None):
         raise ParityError(f"{trained.run}: {fault}; nothing was written")
@@ -90,13 +90,13 @@ def _check_unchanged(trained: Trained, unchanged: list[str], adapted: int, allow
     if not allowed:
         raise ParityError(
             f"{trained.adapter}: {len(unchanged)} of {adapted} adapted weights equal their base's in {dtype}, first "
-            f"{unchanged[0]}; a layer's adapter is gone or too small for it: set export.dtype: float32, or pass "
-            "--allow-mismatch"
+            f"{unchanged[0]}; a layer's adapter is missing, or too small to change them: set export.dtype: float32, "
+            "or pass --allow-mismatch"
         )
 
 
 def _merge_in_memory(trained: Trained, base: str, folder: Path) -> dict[str, Any]:
-    """Merge by PEFT's merge_and_unload on the loaded model; returns what write_merge does."""
+    """Merge with PEFT's merge_and_unload on the loaded model; returns the same counts as write_merge."""
     model, device, dtype = trained.recipe.model, default_device(), getattr(torch, trained.recipe.export.dtype)
     if trained.adapter is None:
         loaded = load_plain(trained.base, dtype)

@@ -1,4 +1,4 @@
-"""Combine several runs' adapters of one base into one, by PEFT's add_weighted_adapter.
+"""Combine several runs' adapters of one base into one, with PEFT's add_weighted_adapter.
 
 graft combine RUN RUN2 --method ties --density 0.5 --weights 0.5,0.5
 """
@@ -11,7 +11,7 @@ from typing import Any, cast
 from transformers import set_seed
 
 from sft.errors import RunError
-from sft.export.skeleton import adapter_config, build, without_memory
+from sft.export.skeleton import adapter_config, build, free_parameters
 from sft.models.resolve import readable
 
 METHODS = (
@@ -25,8 +25,8 @@ SPARSE = ("ties", "dare", "magnitude_prune")  # methods that keep a share of eac
 
 @dataclass(frozen=True)
 class Combination:
-    """Runs, the first of which gives recipe and tokenizer; PEFT's combination_type; a weight for each run; the share of
-    values that sparse methods keep."""
+    """Runs to combine (the first one gives recipe and tokenizer), PEFT's combination_type, a weight for each run, and
+    the share of values that sparse methods keep."""
 
     runs: Sequence[Path]
     method: str
@@ -56,30 +56,30 @@ class Combination:
 
 
 def combination_of(runs: Sequence[Path], method: str, weights: str, density: float | None) -> Combination:
-    """From options: `weights` are numbers with commas between; none means equal ones that sum to 1."""
+    """Parse the command's options. `weights`: comma-separated numbers; empty means equal weights that sum to 1."""
     try:
         numbers = [float(w) for w in weights.split(",")] if weights else [1 / len(runs)] * len(runs)
     except ValueError as error:
-        raise RunError(f"--weights {weights}: write numbers with commas between, for example 0.5,0.5") from error
+        raise RunError(f"--weights {weights}: write comma-separated numbers, such as 0.5,0.5") from error
     return Combination(runs, method, numbers, density)
 
 
 def combine(combination: Combination, base: Path, adapters: Sequence[Path], folder: Path, seed: int) -> None:
-    """Write the combined adapter into `folder`. Raises RunError if PEFT can't combine them: different ranks for linear,
-    anything but plain LoRA."""
+    """Write the combined adapter to `folder`. Raises RunError if PEFT can't combine the adapters: `linear` needs equal
+    ranks, and every method plain LoRA."""
     from peft import PeftModel
 
     for run, adapter in zip(combination.runs, adapters, strict=True):
         _check_plain(run, adapter)
     model = build(base)
-    without_memory(model)
+    free_parameters(model)
     set_seed(seed)  # DARE drops values at random
     names = [f"adapter_{i}" for i in range(len(adapters))]
-    placing: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
+    placement: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
     with readable(" and ".join(map(str, adapters))):
-        tuned = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=names[0], **placing)
+        tuned = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=names[0], **placement)
         for name, adapter in zip(names[1:], adapters[1:], strict=True):
-            tuned.load_adapter(str(adapter), adapter_name=name, **placing)
+            tuned.load_adapter(str(adapter), adapter_name=name, **placement)
     options = {} if combination.density is None else {"density": combination.density}
     try:
         cast(Any, tuned.base_model).add_weighted_adapter(
@@ -93,7 +93,7 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
 def _check_plain(run: Path, adapter: Path) -> None:
     config = adapter_config(adapter)
     if config.peft_type != "LORA":
-        raise RunError(f"{run}: LoRA adapters can be combined, not {config.peft_type.value}")
+        raise RunError(f"{run}: only LoRA adapters can be combined, not {config.peft_type.value}")
     if used := [key for key in UNCOMBINED if getattr(config, key, None)]:
         raise RunError(
             f"{run}: an adapter with {', '.join(used)} can't be combined; export each run, or train them as plain LoRA"

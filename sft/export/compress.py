@@ -1,4 +1,4 @@
-"""Compress a model with llm-compressor, whose own Python runs this file: it pins another transformers than Graft.
+"""Compress a model with llm-compressor. Its own Python runs this file, as it pins a different transformers than Graft.
 
 PYTHON sft/export/compress.py MODEL OUT SCHEME ROWS.json (W4A16, W8A8 or FP8_DYNAMIC, as compressed-tensors calls them)
 """
@@ -15,11 +15,11 @@ from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
 from transformers import AutoModelForCausalLM
 
-GROUPS = (128, 64, 32)  # values that share a scale; what vLLM has kernels for
+GROUPS = (128, 64, 32)  # values that share a scale; vLLM has kernels for these sizes
 
 
 def compress(model_folder: Path, out: Path, scheme: str, rows: list[list[int]]) -> None:
-    """GPTQ, calibrated on the rows of token ids; what leaves 8 bits of floating point is only rounded."""
+    """GPTQ calibrated on rows of token ids; a floating-point scheme only rounds, without calibration."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype="auto", trust_remote_code=False)
     settings = preset_name_to_scheme(scheme, ["Linear"])
     if settings.weights.group_size:
@@ -28,7 +28,7 @@ def compress(model_folder: Path, out: Path, scheme: str, rows: list[list[int]]) 
         ]
         fitting = [size for size in GROUPS if all(width % size == 0 for width in widths)]
         if not fitting:
-            sys.exit(f"{scheme} needs layers whose width is a multiple of {GROUPS[-1]}; take w8a8")
+            sys.exit(f"{scheme} needs layers whose width is a multiple of {GROUPS[-1]}; use w8a8")
         settings.weights.group_size = fitting[0]
     arguments = {"config_groups": {"group_0": settings}, "ignore": ["lm_head"]}
     if scheme.startswith("FP8"):

@@ -1,8 +1,8 @@
-"""Convert a merged model to fewer bits: compressed-tensors for vLLM by llm-compressor, or GGUF by llama.cpp.
+"""Convert a merged model to fewer bits: to compressed-tensors with llm-compressor, or to GGUF with llama.cpp.
 
 graft export RUN --format w4a16 | w8a8 | fp8 | gguf-f16 | gguf-q8_0 | gguf-q4_k_m | ...
 
-Both tools are optional and run in a process of their own. The result is compared as the merged model is.
+Both tools are optional and run as separate processes. The result is compared with the adapter, like a merged model.
 """
 
 import importlib.util
@@ -53,7 +53,7 @@ def find_writer(name: str) -> Writer:
 
 
 def calibration_rows(name: str, trained: Trained) -> Rows:
-    """Training examples, drawn by the seed, for formats that are calibrated; the held-out ones measure the result."""
+    """Training examples, drawn with the recipe's seed; none for a format without calibration."""
     if name not in CALIBRATED:
         return []
     examples, _ = load_examples(trained.recipe, trained.tokenizer)
@@ -64,9 +64,9 @@ def calibration_rows(name: str, trained: Trained) -> Rows:
 def convert(
     name: str, write: Writer, trained: Trained, merged: Path, folder: Path, rows: Rows, log: Path
 ) -> dict[str, Any]:
-    """Write the folder; returns its size and the merged model's. Raises ParityError if its template or stops are not
-    those of training."""
-    print(f"make {name} of the merged model; a large one takes a while", flush=True)
+    """Write the converted model to `folder` and return its size and the merged model's. Raises ParityError if its
+    template or stop tokens differ from those of training."""
+    print(f"converting the merged model to {name}; a large model takes a while", flush=True)
     write(merged, folder, rows, log)
     if fault := next(format_faults(name, trained, folder), None):
         raise ParityError(f"{trained.run}: {name}: {fault}; nothing was written")
@@ -74,16 +74,16 @@ def convert(
 
 
 def format_faults(name: str, trained: Trained, folder: Path) -> Iterator[str]:
-    """Differences of an export's template, tokens and stops from those of training, a line each. `name`: of its format,
-    empty for a merged model."""
+    """Differences of an export's template, tokens and stop tokens from those of training, a line each. `name`: its
+    format, empty for a merged model."""
     if name.startswith(GGUF_PREFIX):
         return _gguf_faults(folder, trained.tokenizer)
     return text_faults(trained.run, trained.tokenizer, trained.base, folder)
 
 
 def load_format(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """As transformers unpacks it, in eval mode: a kernel that multiplies packed weights rounds in its own way. `name`:
-    empty for a merged model."""
+    """The model as transformers unpacks it, in eval mode; a kernel that multiplies packed weights may round otherwise.
+    `name`: its format, empty for a merged model."""
     if not name.startswith(GGUF_PREFIX):
         return load_plain(folder, dtype)
     with readable(str(folder / GGUF)):
@@ -115,7 +115,7 @@ def _gguf_faults(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
     if differing:
         yield f"{len(differing)} tokens have other ids than in training, first {min(differing)!r}"
     if values.get("tokenizer.chat_template") != tokenizer.chat_template:
-        yield "the chat template is not that of training; prompts would be rendered otherwise"
+        yield "the chat template is not that of training; prompts would be rendered differently"
     ends = [values.get(f"tokenizer.ggml.{kind}_token_id") for kind in ("eos", "eot")]
     if (taught := end_of_turn(tokenizer)) not in ends:
         yield f"it stops at tokens {ends}, training taught to stop at {taught}"
@@ -126,7 +126,7 @@ def _compressor(name: str) -> Writer:
     python = os.environ.get("GRAFT_LLMCOMPRESSOR") or own
     if not python:
         raise RecipeError(
-            f"--format {name} needs llm-compressor, in an environment of its own, as it pins another transformers: "
+            f"--format {name} needs llm-compressor in a separate environment, as it pins a different transformers: "
             "python3 -m venv lc && lc/bin/pip install llmcompressor, then export GRAFT_LLMCOMPRESSOR=lc/bin/python"
         )
     if not shutil.which(python) or subprocess.run([python, "-I", "-c", HAS_LLMCOMPRESSOR], check=False).returncode:
@@ -135,8 +135,7 @@ def _compressor(name: str) -> Writer:
         )
     if not importlib.util.find_spec("compressed_tensors"):
         raise RecipeError(
-            f"--format {name}: what it answers can't be measured without compressed-tensors; "
-            "run: pip install compressed-tensors"
+            f"--format {name} can't be measured without compressed-tensors; run: pip install compressed-tensors"
         )
 
     def write(merged: Path, out: Path, rows: Rows, log: Path) -> None:
@@ -145,8 +144,8 @@ def _compressor(name: str) -> Writer:
         script = Path(__file__).with_name("compress.py")
         # -I: the script's folder, whose modules have common names, stays out of the import path
         run_tool("llm-compressor", [python, "-I", script, merged, out, SCHEMES[name], calibration], log)
-        (out / "recipe.yaml").unlink(missing_ok=True)  # llm-compressor's own; with it the folder would pass for a run
-        for file in merged.iterdir():  # tokenizer, template, stops: what the tool does not touch
+        (out / "recipe.yaml").unlink(missing_ok=True)  # the tool's; with it a folder counts as a run
+        for file in merged.iterdir():  # tokenizer, template, stop tokens
             weights = file.name.endswith((".safetensors", ".safetensors.index.json"))
             if file.is_file() and not weights and file.name != "config.json":
                 shutil.copy2(file, out)

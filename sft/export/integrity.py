@@ -22,7 +22,7 @@ from sft.models.resolve import readable, resolve_base
 from sft.recipe.schema import Recipe
 
 PARITY = "parity.json"
-# how far a weight may lie from the merged one, in lengths of base -> merged: other CPUs round some values differently
+# how far a weight may be from the merged one, as a share of the distance base -> merged: CPUs round differently
 TOLERANCE = 0.1
 # numbers, spaces, marks, letters of several scripts, code: tokenizers with the same vocabulary split these differently
 PROBE = "It's 12,345.67 €  now;\n\tdef f(x): return x**2  # naïve Ärger, Москва, 北京 東京, 👍🏽 don't"
@@ -30,7 +30,7 @@ NOT_COMPARED = ("transformers_version", "_name_or_path", "dtype", "architectures
 
 
 def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, str]:
-    """The sha256 of the base's files by name; none for a Hub id. Raises ParityError unless they equal those of the
+    """The sha256 of the base's files by name; empty for a Hub id. Raises ParityError unless they equal those of the
     run's manifest."""
     if adapter is None:  # the trained weights are in the run folder themselves
         return {}
@@ -45,18 +45,18 @@ def check_origin(run: Path, recipe: Recipe, adapter: Path | None) -> dict[str, s
     commit = identity.get("commit")
     if commit and base.parent.name == "snapshots" and base.name != commit:
         raise ParityError(
-            f"{recipe.model.base} is not what {run} was trained on: its commit was {commit} then and is {base.name} "
-            f"now; set model.revision: {commit}"
+            f"{recipe.model.base} is not what {run} was trained on: its commit is {base.name}, that of training is "
+            f"{commit}; set model.revision: {commit}"
         )
-    then = {name: sha256 for name, sha256 in identity["sha256"].items() if name.endswith(".safetensors")}
+    trained = {name: sha256 for name, sha256 in identity["sha256"].items() if name.endswith(".safetensors")}
     files = sorted(base.glob("*.safetensors")) if base.is_dir() else []
-    now = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
-    if then and sorted(then.values()) != sorted(now.values()):
+    current = {file.name: file_sha256(file) for file in track(files, "check the base's files")}
+    if trained and sorted(trained.values()) != sorted(current.values()):
         raise ParityError(
-            f"{recipe.model.base} is not what {run} was trained on: it is another base (sha256 of its weights, then "
-            f"{_short(then)}, now {_short(now)}); put the base of training back"
+            f"{recipe.model.base} is not what {run} was trained on: it is another base (sha256 of its weights: in "
+            f"training {_short(trained)}, now {_short(current)}); put the base of training back"
         )
-    return now
+    return current
 
 
 def adapter_sha256(adapter: Path) -> str:
@@ -64,30 +64,30 @@ def adapter_sha256(adapter: Path) -> str:
 
 
 def read_parity(out: Path) -> dict[str, Any]:
-    """The record of an export. Raises RunError if the folder holds no finished one."""
+    """The parity record of an export. Raises RunError if the folder holds no finished export."""
     record = _read(out / PARITY)
     if not record or not record.keys() >= {"base", "dtype", "adapter_sha256"}:
-        raise RunError(f"{out}: holds no {PARITY} of a finished export; name one with --out, or export again")
+        raise RunError(f"{out}: holds no {PARITY} of a finished export; name the folder that `graft export` wrote")
     return record
 
 
 def text_faults(
     run: Path, ours: PreTrainedTokenizerBase, base: Path, folder: Path, stops: bool = True
 ) -> Iterator[str]:
-    """Differences of a model folder's chat template, tokens and stops from those of the run, a line each."""
+    """Differences of a model folder's chat template, tokens and stop tokens from those of the run, a line each."""
     with readable(str(folder)):
         theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    own, now = text_sha256(str(ours.chat_template)), text_sha256(str(theirs.chat_template))
+    own, current = text_sha256(str(ours.chat_template)), text_sha256(str(theirs.chat_template))
     trained = _manifest(run).get("chat_template_sha256") or own
-    if {own, trained} != {now}:
+    if {own, trained} != {current}:
         yield (
-            f"the chat template has changed: sha256 {now[:12]}, trained with {trained[:12]}; prompts would be rendered "
-            "otherwise"
+            f"the chat template has changed: sha256 {current[:12]}, trained with {trained[:12]}; prompts would be "
+            "rendered differently"
         )
     if ours.get_vocab() != theirs.get_vocab():
         yield "the tokenizer has another vocabulary than the run's"
     if ours(PROBE)["input_ids"] != theirs(PROBE)["input_ids"]:
-        yield "the tokenizer splits text otherwise than the run's"
+        yield "the tokenizer splits text differently from the run's"
     special, ours_special = theirs.special_tokens_map, ours.special_tokens_map
     for kind in sorted(special.keys() | ours_special.keys()):
         if special.get(kind) != ours_special.get(kind):
@@ -117,7 +117,7 @@ def weight_faults(merge: Merge, folder: Path) -> Iterator[str]:
         faults = ["the merged model equals its base: no weight holds the adapter"]
     yield from faults[:10]
     if len(faults) > 10:
-        yield f"and {len(faults) - 10} weights more"
+        yield f"and {len(faults) - 10} more weights"
     ours, theirs = merge.model.config.to_dict(), AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
     for key in sorted((ours.keys() | theirs.keys()) - set(NOT_COMPARED)):
         if ours.get(key) != theirs.get(key):
@@ -132,9 +132,9 @@ def _fault(weight: Weight, stored: torch.Tensor) -> str:
     if torch.equal(stored, after):
         return ""
     stored, after = stored.double(), after.double()
-    off = (stored - after).norm()
+    distance = (stored - after).norm()
     if before is not None and (length := (after - before.double()).norm()) > 0:
-        if off < TOLERANCE * length:
+        if distance < TOLERANCE * length:
             return ""
         if (stored - before.double()).norm() < TOLERANCE * length:
             return _at_base(name)
@@ -142,7 +142,7 @@ def _fault(weight: Weight, stored: torch.Tensor) -> str:
         place = ((stored - before.double()) * (after - before.double())).sum() / length**2
         if abs(place - 2) < TOLERANCE:
             return f"{name} holds the adapter twice"
-    elif off <= 1e-5 * after.norm():  # rounded on another CPU
+    elif distance <= 1e-5 * after.norm():  # rounded on another CPU
         return ""
     return f"{name} is not the merged weight: they differ by up to {(stored - after).abs().max():.3g}"
 

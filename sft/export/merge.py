@@ -23,12 +23,12 @@ from data.errors import DiskFull
 from data.progress import track
 from sft.errors import ParityError
 from sft.export.shards import INDEX, SINGLE
-from sft.export.skeleton import build, names_by_weight, put_on, quantizers, stored_weights
+from sft.export.skeleton import attach_adapter, build, names_by_weight, quantizers, stored_weights
 from sft.models.load import fit_vocabulary
 
 
 class Weight(NamedTuple):
-    """A weight of the result; `before` is the base's in the same dtype, None unless an adapter changed it."""
+    """A weight of the result; `before` is the base's in the same dtype, None if no adapter changes it."""
 
     name: str
     owner: str | None  # the adapted module
@@ -45,12 +45,12 @@ class Merge:
     adapted: dict[str, nn.Module]  # PEFT's layers, by the name of the module that they replace
     replaced: dict[str, torch.Tensor]  # weights of the base that the adapter's file holds as a whole
     dtype: torch.dtype
-    quantize: dict[str, Callable[[torch.Tensor], torch.Tensor]]  # to NF4 and back, as in training, by weight
+    quantize: dict[str, Callable[[torch.Tensor], torch.Tensor]]  # by weight: to NF4 and back, as in training
     shapes: dict[str, tuple[int, ...]]  # as trained; a vocabulary may have more rows than are stored
     files: dict[str, list[str]] = field(default_factory=dict)  # names of the result's weights, by file
 
     def weights(self, names: Iterable[str]) -> Iterator[Weight]:
-        """The named weights of the result, a module's together."""
+        """The named weights of the result, grouped by module."""
         groups: dict[str, list[str]] = {}
         for name in names:
             groups.setdefault(self.owner(name) or name, []).append(name)
@@ -64,7 +64,7 @@ class Merge:
     def merged(self, owner: str) -> dict[str, Weight]:
         """The weights of an adapted module, by name."""
         layer, before = cast(Any, self.adapted[owner]), {}
-        if not hasattr(layer, "modules_to_save"):  # such a layer holds the weight as a whole
+        if not hasattr(layer, "modules_to_save"):  # else the layer itself holds the whole weight
             memo: dict[int, Any] = {}
             for leaf, empty in _base_layer(layer)._parameters.items():
                 if empty is not None:
@@ -73,11 +73,8 @@ class Merge:
                     memo[id(empty)] = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
             layer = copy.deepcopy(layer, memo)  # with the base's weights; the plan's own layer stays empty
         after = _merged_by_peft(owner, layer)
-        names = {leaf: f"{owner}.{leaf}" for leaf in after}
-        return {
-            names[leaf]: Weight(names[leaf], owner, before.get(leaf), weight.to(self.dtype))
-            for leaf, weight in after.items()
-        }
+        weights = (Weight(f"{owner}.{leaf}", owner, before.get(leaf), w.to(self.dtype)) for leaf, w in after.items())
+        return {weight.name: weight for weight in weights}
 
     def owner(self, name: str) -> str | None:
         """The adapted module that a weight belongs to."""
@@ -85,11 +82,11 @@ class Merge:
         return next((o for i in range(len(parents) - 1, 0, -1) if (o := ".".join(parents[:i])) in self.adapted), None)
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """In the result: only floating-point weights are converted."""
+        """The dtype of a weight in the result: only floating-point weights are converted."""
         return self.dtype if self.stored[name].is_floating_point() else self.stored[name].dtype
 
     def _base_weight(self, name: str) -> torch.Tensor:
-        """The base's weight as training saw it. It may be the file's own memory: not to be changed in place."""
+        """The base's weight as training saw it. It may be memory mapped to the file, so it must not change in place."""
         if name in self.replaced:
             return self.replaced[name]
         stored, trained = self.stored[name], self.shapes[name]
@@ -108,8 +105,8 @@ def read_merge(
     quantization: BitsAndBytesConfig | None = None,
     trained: tuple[torch.dtype, torch.device] = (torch.float32, torch.device("cpu")),
 ) -> Merge:
-    """The plan of a merge. `quantization`: merge into what is left of the weights after 4 bits, rounded from and to
-    the dtype and on the device of training. Raises CannotStream, and ParityError if adapter and base don't fit."""
+    """The plan of a merge. `quantization`: merge into the weights that 4 bits leave; `trained`: dtype and device with
+    which training rounded them. Raises CannotStream, and ParityError if adapter and base don't fit."""
     model = build(base)
     ties = [names for names in names_by_weight(model).values() if len(names) > 1]
     stored, files = stored_weights(base, model)
@@ -120,14 +117,14 @@ def read_merge(
         fit_vocabulary(model, adapter)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if adapter:
-        adapted, replaced = put_on(model, adapter)
-        for names in ties:  # what replaces one of them replaces all, unless they come apart below
+        adapted, replaced = attach_adapter(model, adapter)
+        for names in ties:  # a weight that replaces one of them replaces all, unless they are untied below
             replaced |= {name: replaced[n] for n in names if n in replaced for name in names}
     merge = Merge(model, stored, adapted, replaced, dtype, quantize, shapes, files)
     written = {name for names in files.values() for name in names}
     places = {merge.owner(name) for name in written}
     for names in ties:
-        if _come_apart(merge, names):  # each has to be written: what the base does not name goes into the last file
+        if _are_untied(merge, names):  # each must be written: names that the base lacks go into the last file
             next(reversed(files.values())).extend(name for name in names if name not in written)
             model.config.get_text_config().tie_word_embeddings = False
             model.config.tie_word_embeddings = False
@@ -157,14 +154,14 @@ def write_merge(merge: Merge, folder: Path) -> dict[str, Any]:
             if owner:
                 adapted.setdefault(owner, {})[name] = before is not None and torch.equal(before, after)
         save_file(tensors, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors lets only the owner read it, and a server may be another user
+        (folder / file).chmod(0o644)  # safetensors lets only the owner read it; a server may run as another user
     if list(merge.files) != [SINGLE]:
         index = {"metadata": {"total_size": total_size}, "weight_map": file_of}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
     merge.model.config.architectures = [type(merge.model).__name__]
     merge.model.config.save_pretrained(folder)
     count = sum(map(len, adapted.values()))
-    # a module's bias may stay as it was if its weight does not
+    # a module may leave its bias unchanged if it changes its weight
     unchanged = [name for equal in adapted.values() if all(equal.values()) for name in equal]
     return {"adapted": count, "other": len(file_of) - count, "unchanged": unchanged}
 
@@ -178,16 +175,16 @@ def _check_finite(name: str, values: torch.Tensor) -> None:
 
 
 def _merged_by_peft(owner: str, layer: Any) -> dict[str, torch.Tensor]:
-    """The weights of a module with its adapter merged into them. Not by safe_merge, which copies the weight to be able
-    to go back; whoever writes the result checks it."""
+    """The weights of a module with its adapter merged into them. Without safe_merge, which copies each weight to undo a
+    merge that is not finite; write_merge checks that."""
     try:
         if hasattr(layer, "unload_and_optionally_merge_module"):
             merged = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
             return merged.state_dict()
         layer.merge(safe_merge=False)
-    except (RuntimeError, ValueError) as error:  # PEFT's, for a kind of layer or setting that has no merge
-        why = str(error).partition("\n")[0] or type(error).__name__
-        raise ParityError(f"{owner} can't be merged: {why}; serve the run as it is") from error
+    except (RuntimeError, ValueError) as error:  # PEFT can't merge this kind of layer or setting
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ParityError(f"{owner} can't be merged: {reason}; serve the run as it is") from error
     return layer.get_base_layer().state_dict()
 
 
@@ -196,7 +193,7 @@ def _base_layer(layer: Any) -> nn.Module:
     return inner.get_base_layer() if hasattr(inner, "get_base_layer") else inner
 
 
-def _come_apart(merge: Merge, names: list[str]) -> bool:
+def _are_untied(merge: Merge, names: list[str]) -> bool:
     """Whether the adapter makes weights differ that the base ties."""
     owners = [owner for name in names if (owner := merge.owner(name))]
     if len(owners) < len(names):

@@ -26,7 +26,7 @@ from sft.recipe.schema import Eval, Recipe, Source
 from sft.training.attention import pack_inputs
 from sft.training.examples import encode_held_out, held_out_conversations, with_split
 
-LOGITS = 64  # positions of an answer whose logits are kept: with a vocabulary of 150,000 they take 37 MiB
+LOGITS = 64  # positions of an answer whose logits are stored: with a vocabulary of 150,000 they take 37 MiB
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class ModelTrace:
 def trace_model(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, held_out: HeldOut, name: str, packed: bool
 ) -> ModelTrace:
-    """`name`: for the progress bar; `packed`: whether the model takes a pack's mask."""
+    """A model's predictions on held-out data. `packed`: whether the model takes a pack's mask."""
     examples = [_trace_example(model, example) for example in track(held_out.examples, name)]
-    print(f"{name}: write {len(held_out.conversations)} answers", flush=True)
+    print(f"{name}: generating {len(held_out.conversations)} answers", flush=True)
     length, tokens = held_out.settings.max_new_tokens, held_out.settings.batch_tokens
     return ModelTrace(examples, generate(model, tokenizer, held_out.conversations, length, tokens, packed))
 
@@ -80,13 +80,13 @@ def _trace_example(model: PreTrainedModel, example: Example) -> ExampleTrace:
 
 
 def compare(before: ModelTrace, after: ModelTrace, held_out: HeldOut) -> dict[str, Any]:
-    """Over the answer tokens: differences of logits and KL(before || after) in nats (of the first LOGITS of each
-    answer), and the share with the same argmax, also over all tokens. And the task's score of what both wrote."""
+    """How two models differ. Over the first LOGITS tokens of each answer: logit differences, and KL(before || after) in
+    nats. Over the answer tokens and over all tokens: the share with the same argmax. The task's score of both."""
     pairs = list(zip(before.examples, after.examples, strict=True))
     answers = torch.cat([a.answer == b.answer for a, b in pairs])
     tokens = torch.cat([a.argmax == b.argmax for a, b in pairs])
     largest, total, count, kl = 0.0, 0.0, 0, []
-    for a, b in pairs:  # one at a time: all differences would take as much memory again as the logits
+    for a, b in pairs:  # one at a time: all differences together take as much memory as the logits
         difference = (a.answer_logits - b.answer_logits).abs()
         largest, total = max(largest, difference.max().item()), total + difference.double().sum().item()
         count += difference.numel()
@@ -128,8 +128,8 @@ class ParityCheck:
         self.before = trace_model(loaded.model, loaded.tokenizer, held_out, name, loaded.packed)
 
     def compare(self, folder: Path, form: str = "") -> dict[str, Any]:
-        """How far the answers of a merged model, or of one made of it in another format, are from the adapter's. Both
-        compute in the same dtype, so that only the weights' rounding differs."""
+        """How far the answers of a merged or converted model (`form`: its format) are from the adapter's. Both compute
+        in the same dtype, so that only the weights' rounding differs."""
         model = load_format(form, folder, compute_dtype(self.trained.recipe.model, default_device()))
         name = form or "merged model"
         after = trace_model(model, self.trained.tokenizer, self.held_out, name, takes_packs(model))
@@ -137,7 +137,7 @@ class ParityCheck:
 
 
 def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
-    """`data`, or what the recipe holds out; at most export.prompts conversations. Raises RunError without any."""
+    """Conversations of `data`, or those that the recipe holds out; at most export.prompts. Raises RunError if none."""
     recipe = trained.recipe
     conversations: Sequence[Conversation]
     if data:
@@ -145,26 +145,25 @@ def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
     else:
         conversations = held_out_conversations(recipe)
     if not conversations:
-        raise RunError(f"{run}: no held-out data to check the merge on; name some with --data FILE")
+        raise RunError(f"{run}: has no held-out data to check the merge on; name some with --data FILE")
     chosen = limit_questions(conversations, recipe.export.prompts)
     examples, too_long = encode_held_out(chosen, trained.tokenizer, recipe.data.max_length)
     return HeldOut(recipe.task, chosen, examples, too_long, recipe.eval)
 
 
 def least_agreement(recipe: Recipe, form: str) -> tuple[str, float]:
-    """The recipe's key, below export, that says how much of the answers must agree, and its value."""
+    """The key of the recipe's export section that limits how far a format may disagree, and its value."""
     if form and form not in UNROUNDED:
         return "min_format_agreement", recipe.export.min_format_agreement
     return "min_agreement", recipe.export.min_agreement
 
 
 def check_agreement(measured: dict[str, Any], recipe: Recipe, form: str = "") -> None:
-    """Raise ParityError if a merged model, or one made of it in another format, agrees with the adapter on less of the
-    answer tokens than the recipe allows."""
+    """Raise ParityError if a merged or converted model agrees on fewer answer tokens than the recipe demands."""
     agreement = measured["answer_argmax_agreement"]
     key, least = least_agreement(recipe, form)
     if agreement < least:
-        remedy = "Take a format of more bits" if form else "Set export.base to the other base, export.dtype: float32"
+        remedy = "Use a format with more bits" if form else "Set export.base to the other base, export.dtype: float32"
         raise ParityError(
             f"{form or 'merged'} and adapter agree on {agreement:.2%} of the answer tokens, less than export.{key} "
             f"{least:.2%}; nothing was written. {remedy}, or pass --allow-mismatch"

@@ -39,9 +39,9 @@ def export(
     combination: Combination | None = None,
     form: str = "",
 ) -> dict[str, Any]:
-    """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. With
-    `measure` off no model is loaded, for one that is larger than memory: only its weights are checked. `form`: the
-    format to convert the merged model to, see sft/export/formats.py."""
+    """Write the merged model to `out` and return its parity record. Raises ParityError, with nothing written. Without
+    `measure`, for a model larger than memory, no model is loaded: only its weights are checked. `form`: the format to
+    convert the merged model to, see sft/export/formats.py."""
     form = form.lower()
     write = find_writer(form) if form else None
     trained = read_trained(run)
@@ -61,7 +61,7 @@ def export(
         for base in base_names(trained, measure):
             merge = write_candidate(trained, base, temporary / base, allow_mismatch)
             tried[base] = (check.compare(temporary / base) if check else {}) | {"merge": merge}
-        best = min(tried, key=lambda base: tried[base].get("mean_kl_nats", 0.0))  # of equals the first: as trained
+        best = min(tried, key=lambda base: tried[base].get("mean_kl_nats", 0.0))  # the first of equals: as trained
         folder = temporary / best
         parity = {
             "run": run.name,
@@ -84,7 +84,7 @@ def export(
         if check and not allow_mismatch:
             check_agreement(parity, trained.recipe)
         if write:
-            log = run / f"export-{form}.log"  # of the tool; it is kept if the tool fails
+            log = run / f"export-{form}.log"  # of the tool; it stays if the tool fails
             facts = convert(form, write, trained, folder, temporary / form, rows, log)
             folder = temporary / form
             measured = check.compare(folder, form) if check else {}
@@ -100,9 +100,14 @@ def export(
     return parity
 
 
-def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: bool = False) -> dict[str, Any]:
-    """Verify a finished export against its run; writes nothing. Raises ParityError with a line for each fault."""
-    parity, trained = read_parity(out), read_trained(run)
+def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
+    """Re-verify a finished export against `run`, or else the run whose folder it is in; writes nothing. Raises RunError
+    without a run, ParityError with a line for each fault."""
+    parity = read_parity(out)
+    run = run or out.absolute().parent
+    if not (run / "recipe.yaml").is_file():
+        raise RunError(f"{out}: is in no run folder, so its run is unknown; name it with --run RUN")
+    trained = read_trained(run)
     base = next((name for name, written in CANDIDATES.items() if written == parity["base"]), None)
     if base is None:
         raise RunError(f"{out / PARITY}: base {parity['base']!r} is none of {', '.join(CANDIDATES.values())}")
@@ -113,14 +118,14 @@ def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: 
     form = parity.get("format", {}).get("name", "")
     faults = []
     if trained.adapter and adapter_sha256(trained.adapter) != parity["adapter_sha256"]:
-        faults.append(f"{trained.adapter} is not the adapter that was merged: its sha256 is another now")
+        faults.append(f"{trained.adapter} is not the adapter that was merged: its sha256 differs")
     faults += format_faults(form, trained, out)
     try:
         if form:
             raise CannotStream(f"{form} has rounded them")
         faults += weight_faults(plan(trained, base), out)
     except CannotStream as reason:
-        print(f"weights are not compared one by one, only by what they answer: {reason}", flush=True)
+        print(f"weights are not compared one by one, only the answers: {reason}", flush=True)
     if faults:
         raise ParityError(f"{out} is not the export of {run}:\n" + "\n".join(f"- {fault}" for fault in faults))
     measured = ParityCheck(trained, read_held_out(run, trained, data)).compare(out, form)
@@ -130,8 +135,8 @@ def check_export(run: Path, out: Path, data: str | None = None, allow_mismatch: 
 
 
 def read_trained(run: Path) -> Trained:
-    """A CPU measures in float32, whatever the run computed in: bfloat16 rounds activations as coarsely as weights, so
-    that near ties would flip even if the merge is right."""
+    """Read what a run trained. On a CPU its recipe is set to float32, whatever the run computed in: bfloat16 rounds
+    activations as coarsely as weights, so that near ties would flip even if the merge is right."""
     recipe = run_recipe(run)
     if default_device().type == "cpu":
         recipe = changed(recipe, model={"dtype": "float32"})
@@ -151,11 +156,11 @@ def _combined(combination: Combination, trained: Trained, origin: dict[str, str]
         if trained.adapter is None or other.adapter is None:
             raise RunError(f"{run}: combine takes runs with adapters, not whole models")
         ours, theirs = trained.recipe.model, other.recipe.model
-        named_alike = (ours.base, ours.revision) == (theirs.base, theirs.revision)  # of a hub there are no digests
+        named_alike = (ours.base, ours.revision) == (theirs.base, theirs.revision)  # a Hub id has no digests
         if check_origin(run, other.recipe, other.adapter) != origin or not (origin or named_alike):
             raise ParityError(f"{run} and {trained.run} have different bases; only adapters of one can be combined")
         if theirs.quantization != ours.quantization:
-            raise ParityError(f"{run} and {trained.run} have different model.quantization; what they see differs")
+            raise ParityError(f"{run} and {trained.run} have different model.quantization, so different bases")
         if fault := next(text_faults(trained.run, trained.tokenizer, trained.base, other.adapter, stops=False), None):
             raise RunError(f"{run} and {trained.run}: {fault}")
         adapters.append(other.adapter)
@@ -170,7 +175,7 @@ def _against(combination: Combination, held_out: HeldOut, folder: Path) -> dict[
 
 
 def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
-    """A sentence: the base that was chosen, and why."""
+    """One sentence: the chosen base, and why."""
     if len(tried) == 1:
         return f"{CANDIDATES[best]}: the only candidate{'' if 'mean_kl_nats' in tried[best] else ', not measured'}"
     measured = [
@@ -187,7 +192,7 @@ def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
 
 
 def _temporary(out: Path) -> Path:
-    """On the same disk: inside an existing folder, which may be a mount or the current one; beside a new one."""
+    """A folder on the same disk: inside an existing `out`, which may be a mount or the current folder; else beside."""
     return (out if out.is_dir() else out.parent) / f".{out.name}.new"
 
 
@@ -218,12 +223,3 @@ def _publish(folder: Path, out: Path) -> None:
     else:
         folder.rename(out)
     flush(out.parent)
-
-
-def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
-    """Re-verify a finished export against `run`, or the run whose folder it is in. Raises RunError without one."""
-    read_parity(out)
-    run = run or out.absolute().parent
-    if not (run / "recipe.yaml").is_file():
-        raise RunError(f"{out}: is in no run folder, so its run is not known; name it: --run RUN")
-    return check_export(run, out, data, allow_mismatch)

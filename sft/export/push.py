@@ -9,13 +9,13 @@ from sft.runs.model_card import licence_of
 
 
 class PushError(UserError):
-    """The Hub refuses the export, or the repository's name is invalid."""
+    """An export can't be sent, or the Hub refuses it."""
 
 
 def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
-    """A line for each file that is sent, or would be. A new repository is private until its owner opens it."""
+    """Send an export, or only list its files if `dry_run`; returns a line for each. A new repository is private."""
     if not HUB_ID.fullmatch(repo):
-        raise PushError(f"{repo}: is no repository's name; write OWNER/NAME")
+        raise PushError(f"{repo}: is not a repository's name; write OWNER/NAME")
     if not (folder / PARITY).is_file():
         raise PushError(f"{folder}: holds no {PARITY} of a finished export; name the folder that `graft export` wrote")
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -33,5 +33,5 @@ def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
         url = api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Exported by Graft")
     except (HfHubHTTPError, LocalTokenNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise PushError(f"{repo}: {reason}; `hf auth login` with a token that may write there") from error
+        raise PushError(f"{repo}: {reason}; run `hf auth login` with a token that may write to it") from error
     return [*lines, f"sent: {url}"]

@@ -39,7 +39,7 @@ def shard_files(folder: Path) -> list[Path]:
         with readable(str(folder / INDEX)):
             names = dict.fromkeys(json.loads((folder / INDEX).read_text())["weight_map"].values())
         if strange := [name for name in names if Path(name).name != name]:
-            raise OSError(f"{folder / INDEX} names {strange[0]}, which is no file beside it")
+            raise OSError(f"{folder / INDEX} names {strange[0]}, which is not a file beside it")
         return [folder / name for name in names]
     return [folder / SINGLE]
 

@@ -32,7 +32,7 @@ def build(base: Path) -> PreTrainedModel:
 def stored_weights(base: Path, model: PreTrainedModel) -> tuple[dict[str, torch.Tensor], dict[str, list[str]]]:
     """The base's weights by every name that the model has for them, and by file the names that are stored there."""
     if missing := [file.name for file in shard_files(base) if not file.is_file()]:
-        raise CannotStream(f"{missing[0]} is not there")
+        raise CannotStream(f"{missing[0]} is missing")
     shards = read_shards(base)
     stored = {name: weight for weights in shards.values() for name, weight in weights.items()}
     for name, weight in stored.items():
@@ -44,12 +44,12 @@ def stored_weights(base: Path, model: PreTrainedModel) -> tuple[dict[str, torch.
     for names in groups:
         weights = [stored[name] for name in names if name in stored]
         if len(weights) != 1 and len(names) > 1:
-            raise CannotStream(f"of the tied {' and '.join(names)} {len(weights)} are stored")
+            raise CannotStream(f"{len(weights)} of the tied {' and '.join(names)} are stored")
         if not weights:
             raise CannotStream(f"{names[0]} is not stored")
         shape, wanted = tuple(weights[0].shape), tuple(model.get_parameter_or_buffer(names[0]).shape)
         if shape != wanted:
-            raise CannotStream(f"{names[0]} is stored as {shape}, and the model has {wanted}")
+            raise CannotStream(f"{names[0]} is stored as {shape}, but the model has {wanted}")
         stored |= dict.fromkeys(names, weights[0])
     return stored, {file: list(weights) for file, weights in shards.items()}
 
@@ -63,37 +63,37 @@ def names_by_weight(model: nn.Module) -> dict[int, list[str]]:
 
 
 def adapter_config(adapter: Path) -> Any:
-    """PEFT's configuration of an adapter's kind."""
+    """An adapter's configuration, as PEFT's class for its kind."""
     from peft import PeftConfig
 
     with readable(str(adapter)):
         return PeftConfig.from_pretrained(str(adapter))
 
 
-def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
+def attach_adapter(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module], dict[str, torch.Tensor]]:
     """Replace modules by PEFT's layers with the adapter's values. Returns these layers by the module's name, and the
-    weights of the base that the adapter's file holds. Raises CannotStream, and what check_adapter raises."""
+    weights of the base that the adapter's file holds. Raises CannotStream and the errors of check_adapter."""
     from peft import PeftModel
     from peft.tuners.lora.layer import ParamWrapper
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
-    start = getattr(adapter_config(adapter), "init_lora_weights", True)
-    if isinstance(start, str) and start not in ("gaussian", "orthogonal", "eva"):
-        raise CannotStream(f"init_lora_weights {start} changes the base")
-    empty = without_memory(model)
+    init = getattr(adapter_config(adapter), "init_lora_weights", True)
+    if isinstance(init, str) and init not in ("gaussian", "orthogonal", "eva"):
+        raise CannotStream(f"init_lora_weights {init} changes the base")
+    empty = free_parameters(model)
     with readable(str(adapter)):
         tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
     adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not _inside(name, adapted):
             if isinstance(module, ParamWrapper):
-                raise CannotStream(f"{name} is a parameter with an adapter, no layer")
+                raise CannotStream(f"{name} has an adapter on a parameter, not on a layer")
             adapted[name] = cast(nn.Module, module)
     check_adapter(tuned, adapter)
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     if built := [name for name, value in tensors.items() if value.is_meta and not _is_base(name, adapted)]:
-        raise CannotStream(f"PEFT makes {built[0]} when it builds the adapter")
+        raise CannotStream(f"PEFT computes {built[0]} when it builds the adapter")
     replaced = {
         original_name(name): value.detach()
         for name, value in tensors.items()
@@ -103,20 +103,20 @@ def put_on(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.Module],
 
 
 def check_adapter(tuned: Any, adapter: Path) -> None:
-    """Raise RunError if PEFT merges no adapter of this kind; ParityError unless each tensor of the adapter's file has
-    its place in the model and each place its tensor."""
+    """Raise RunError if PEFT can't merge this kind of adapter; ParityError unless its file holds exactly the tensors
+    that the model expects."""
     from peft import get_peft_model_state_dict
 
     if not hasattr(type(tuned.base_model), "merge_and_unload"):
         raise RunError(
-            f"{adapter}: {tuned.active_peft_config.peft_type.value} can't be merged: its parameters are no weights of "
-            "the base; use the run as it is"
+            f"{adapter}: {tuned.active_peft_config.peft_type.value} can't be merged: its parameters are not weights "
+            "of the base; use the run as it is"
         )
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
     wanted = set(get_peft_model_state_dict(tuned, save_embedding_layers=False))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a long one that embeddings are included
+        warnings.simplefilter("ignore")  # PEFT warns that embeddings are included
         optional = set(get_peft_model_state_dict(tuned, save_embedding_layers=True))
     if unknown := sorted(stored - wanted - optional):
         raise ParityError(
@@ -125,13 +125,13 @@ def check_adapter(tuned: Any, adapter: Path) -> None:
         )
     if missing := sorted(wanted - stored):
         raise ParityError(
-            f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer's adapter is gone"
+            f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer lacks its adapter"
         )
 
 
-def without_memory(model: nn.Module) -> torch.Tensor:
-    """Replace each parameter by one number in every place (stride 0), the returned one. PEFT moves an adapter to its
-    base's device, which must therefore not be the meta device."""
+def free_parameters(model: nn.Module) -> torch.Tensor:
+    """Replace each parameter by a view (stride 0) of one number, which is returned. PEFT moves an adapter to its base's
+    device, so that must not be the meta device."""
     number = torch.zeros(())
     replacements: dict[int, nn.Parameter] = {}  # by parameter: tied ones stay tied
     for module in model.modules():
@@ -161,16 +161,16 @@ def original_name(name: str) -> str:
 def quantizers(
     model: PreTrainedModel, quantization: BitsAndBytesConfig, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[torch.Tensor], torch.Tensor]]:
-    """For each weight that bitsandbytes packs into 4 bits a function that packs and unpacks it as transformers does."""
+    """For each weight that bitsandbytes packs into 4 bits, a function that packs and unpacks it like transformers."""
     import bitsandbytes as bnb
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight, replace_with_bnb_linear
     from transformers.quantizers.base import HfQuantizer
 
     if name := next((n for n, m in model.named_modules() if isinstance(m, Conv1D)), None):
-        raise CannotStream(f"{name} holds its weight transposed, and transformers packs it as it is not stored")
+        raise CannotStream(f"{name} stores its weight transposed, and transformers transposes it before packing")
     packed = copy.deepcopy(model)
-    kept = HfQuantizer.get_modules_to_not_convert(packed, None, cast(Any, packed)._keep_in_fp32_modules)
-    packed = replace_with_bnb_linear(packed, modules_to_not_convert=kept, quantization_config=quantization)
+    unconverted = HfQuantizer.get_modules_to_not_convert(packed, None, cast(Any, packed)._keep_in_fp32_modules)
+    packed = replace_with_bnb_linear(packed, modules_to_not_convert=unconverted, quantization_config=quantization)
 
     def rounding(options: dict[str, Any]) -> Callable[[torch.Tensor], torch.Tensor]:
         def through_4_bits(values: torch.Tensor) -> torch.Tensor:

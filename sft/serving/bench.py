@@ -42,7 +42,7 @@ Answer = tuple[list[float], int]  # seconds from sending to each event with text
 
 @dataclass(frozen=True)
 class Load:
-    """The answers to one round of requests by a number of clients at once, and the seconds that all took."""
+    """A round of requests by several clients at once: its answers, and how long it took."""
 
     seconds: float
     answers: list[Answer]
@@ -79,7 +79,7 @@ def bench_serve(
 
 
 def find_targets(urls: Sequence[str], models: Sequence[str]) -> list[Target]:
-    """The named models in that order, or all served ones."""
+    """The named models in that order, or all that the servers offer."""
     served = [Target(url, name) for url in urls for name in served_models(url)]
     names = [target.model for target in served]
     if missing := [name for name in models if name not in names]:
@@ -88,7 +88,7 @@ def find_targets(urls: Sequence[str], models: Sequence[str]) -> list[Target]:
 
 
 def make_prompts(count: int, words: int, salt: str) -> list[str]:
-    """Random words after a beginning that no other prompt has, so that the server's prefix cache never helps."""
+    """Random words after a unique beginning, so that the server's prefix cache never helps."""
     draw = random.Random(f"{salt} {count} {words}")
     return [" ".join([f"{salt}-{i}", *draw.choices(WORDS, k=words)]) for i in range(count)]
 
@@ -134,12 +134,12 @@ async def _ask(http: httpx.AsyncClient, target: Target, prompt: str, new_tokens:
                 if any(choice["delta"].get("content") for choice in event.get("choices", ())):
                     times.append(time.monotonic() - start)
     if not times:
-        raise ServerError(f"{target.url}: {target.model}: an answer without a token; see the server's log")
+        raise ServerError(f"{target.url}: {target.model}: an answer has no token; see the server's log")
     return times, tokens or len(times)
 
 
 def summarize(loads: Sequence[Load], base: Sequence[Load]) -> dict[str, Any]:
-    """Over all rounds; `relative`: tokens/s over those of `base` in the same round: median, lowest, highest."""
+    """Figures over all rounds. `relative`: tokens/s over `base`'s in the same round: median, lowest, highest."""
     answers, seconds = [answer for load in loads for answer in load.answers], sum(load.seconds for load in loads)
     gaps = [later - earlier for times, _ in answers for earlier, later in itertools.pairwise(times)]
     ratios = [load.tokens_per_s / other.tokens_per_s for load, other in zip(loads, base, strict=True)]

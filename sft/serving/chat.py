@@ -28,7 +28,7 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
         messages.append({"role": "user", "content": line})
         try:
             messages.append({"role": "assistant", "content": reply(messages)})
-        except UserError as error:  # too long, or the server is away: the conversation before this line goes on
+        except UserError as error:  # too long, or the server is down: drop this line and go on
             messages.pop()
             console.print(f"error: {error}; /reset starts over", style="red", markup=False, highlight=False)
 

@@ -1,8 +1,8 @@
 """Guards every route of a served model: vLLM loads it by `--middleware sft.serving.gatekeeper.Gatekeeper`.
 
-vLLM demands its key on /v1 alone; /tokenize, /invocations, /metrics and others are open, and it takes a body of any
-size. Here every route demands the key of VLLM_API_KEY. Without a key the server listens on loopback only, which a web
-page that the user has open can still reach: its requests name another Host, or an Origin.
+vLLM demands its key on /v1 only; /tokenize, /invocations, /metrics and others are open, and it takes a body of any
+size. The gatekeeper demands the key of VLLM_API_KEY on every route. Without a key the server listens on loopback only.
+A web page that the user has open can still reach it; its requests name another Host or an Origin, and are refused.
 """
 
 import hmac
@@ -11,7 +11,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-MAX_BODY_BYTES = 4 * 2**20  # a million tokens and more; parsing and tokenizing 10 MB stalls all other requests
+MAX_BODY_BYTES = 4 * 2**20  # over a million tokens; parsing and tokenizing 10 MB stalls all other requests
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
 
 Message = MutableMapping[str, Any]
@@ -21,7 +21,7 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 class Gatekeeper:
-    """ASGI middleware. 401: no key or another one; 403: not from this machine's own address; 413: body too large."""
+    """ASGI middleware. 401: no key or a wrong one; 403: a foreign Host or Origin; 413: body too large."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -48,7 +48,7 @@ class Gatekeeper:
 
     def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
         if self.key:
-            if method == "OPTIONS":  # a browser's question before the request has no key and gets no data
+            if method == "OPTIONS":  # a browser's preflight request has no key and gets no data
                 return None
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode()):

@@ -33,7 +33,7 @@ from sft.session import child_environment
 READY_WITHIN_S = 900
 QUESTION = "What is the capital of France?"
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# options of vLLM that would undo a promise of `graft serve`: what to do instead
+# options of vLLM that would undo a promise of `graft serve` -> what to do instead
 OURS = {
     "--host": "use --host of graft serve",
     "--port": "use --port of graft serve",
@@ -42,6 +42,7 @@ OURS = {
     "--trust-remote-code": "no code from a model repository is run",
     "--trust-request-chat-template": "a request's template is a program; the model's own is served",
 }
+# variables that let clients change the server
 OPENING = ("VLLM_SERVER_DEV_MODE", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
 
 
@@ -89,7 +90,7 @@ def _serve_once(
         try:
             answer = check_completion(url, name)
         except ServerError:
-            running.wait(seconds=10)  # if it died of the question, that is the reason
+            running.wait(seconds=10)  # if the question crashed it, report that instead
             raise
         print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
         print(
@@ -110,8 +111,8 @@ def server(
     extra: Sequence[str] = (),
     loras: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """A running server; its whole process tree is stopped on exit, and if this process is killed. Raises ServerError
-    with the remedy."""
+    """Start a server and wait until it is ready. Its whole process tree is stopped on exit, and if this process is
+    killed. Raises ServerError with the remedy."""
     if importlib.util.find_spec("vllm") is None:
         raise ServerError("vLLM is not installed; run `make serve-cpu`, or on a GPU machine: pip install -e '.[serve]'")
     if host not in LOOPBACK and not os.environ.get("VLLM_API_KEY"):
@@ -136,7 +137,7 @@ def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = (
     command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
     command += ["--middleware", "sft.serving.gatekeeper.Gatekeeper"]
     if default_device().type == "cpu":
-        command.append("--enforce-eager")  # compiling takes minutes there
+        command.append("--enforce-eager")  # compiling takes minutes on a CPU
         command += ["--dtype", "float32"]  # in bfloat16 rounding changes 1 of 20 answers, merged or dynamic
     command += ["--model", served.model, "--served-model-name", served.name]
     if served.revision:
@@ -150,7 +151,7 @@ def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = (
 
 
 def check_extra(extra: Sequence[str]) -> None:
-    """Raise ServerError for an option of vLLM that is ours to set, abbreviated or not."""
+    """Raise ServerError for an option of vLLM that would undo a promise, abbreviated or not, or such a variable."""
     for option in extra:
         name = option.split("=", 1)[0].replace("_", "-")
         for ours, instead in OURS.items():
@@ -170,7 +171,7 @@ def read_key(file: Path) -> str:
 
 
 def precision_note(served: Served, run: Path) -> str:
-    """A line to print if the server's base is not the one that the run's adapter was trained on; else nothing."""
+    """A line to print if the adapter of `run` was trained on another base than the server's; else empty."""
     model = run_recipe(run).model
     if not is_quantized(model.quantization) or served.model != resolve_base(model.base):
         return ""
@@ -187,7 +188,7 @@ def free_port() -> int:
 
 
 def check_completion(url: str, model: str) -> str:
-    """The answer to one real question. Raises ServerError if there is none."""
+    """The answer to one real question. Raises ServerError if the server gives none."""
     messages = [{"role": "user", "content": QUESTION}]
     with openai_client(url, "see the server's log", api_key=_key(), timeout=300, max_retries=0) as client:
         reply = cast(Any, client.chat.completions).create(model=model, messages=messages, temperature=0, max_tokens=16)
@@ -201,21 +202,21 @@ def curl_line(url: str, model: str) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Values that users set themselves take precedence over ours."""
+    """The variables that vLLM starts with; those that users set take precedence."""
     ours = {
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # two cores are few enough
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # all cores compute
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_MAX_N_SEQUENCES": "64",  # answers of one request; by default 16,384
     }
-    return ours | child_environment()  # vLLM imports the gatekeeper
+    return ours | child_environment()  # its PYTHONPATH lets vLLM import the gatekeeper
 
 
 def _taken(host: str, port: int) -> bool:
     try:
         socket.create_connection((host, port), timeout=1).close()
     except socket.gaierror as error:
-        raise ServerError(f"--host {host}: no such address: {error.strerror}; name one of this machine") from error
+        raise ServerError(f"--host {host}: no such address: {error.strerror}; name this machine's") from error
     except OSError:  # refused: nothing listens
         return False
     return True

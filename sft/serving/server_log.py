@@ -3,13 +3,13 @@
 import re
 from pathlib import Path
 
-# what vLLM 0.32 writes: the sentence it becomes, with the pattern's groups
+# a pattern of what vLLM 0.32 writes, and the sentence to print, filled in with the pattern's groups
 REASONS = [
     (
         r"max seq len \((\d+)\), \(([\d.]+) GiB KV cache is needed.*?KV cache memory \(([\d.]+) GiB\)\.\s+"
         r"(?:Based on the available memory, the estimated maximum model length is (\d+))?",
         "the model takes {0} tokens, whose cache needs {1} GiB, and there are {2} GiB; pass "
-        "--vllm=--max-model-len={3}, or give more: VLLM_CPU_KVCACHE_SPACE=GIB on a CPU, "
+        "--vllm=--max-model-len={3}, or give it more memory: VLLM_CPU_KVCACHE_SPACE=GIB on a CPU, "
         "--vllm=--gpu-memory-utilization=0.95 on a GPU",
     ),
     (
@@ -42,7 +42,7 @@ REASONS = [
         r"(\w+) does not support LoRA",
         "vLLM serves no adapters on a {0}; `graft export` the run and serve that",
     ),
-    (r"[Aa]ddress already in use", "the port was taken meanwhile; name another with --port"),
+    (r"[Aa]ddress already in use", "another program has taken the port; name another with --port"),
 ]
 
 

@@ -1,8 +1,8 @@
 """Targets of `graft serve` -> one model and the adapters on it, checked before vLLM starts.
 
 The adapter of a quantized run is served on the base that its training saw: the rounded weights, dequantized once into
-the cache folder. On the original weights a QLoRA run gave 64 of 96 answers as in training, so only
-`graft serve BASE --lora NAME=RUN` does that.
+the cache folder. On the original weights only 64 of 96 answers of a QLoRA run were those of training, so these are
+served only if the user names them: `graft serve BASE --lora NAME=RUN`.
 """
 
 import json
@@ -26,14 +26,14 @@ from sft.recipe.schema import WHEEL, Model
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
-# what vLLM 0.32 refuses, or would serve as a plain LoRA adapter
+# settings of an adapter that vLLM 0.32 refuses, or ignores
 UNSERVED = ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora")
 
 
 @dataclass(frozen=True)
 class Served:
     """model: Hub id or folder. adapters: folders by served name. tokenizer: the adapters', with the chat template of
-    training. ends: ids that end an answer, which the base's generation config may not know."""
+    training. ends: ids that end an answer, some of which the base's generation config may lack."""
 
     model: str
     name: str
@@ -45,23 +45,23 @@ class Served:
 
 
 def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = None) -> Served:
-    """An export, a base or a run trained as a whole; or runs with adapters of one base; `loras` (name: run) beside
-    either. Raises ServerError if that is not one model with adapters that vLLM serves."""
+    """One model and its adapters: an export, a base or a run trained as a whole, or runs with adapters of one base;
+    `loras` (name: run) adds runs to either. Raises ServerError if vLLM can't serve them together."""
     loras = loras or {}
     for target in (*targets, *loras.values()):
         if is_url(target):
-            raise ServerError(f"{target}: is a server already; name a run, an exported model or a base")
+            raise ServerError(f"{target}: is already a server; name a run, an exported model or a base")
         check_target(target)
     runs = [*((Path(t).resolve().name, t) for t in dict.fromkeys(targets) if _has_adapter(t)), *loras.items()]
     models = [t for t in targets if not _has_adapter(t)]
     if len(models) > 1:
-        raise ServerError(f"{' and '.join(models)} are several models: serve each on a --port of its own")
+        raise ServerError(f"{' and '.join(models)} are several models; serve each on its own --port")
     if not models and not runs:
         raise ServerError("nothing to serve; name a run, an exported model or a base")
     model, name = (_folder(models[0]), served_name(models[0])) if models else (None, "base")
     names = [name, *(name for name, _ in runs)]
     if twice := sorted(n for n in names if names.count(n) > 1):
-        raise ServerError(f"{twice[0]}: two of them have this name; give one another: --lora NAME=RUN")
+        raise ServerError(f"{twice[0]}: two of them have this name; rename one: --lora NAME=RUN")
     return _with_adapters(model, name, {name: Path(run) for name, run in runs}) if runs else Served(str(model), name)
 
 
@@ -81,12 +81,12 @@ def _folder(target: str) -> str:
 
 def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Served:
     revision, first, rank = None, next(iter(runs)), 0
-    original = model is not None  # as it was named
+    original = model is not None  # the user names the base: serve its original weights
     adapters: dict[str, Path] = {}
     tokenizers: dict[str, PreTrainedTokenizerBase] = {}
     for served, run in runs.items():
         if not _has_adapter(str(run)):
-            raise ServerError(f"--lora {served}={run}: is no run with an adapter")
+            raise ServerError(f"--lora {served}={run}: is not a run with an adapter")
         adapters[served] = adapter_folder(run)
         rank = max(rank, _rank(adapters[served]))
         recipe = run_recipe(run).model
@@ -95,16 +95,16 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
             model, revision = base, recipe.revision if base == recipe.base else None
         if base != model:
             raise ServerError(
-                f"{run}: its adapter was trained on {recipe.base}, and the server's model is {model}; serve it on a "
-                "--port of its own"
+                f"{run}: its adapter was trained on {recipe.base}, and the server's model is {model}; serve it on "
+                "another --port"
             )
         with readable(f"{adapters[served]}: the tokenizer"):
             tokenizers[served] = AutoTokenizer.from_pretrained(adapters[served], trust_remote_code=False)
         for part in ("chat_template", "vocab_size"):
             if getattr(tokenizers[served], part) != getattr(tokenizers[first], part):
                 raise ServerError(
-                    f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all; serve it on "
-                    "a --port of its own"
+                    f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all adapters; "
+                    "serve it on another --port"
                 )
     ends = stop_tokens(generation_config(str(model), revision).eos_token_id, tokenizers[first])
     return Served(
@@ -123,14 +123,14 @@ def trained_base(model: Model) -> str:
     digest = text_sha256(json.dumps([origin, model.quantization.model_dump(), model.dtype, version("bitsandbytes")]))
     folder = cache_dir() / f"{Path(base).name}-dequantized-{digest[:16]}"
 
-    def build(aside: Path) -> None:
+    def build(temporary: Path) -> None:
         print(f"writing the dequantized base of training to {folder} (once)", file=sys.stderr, flush=True)
         loaded = load_base(model, default_device())
         if getattr(loaded, "is_quantized", False):
             loaded = cast(Any, loaded).dequantize(dtype=torch.bfloat16)
         loaded.config.use_cache = True
-        cast(Any, loaded).to(torch.bfloat16).save_pretrained(aside)
-        load_tokenizer(model).save_pretrained(aside)
+        cast(Any, loaded).to(torch.bfloat16).save_pretrained(temporary)
+        load_tokenizer(model).save_pretrained(temporary)
 
     return str(build_once(folder, build))
 
@@ -139,14 +139,16 @@ def _rank(adapter: Path) -> int:
     """The adapter's largest rank. Raises ServerError if vLLM can't serve it, or would open a pickle."""
     for pickle in PICKLES:
         if (adapter / pickle).exists():
-            raise ServerError(f"{adapter / pickle}: is a pickle, which can run code and is never opened; remove it")
+            raise ServerError(f"{adapter / pickle}: is a pickle, which can run code, so it is never opened; remove it")
     with readable(str(adapter)):
         config = json.loads((adapter / "adapter_config.json").read_text())
     if config["peft_type"] != "LORA":
         raise ServerError(f"{adapter}: vLLM serves LoRA adapters, not {config['peft_type']}; `graft export` the run")
-    used = [key for key in UNSERVED if config.get(key)] + (["bias"] if config.get("bias", "none") != "none" else [])
-    if used:
-        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(used)}; `graft export` the run first")
+    unserved = [key for key in UNSERVED if config.get(key)]
+    if config.get("bias", "none") != "none":
+        unserved.append("bias")
+    if unserved:
+        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(unserved)}; `graft export` the run first")
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         raise ServerError(f"{adapter}: its rank {rank} exceeds vLLM's {RANKS[-1]}; `graft export` the run, serve that")

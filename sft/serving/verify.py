@@ -1,4 +1,4 @@
-"""The gate between training and serving: does the server answer as the run does in-process?
+"""The gate between training and serving: does the server answer like the run in this process?
 
 graft verify RUN URL
 """
@@ -41,13 +41,13 @@ def verify(
     concurrency: int = 16,
     margin: float | None = None,
 ) -> dict[str, Any]:
-    """The record that is written to RUN/verify.json: `passed`, each check with its numbers, and the first prompt that
-    differs in its two renders. Raises ServerError if the server can't be asked at all."""
+    """Compare a server with its run, and return the record that is written to RUN/verify.json: `passed`, each check
+    with its numbers, and the first prompt that differs. Raises ServerError if the server does not answer."""
     if not is_url(url):
-        raise RecipeError(f"{url}: is no address; name the server's /v1, such as http://127.0.0.1:8000/v1")
+        raise RecipeError(f"{url}: is not an address; name the server's /v1, such as http://127.0.0.1:8000/v1")
     recipe = run_any_recipe(run)
     if not isinstance(recipe, Recipe):
-        raise RecipeError(f"{run}: is a baseline, which no model server serves; verify a run of a language model")
+        raise RecipeError(f"{run}: is a baseline, which vLLM does not serve; verify a run of a language model")
     drawn, source = questions_to_score(str(run), recipe, recipe.task, data, None, n)
     own_name = run.resolve().name
     served = served_model(url, model or (own_name if own_name in served_models(url) else None))
@@ -57,7 +57,7 @@ def verify(
     loaded = load_run(run)
     local_answers = answer_locally(loaded, drawn, recipe.eval.max_new_tokens, recipe.eval.batch_tokens)
     if not local_answers:
-        raise RecipeError(f"--data: none of {len(drawn)} prompts fits into the model's positions; name other data")
+        raise RecipeError(f"--data: none of {len(drawn)} prompts fits into the model's positions; use shorter prompts")
     questions = [drawn[i] for i in local_answers]
     pairs = [(local, served_answers[i]) for i, local in local_answers.items()]
     scores = [
@@ -70,12 +70,14 @@ def verify(
         check_first_token(pairs, margin),
         check_score(*(summary["scores"]["total"] for summary in scores)),
     ]
-    texts = [(local.prediction.text, server.prediction.text) for local, server in pairs]
     different = [
-        {"id": question.id, "in_process": local, "server": server}
-        for question, (local, server) in zip(questions, texts, strict=True)
-        if local != server
+        {"id": question.id, "in_process": local.prediction.text, "server": server.prediction.text}
+        for question, (local, server) in zip(questions, pairs, strict=True)
+        if local.prediction.text != server.prediction.text
     ]
+    differences = (
+        _difference(check.name, questions[i], *pairs[i], loaded.tokenizer) for check in checks for i in check.differing
+    )
     record = {
         "run": run.name,
         "url": url,
@@ -88,14 +90,7 @@ def verify(
         "seconds": round(time.monotonic() - start, 1),
         "checks": {check.name: {"passed": check.passed, "text": check.text, **check.numbers} for check in checks},
         "different_answers": different,
-        "first_difference": next(
-            (
-                _difference(check.name, questions[i], *pairs[i], loaded.tokenizer)
-                for check in checks
-                for i in check.differing
-            ),
-            None,
-        ),
+        "first_difference": next(differences, None),
     }
     write_json(run / "verify.json", record)
     return record
@@ -104,7 +99,7 @@ def verify(
 def answer_by_server(
     url: str, model: str, questions: Sequence[Conversation], max_new_tokens: int, concurrency: int
 ) -> list[ServerAnswer]:
-    """What the server makes of each prompt. `return_token_ids` and `return_tokens_as_token_ids` are vLLM's."""
+    """The server's answer to each prompt. `return_token_ids` and `return_tokens_as_token_ids` are options of vLLM."""
     ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     replies = chat_completions(
         url, model, questions, max_new_tokens, concurrency, logprobs=True, top_logprobs=TOP, extra_body=ids
@@ -127,7 +122,7 @@ def _server_answer(reply: "ChatCompletion | None") -> ServerAnswer:
 def answer_locally(
     loaded: Loaded, questions: Sequence[Conversation], max_new_tokens: int, batch_tokens: int
 ) -> dict[int, LocalAnswer]:
-    """Answers by the number of the question, without those that are too long for the model."""
+    """Answers by the question's index, without questions that are too long for the model."""
     model, tokenizer = loaded.model, loaded.tokenizer
     predictions = generate(model, tokenizer, questions, max_new_tokens, batch_tokens, loaded.packed)
     prompts = {i: encode_prompt(questions[i].prompt, tokenizer) for i, p in enumerate(predictions) if p.asked}
@@ -144,7 +139,7 @@ def _difference(
     """A prompt that differs: its two renders and answers side by side."""
 
     def sides(own: list[int], served: list[int] | None, unknown: str) -> dict[str, Any]:
-        """Both texts, and their ids from the first that differs."""
+        """Both texts, and their ids from the first difference on."""
         same = common_prefix(own, served) if served is not None else None
         text = tokenizer.decode(served) if served is not None else unknown
         return {
@@ -166,7 +161,7 @@ def _difference(
 def print_record(record: dict[str, Any], console: Console) -> None:
     title = f"{record['model']} at {record['url']} against {record['run']}"
     table = Table("check", "", f"{record['prompts']} prompts of {record['data']}", title=title, title_justify="left")
-    words = {True: "[green]passed", False: "[red]FAILED", None: "[red]NOT MADE"}
+    words = {True: "[green]passed", False: "[red]FAILED", None: "[red]NOT CHECKED"}
     for name, check in record["checks"].items():
         table.add_row(name, words[check["passed"]], check["text"])
     console.print(table)

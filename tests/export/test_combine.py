@@ -26,21 +26,21 @@ def test_runs_are_combined_and_compared_with_each(plain, tmp_path):
     alone, first = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "first"))
     assert all((value == first[name]).float().mean() > 0.99 for name, value in alone.items())
     combine(plain, other, "--method", "ties", "--density", "0.5", "--out", tmp_path / "both")
-    told = json.loads((tmp_path / "both" / "parity.json").read_text())
-    assert told["combination"] == {
+    parity = json.loads((tmp_path / "both" / "parity.json").read_text())
+    assert parity["combination"] == {
         "runs": ["plain", "other"], "method": "ties", "weights": [0.5, 0.5], "density": 0.5
     }  # fmt: skip
-    assert told["answer_argmax_agreement"] > 0.9  # with the combined adapter
-    assert all(told["against"][name]["mean_kl_nats"] > 10 * told["mean_kl_nats"] for name in ("plain", "other"))
+    assert parity["answer_argmax_agreement"] > 0.9  # with the combined adapter
+    assert all(parity["against"][name]["mean_kl_nats"] > 10 * parity["mean_kl_nats"] for name in ("plain", "other"))
     command(tmp_path / "both", "--run", plain, name="verify")
 
 
-def test_runs_of_one_name_are_told_apart(plain, tmp_path):
+def test_runs_of_the_same_name_are_recorded_by_their_paths(plain, tmp_path):
     (tmp_path / "b").mkdir()
     other = make_run(tmp_path / "b" / "plain", plain.parent / "base", seed=2, quantized=False)
     combine(plain, other, "--out", tmp_path / "both", "--allow-mismatch")
-    told = json.loads((tmp_path / "both" / "parity.json").read_text())
-    assert list(told["against"]) == told["combination"]["runs"] == [str(plain), str(other)]
+    parity = json.loads((tmp_path / "both" / "parity.json").read_text())
+    assert list(parity["against"]) == parity["combination"]["runs"] == [str(plain), str(other)]
 
 
 def test_single_run_is_not_combined(plain, tmp_path):
@@ -61,12 +61,12 @@ def test_adapters_that_peft_would_combine_wrongly_are_refused(kind, plain, tmp_p
     ("options", "message"),
     [
         (("--weights", "1"), "--weights holds 1 numbers for 2 runs"),
-        (("--weights", "a,b"), "write numbers with commas between"),
+        (("--weights", "a,b"), "write comma-separated numbers"),
         (("--method", "mean"), "--method mean is none of linear, cat"),
         (("--method", "ties"), "needs --density"),
         (("--density", "0.5"), "leave --density out"),
     ],
 )
-def test_combination_that_makes_no_sense_is_named(options, message, plain, tmp_path):
+def test_invalid_combination_is_named(options, message, plain, tmp_path):
     done = combine(plain, plain, *options, "--out", tmp_path / "out", code=2)
     assert message in " ".join(done.stderr.split())

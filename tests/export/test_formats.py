@@ -1,5 +1,5 @@
-"""Exports in fewer bits: what the tools make is judged. Stand-ins for the tools damage it in planted ways;
-llama.cpp itself is tried where LLAMA_CPP names it."""
+"""Exports in fewer bits, and how they are checked. Fake tools damage them in planted ways; llama.cpp itself runs if
+LLAMA_CPP names it."""
 
 import json
 import os
@@ -26,16 +26,16 @@ ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
-    made = make_run(folder / "run", chatml_base(folder / "base"), quantized=False)
+    run_folder = make_run(folder / "run", chatml_base(folder / "base"), quantized=False)
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    recipe = made / "recipe.yaml"
-    told = recipe.read_text().replace("data/samples/squad_train.json, max_contexts: 4", str(folder / "train.jsonl"))
-    recipe.write_text(told)
-    return made
+    recipe = run_folder / "recipe.yaml"
+    text = recipe.read_text().replace("data/samples/squad_train.json, max_contexts: 4", str(folder / "train.jsonl"))
+    recipe.write_text(text)
+    return run_folder
 
 
 def compressor(folder: Path, damage: str, monkeypatch) -> None:
-    """A program in the place of llm-compressor's Python, which copies the model and then damages the copy."""
+    """Replace llm-compressor's Python by a program that copies the model and then damages the copy."""
     program = folder / "python"
     program.write_text(
         f"#!{sys.executable}\n"
@@ -57,7 +57,7 @@ def compressor(folder: Path, damage: str, monkeypatch) -> None:
     monkeypatch.setattr(sft.export.formats.importlib.util, "find_spec", lambda n: n == "compressed_tensors" or find(n))
 
 
-def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
+def test_format_is_written_with_its_own_parity(run, tmp_path, monkeypatch):
     compressor(tmp_path, "", monkeypatch)
     out = tmp_path / "out"
     done = command(run, "--format", "w4a16", "--out", out)
@@ -68,7 +68,7 @@ def test_format_is_written_with_its_own_proof(run, tmp_path, monkeypatch):
     assert "w4a16" in (out / "README.md").read_text()
     assert f"next: graft serve {out}" in done.stdout.replace("\n", "")
     assert not (out / "recipe.yaml").exists()  # a folder with one is a run
-    assert (out / "chat_template.jinja").read_text() != "{{ messages }}"  # the run's own stands there
+    assert (out / "chat_template.jinja").read_text() != "{{ messages }}"  # it is the run's
     assert "rounded them" in command(out, "--run", run, name="verify").stdout
     weights = load_file(out / "model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, out / "model.safetensors", {"format": "pt"})
@@ -104,7 +104,7 @@ def test_what_a_compressor_breaks_is_not_written(damage, message, run, tmp_path,
     log.unlink(missing_ok=True)
 
 
-def test_tool_ends_with_what_called_it(tmp_path):
+def test_tool_ends_with_its_caller(tmp_path):
     pid = tmp_path / "pid"
     tool = f"import os, time; open({str(pid)!r}, 'w').write(str(os.getpid())); time.sleep(300)"
     caller = "import sys; from pathlib import Path; from sft.child_process import run_tool\n"
@@ -119,7 +119,7 @@ def test_tool_ends_with_what_called_it(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "key"), [("gguf-f32", "min_agreement"), ("gguf-q8_0", "min_format_agreement")])
-def test_format_that_rounds_nothing_is_held_to_what_a_merge_is(name, key, run):
+def test_format_that_rounds_nothing_must_agree_as_much_as_a_merge(name, key, run):
     assert least_agreement(run_recipe(run), name)[0] == key
 
 
@@ -135,7 +135,7 @@ def test_format_that_rounds_nothing_is_held_to_what_a_merge_is(name, key, run):
         ),
     ],
 )
-def test_missing_tool_is_told_before_anything_is_merged(name, message, run, tmp_path, monkeypatch):
+def test_missing_tool_is_reported_before_anything_is_merged(name, message, run, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("GRAFT_LLMCOMPRESSOR", "LLAMA_CPP"):
         monkeypatch.delenv(variable, raising=False)
@@ -148,7 +148,9 @@ def test_converter_gets_no_model_that_names_code(file, tmp_path, monkeypatch):
     """llama.cpp's converter lets transformers run it."""
     (tmp_path / "convert_hf_to_gguf.py").write_text("open('ran', 'w')\n")
     monkeypatch.setenv("LLAMA_CPP", str(tmp_path))
-    monkeypatch.setattr(sft.export.formats.importlib.util, "find_spec", lambda name: object())  # sentencepiece is there
+    monkeypatch.setattr(
+        sft.export.formats.importlib.util, "find_spec", lambda name: object()
+    )  # sentencepiece is installed
     merged = tmp_path / "merged"
     merged.mkdir()
     (merged / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
@@ -165,7 +167,7 @@ def test_gguf_holds_weights_template_and_stop_of_the_run(kind, smollm, tmp_path)
     out = tmp_path / "out"
     command(run, "--format", f"gguf-{kind}", "--out", out)
     assert sorted(f.name for f in out.iterdir()) == ["README.md", "model.gguf", "parity.json"]
-    made = json.loads((out / "parity.json").read_text())["format"]
-    assert made["answer_argmax_agreement"] >= 0.95
-    assert (made["bytes"] < 0.7 * made["merged_bytes"]) == (kind == "q8_0")
+    facts = json.loads((out / "parity.json").read_text())["format"]
+    assert facts["answer_argmax_agreement"] >= 0.95
+    assert (facts["bytes"] < 0.7 * facts["merged_bytes"]) == (kind == "q8_0")
     command(out, "--run", run, name="verify")

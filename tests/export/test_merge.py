@@ -1,4 +1,4 @@
-"""Merges against PEFT's own in memory, weight by weight."""
+"""Streamed merges against PEFT's merge in memory, weight by weight."""
 
 import json
 import shutil
@@ -50,18 +50,18 @@ def merge(base: Path, adapter: Path | None, out: Path, dtype=torch.float32):
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_streamed_merge_equals_merge_in_memory(kind, untied, tmp_path):
     tuned = tune(untied, ADAPTERS[kind](), tmp_path / "adapter")
-    told = merge(untied, tmp_path / "adapter", tmp_path / "out")
-    assert told["adapted"] > 0
-    assert not told["unchanged"]
+    counts = merge(untied, tmp_path / "adapter", tmp_path / "out")
+    assert counts["adapted"] > 0
+    assert not counts["unchanged"]
     expected = tuned.merge_and_unload(safe_merge=True).state_dict()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.dtype == torch.float32
     assert merged.state_dict().keys() == expected.keys()
     for name, value in merged.state_dict().items():
         assert torch.allclose(value, expected[name], rtol=1e-6, atol=1e-7), name
-    assert [p.name for p in (tmp_path / "out").glob("*.safetensors")].sort() == [
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == sorted(
         p.name for p in untied.glob("*.safetensors")
-    ].sort()
+    )
     assert {p.stat().st_mode & 0o777 for p in (tmp_path / "out").glob("*.safetensors")} == {0o644}
 
 
@@ -72,7 +72,7 @@ def test_bfloat16_is_the_float32_merge_rounded_once(untied, tmp_path):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert merged.dtype == torch.bfloat16
     for name, value in merged.state_dict().items():
-        assert (value == expected[name]).float().mean() > 0.999, name  # a last bit may fall the other way
+        assert (value == expected[name]).float().mean() > 0.999, name  # a last bit may round differently
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_bfloat16_is_the_float32_merge_rounded_once(untied, tmp_path):
     ],
     ids=["neither", "lora on the embedding", "embedding saved", "head saved", "both saved", "trainable tokens"],
 )
-def test_tied_embeddings_come_apart_where_the_adapter_makes_them_differ(config, stays_tied, tied, tmp_path):
+def test_tied_embeddings_are_untied_if_the_adapter_makes_them_differ(config, stays_tied, tied, tmp_path):
     tuned = tune(tied, config, tmp_path / "adapter")
     expected = logits(tuned)
     merge(tied, tmp_path / "adapter", tmp_path / "out")
@@ -143,16 +143,16 @@ def test_dequantized_base_is_bit_for_bit_that_of_training(untied, tmp_path):
         out = tmp_path / str(double)
         out.mkdir()
         write_merge(plan, out)
-        found = {name: value for shard in read_shards(out).values() for name, value in shard.items()}
-        assert found.keys() == expected.keys()
-        for name, value in found.items():
+        written = {name: value for shard in read_shards(out).values() for name, value in shard.items()}
+        assert written.keys() == expected.keys()
+        for name, value in written.items():
             assert torch.equal(value, expected[name]), name
 
 
 def test_layers_untouched_by_the_adapter_are_copied_byte_for_byte(untied, tmp_path):
     tune(untied, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"), tmp_path / "adapter")
-    told = merge(untied, tmp_path / "adapter", tmp_path / "out", torch.bfloat16)
-    assert told["adapted"] == 4  # weight and bias of two layers
+    counts = merge(untied, tmp_path / "adapter", tmp_path / "out", torch.bfloat16)
+    assert counts["adapted"] == 4  # weight and bias of two layers
     index = json.loads((untied / INDEX).read_text())
     written = json.loads((tmp_path / "out" / INDEX).read_text())
     assert (written["weight_map"], written["metadata"]["total_size"]) == (
@@ -214,7 +214,7 @@ def test_module_whose_weights_are_in_two_files_is_unchanged_only_if_all_of_them_
     assert torch.equal(load_file(tmp_path / "out" / "bias.safetensors")[name], bias.float())
 
 
-def test_full_disk_is_found_before_anything_is_written(untied, tmp_path, monkeypatch):
+def test_full_disk_is_reported_before_anything_is_written(untied, tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     with pytest.raises(DiskFull, match="0.00 GB"):
         merge(untied, None, tmp_path / "out")

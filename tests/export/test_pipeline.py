@@ -1,4 +1,4 @@
-"""Exports of runs, and those whose faults are planted."""
+"""Exports of runs, and exports with planted faults."""
 
 import json
 import os
@@ -36,13 +36,13 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(run) -> Path:
-    """The same on the base as it is."""
+    """The same on the unquantized base."""
     return make_run(run.parent / "plain", run.parent / "base", quantized=False)
 
 
 @pytest.fixture(scope="module")
 def record(run) -> dict:
-    """Of the run's export, in its folder."""
+    """The parity record of the run's export, in the run folder."""
     command(run)
     return json.loads((run / "export" / "parity.json").read_text())
 
@@ -61,12 +61,12 @@ def test_both_bases_are_measured_and_the_nearer_one_is_written(run, record):
     assert len((merged - base.bfloat16()).unique()) > 16  # NF4's rounding and the adapter
 
 
-def test_original_base_is_written_where_it_is_nearer(run, tmp_path, monkeypatch):
+def test_original_base_is_written_if_it_is_nearer(run, tmp_path, monkeypatch):
     divergences = iter([0.2, 0.1])
     monkeypatch.setattr("sft.export.parity.compare", lambda *t: compare(*t) | {"mean_kl_nats": next(divergences)})
     command(run, "--out", tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "parity.json").read_text())
-    assert told["base"] == "original"
+    parity = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert parity["base"] == "original"
     assert not list(tmp_path.glob(".*"))
 
 
@@ -91,7 +91,7 @@ def test_equal_models_do_not_diverge_and_others_do():
     assert (equal["same_answers"], differ["same_answers"]) == (2, 1)
 
 
-def test_card_names_base_licence_data_and_proof(run, record):
+def test_card_names_base_licence_data_and_parity(run, record):
     card = (run / "export" / "README.md").read_text()
     front = yaml.safe_load(card.split("---")[1])
     assert (front["license"], front["base_model"]) == ("apache-2.0", str(run.parent / "base"))
@@ -99,7 +99,7 @@ def test_card_names_base_licence_data_and_proof(run, record):
         assert text in card, text
 
 
-def test_finished_export_is_proven_anew(run, record):
+def test_finished_export_is_verified_again(run, record):
     before = {p: p.stat().st_mtime_ns for p in (run / "export").rglob("*")}
     done = command(run / "export", name="verify")
     assert "answers like run run" in done.stdout
@@ -117,7 +117,7 @@ def edit_json(file: Path, **values) -> None:
 
 
 def dequantized(run: Path) -> dict[str, torch.Tensor]:
-    """What the export was merged into."""
+    """The weights that the export was merged into."""
     return {n: v.bfloat16() for n, v in load_base(run_recipe(run).model, torch.device("cpu")).state_dict().items()}
 
 
@@ -161,9 +161,9 @@ FAULTS: dict[str, tuple[Callable, str]] = {
         lambda run, out: edit_json(out / "tokenizer_config.json", eos_token="<|endoftext|>"),
         "the tokenizer's eos_token is <|endoftext|>, the run's is <|im_end|>",
     ),
-    "text split otherwise": (
+    "text split differently": (
         lambda run, out: edit_json(out / "tokenizer.json", pre_tokenizer={"type": "Digits", "individual_digits": True}),
-        "the tokenizer splits text otherwise than the run's",
+        "the tokenizer splits text differently from the run's",
     ),
     "configuration changed": (
         lambda run, out: edit_json(out / "config.json", rms_norm_eps=0.5),
@@ -205,7 +205,7 @@ def test_adapter_is_merged_into_no_other_base(run, record, tmp_path):
     assert not (copy / "export").exists()
 
 
-def test_layer_that_the_adapter_leaves_as_it_was_needs_leave(run, tmp_path):
+def test_layer_that_the_adapter_leaves_unchanged_needs_allow_mismatch(run, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("export"))
     file = copy / "adapter" / "adapter_model.safetensors"
@@ -221,19 +221,19 @@ def test_model_larger_than_memory_is_merged_unmeasured(run, tmp_path, monkeypatc
     for name in ("load_run", "load_format"):
         monkeypatch.setattr(f"sft.export.parity.{name}", lambda *_: pytest.fail("a model was loaded"))
     command(run, "--no-parity", "--out", tmp_path / "out")
-    told = json.loads((tmp_path / "out" / "parity.json").read_text())
-    assert (told["measured"], told["base"]) == (False, "dequantized, as trained")
-    assert told["reason"].endswith("not measured")
+    parity = json.loads((tmp_path / "out" / "parity.json").read_text())
+    assert (parity["measured"], parity["base"]) == (False, "dequantized, as trained")
+    assert parity["reason"].endswith("not measured")
     assert "was **not** measured" in (tmp_path / "out" / "README.md").read_text()
 
 
 def kill_at(patch: Callable, run: Path, out: Path) -> None:
-    """An export in a process of its own that dies, as by kill -9, where `patch` says."""
+    """An export in a child process that dies, as by kill -9, at the call that `patch` replaces."""
     child = os.fork()
     if not child:
         try:
             signal.alarm(60)
-            torch.set_num_threads(1)  # threads of the parent are not there
+            torch.set_num_threads(1)  # a forked child lacks the parent's threads
             patch()
             export(run, out, measure=False)
         finally:
@@ -262,7 +262,7 @@ def test_killed_export_leaves_nothing_that_looks_finished(plain, tmp_path):
         kill_at(patch, plain, out)
         assert not out.exists()
     out.mkdir()
-    kill_at(die_after(1, Path, "rename"), plain, out)  # in an empty folder that is there, files come one by one
+    kill_at(die_after(1, Path, "rename"), plain, out)  # files are moved into an existing folder one by one
     assert not (out / "config.json").exists()
     shutil.rmtree(out)
     command(plain, "--out", out, "--no-parity")
@@ -309,10 +309,10 @@ def test_base_whose_experts_are_fused_is_merged_in_memory_and_says_so(tmp_path):
     folder = make_run(tmp_path / "run", save_tiny(config, tmp_path / "base", tokenizer), quantized=False)
     done = command(folder)
     assert "merged in memory, not streamed: transformers loads" in done.stdout
-    told = json.loads((folder / "export" / "parity.json").read_text())
-    assert told["merge"]["streamed"] is False
-    assert told["merge"]["adapted"] == 14  # of two layers: q, k, v, o, the gate and both of the experts
-    assert told["answer_argmax_agreement"] > 0.9
+    parity = json.loads((folder / "export" / "parity.json").read_text())
+    assert parity["merge"]["streamed"] is False
+    assert parity["merge"]["adapted"] == 14  # in two layers: q, k, v, o, the gate and both weights of the experts
+    assert parity["answer_argmax_agreement"] > 0.9
     done = command(folder / "export", name="verify")
     assert "weights are not compared one by one" in done.stdout
     file = folder / "adapter" / "adapter_model.safetensors"
@@ -320,22 +320,22 @@ def test_base_whose_experts_are_fused_is_merged_in_memory_and_says_so(tmp_path):
     assert "equals its base" in command(folder, "--out", tmp_path / "o", code=2).stderr
 
 
-def test_push_sends_unless_told_to_run_dry(run, record, monkeypatch):
+def test_push_sends_unless_it_is_a_dry_run(run, record, monkeypatch):
     sent = []
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda self, *a, **k: sent.append((a, k)))
     monkeypatch.setattr("huggingface_hub.HfApi.upload_folder", lambda self, **k: sent.append(k) or "address")
-    told = command(run / "export", "someone/model", "--dry-run", name="push").stdout
-    assert "licence of the base: apache-2.0" in told
-    assert "nothing was sent" in told
+    shown = command(run / "export", "someone/model", "--dry-run", name="push").stdout
+    assert "licence of the base: apache-2.0" in shown
+    assert "nothing was sent" in shown
     assert not sent
-    told = command(run / "export", "someone/model", name="push").stdout
-    assert "sent: address" in told
+    shown = command(run / "export", "someone/model", name="push").stdout
+    assert "sent: address" in shown
     assert sent[0] == (("someone/model",), {"private": True, "exist_ok": True})
     assert sent[1]["folder_path"] == run / "export"
     assert "write OWNER/NAME" in command(run / "export", "model", code=2, name="push").stderr
 
 
-def test_run_with_added_tokens_is_exported_and_proven(plain, tmp_path):
+def test_run_with_added_tokens_is_exported_and_verified(plain, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(plain, copy, ignore=shutil.ignore_patterns("export"))
     base = plain.parent / "base"

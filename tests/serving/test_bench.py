@@ -1,4 +1,4 @@
-"""The load test: how many ask at once, what is counted, and who is compared with whom."""
+"""The load test: how many clients ask at once, what is counted, and what is compared."""
 
 import json
 
@@ -22,10 +22,10 @@ def url(server):
         yield address
 
 
-def test_as_many_ask_at_once_as_are_asked_for_and_all_are_counted(server, url):
+def test_number_of_clients_is_as_asked_and_all_requests_are_counted(server, url):
     rows = bench_serve([url], ["base"], [3], requests=9, prompt_words=5, new_tokens=4, rounds=2)
     assert server.most == 3
-    assert len(server.seen) == 2 * 9 + 1, "one more before the first round"
+    assert len(server.seen) == 2 * 9 + 1, "and a warm-up before the first round"
     (row,) = rows
     assert (row["requests"], row["relative"]) == (18, [1.0, 1.0, 1.0])
     assert row["output_tokens_per_s"] == pytest.approx(4 * row["requests_per_s"], rel=0.01), "tokens, not chunks"
@@ -34,7 +34,7 @@ def test_as_many_ask_at_once_as_are_asked_for_and_all_are_counted(server, url):
     assert row["requests_per_s"] <= 3 / 0.08, "four waits of 20 ms a request"
 
 
-def test_models_take_turns_and_are_asked_the_same_which_is_never_asked_again(server, url):
+def test_models_take_turns_and_get_the_same_prompts_each_once(server, url):
     bench_serve([url], [], [2], requests=2, prompt_words=5, new_tokens=4, rounds=2)
     order = [request["model"] for request in server.seen]
     assert order == ["base"] * 3 + ["merged"] * 5 + ["base"] * 2, "the second round begins with the other one"

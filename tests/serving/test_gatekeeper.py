@@ -1,4 +1,4 @@
-"""What stands before every route of a served model."""
+"""The gatekeeper before every route of a served model."""
 
 import asyncio
 from typing import Any
@@ -12,20 +12,20 @@ ROUTES = ("/v1/models", "/v1/chat/completions", "/tokenize", "/invocations", "/d
 
 
 async def inner(scope: Any, receive: Any, send: Any) -> None:
-    """Any route: answers with how many bytes it was given."""
-    size, more = 0, True
-    while more:
+    """Any route: answers with the size of the body in bytes."""
+    size, unfinished = 0, True
+    while unfinished:
         message = await receive()
-        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        size, unfinished = size + len(message.get("body", b"")), message.get("more_body", False)
     await send({"type": "http.response.start", "status": 200, "headers": []})
     await send({"type": "http.response.body", "body": str(size).encode()})
 
 
-def ask(method: str, path: str, base: str = "http://127.0.0.1:8000", **more: Any) -> httpx.Response:
+def ask(method: str, path: str, base: str = "http://127.0.0.1:8000", **options: Any) -> httpx.Response:
     async def request() -> httpx.Response:
         transport = httpx.ASGITransport(app=Gatekeeper(inner))
         async with httpx.AsyncClient(transport=transport, base_url=base) as client:
-            return await client.request(method, path, **more)
+            return await client.request(method, path, **options)
 
     return asyncio.run(request())
 
@@ -63,17 +63,17 @@ def test_own_machine_needs_no_key(no_key, base):
     "host", ["evil.example", "127.0.0.1.evil.example:8000", "localhost.evil:80", "", "evil:127.0.0.1"]
 )
 def test_rebound_name_is_refused(no_key, host):
-    """S15: a page whose name was made to mean 127.0.0.1 still sends that name."""
+    """S15: a page whose name resolves to 127.0.0.1 still sends that name."""
     assert ask("GET", "/tokenize", headers={"Host": host}).status_code == 403
 
 
 @pytest.mark.parametrize("origin", ["http://evil.example", "null", "http://127.0.0.1:9999", ""])
 def test_request_of_another_origin_is_refused(no_key, origin):
-    """S15: a page may send a POST that it can't read the answer of."""
+    """S15: a page may send a POST whose answer it can't read."""
     assert ask("POST", "/v1/chat/completions", headers={"Origin": origin}).status_code == 403
 
 
-def test_body_over_the_limit_is_refused_whether_or_not_its_length_is_told(no_key):
+def test_body_over_the_limit_is_refused_with_or_without_a_declared_length(no_key):
     """S16"""
 
     async def pieces():

@@ -1,4 +1,4 @@
-"""Serving: what is started, what is refused before, how it ends; the last tests need vLLM."""
+"""Serving: what starts, what is refused before the start, how a server ends; the last tests need vLLM."""
 
 import importlib.util
 import json
@@ -31,7 +31,7 @@ from tests.helpers.processes import alive, gone
 has_vllm = importlib.util.find_spec("vllm") is not None
 RECIPE = "task: squad_v2\nmodel: {{base: '{}'{}}}\ndata: {{train: gone.json}}\n"
 
-# stands where vLLM's module would: a server with a child of its own. FAKE: what it does
+# in place of vLLM's module: a server with a child process; the variable FAKE says what it does
 FAKE_VLLM = """
 import http.server, os, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
@@ -59,7 +59,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
 
 @pytest.fixture
 def fake_vllm(tmp_path, monkeypatch) -> Path:
-    """A vLLM that a started Python imports first; the file that it writes its own and its child's process id to."""
+    """A fake vLLM that a child process imports first. Returns the file that it writes its and its child's ids to."""
     package = tmp_path / "fake" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for folder in (package, package.parent, package.parent.parent):
@@ -81,7 +81,7 @@ def processes(pids: Path, within_s: float = 30) -> list[int]:
 
 
 def make_run(folder: Path, base: Path, tokenizer_of: Path | None = None, **config) -> Path:
-    """A run folder with what is read before vLLM starts."""
+    """A run folder with the files that are read before vLLM starts."""
     adapter = folder / "adapter"
     adapter.mkdir(parents=True)
     settings = {"r": 12, "peft_type": "LORA"} | config
@@ -166,7 +166,7 @@ def test_adapters_of_different_templates_are_refused(tmp_path, tiny):
         command_of(one, other)
 
 
-def test_names_that_stand_for_two_are_refused(tmp_path, tiny):
+def test_names_of_two_targets_are_refused(tmp_path, tiny):
     runs = [make_run(tmp_path / part / "same", tiny) for part in ("a", "b")]
     with pytest.raises(ServerError, match="same: two of them have this name; .* --lora NAME=RUN"):
         command_of(*runs)
@@ -222,7 +222,7 @@ def test_other_addresses_need_a_key(fake_vllm, tmp_path, tiny, monkeypatch):
         pass
 
 
-def test_key_stands_in_a_file_and_never_on_the_command_line(tmp_path, tiny, monkeypatch):
+def test_key_is_in_a_file_and_never_on_the_command_line(tmp_path, tiny, monkeypatch):
     """S14: what other users can see of a process."""
     file = tmp_path / "key"
     file.write_text("s3cret\n")
@@ -278,7 +278,7 @@ def test_ipv6_loopback_needs_no_key(fake_vllm, tmp_path, tiny, monkeypatch):
         pass
 
 
-def test_address_that_is_none_is_a_clear_error(fake_vllm, tmp_path, tiny, monkeypatch):
+def test_unknown_address_is_a_clear_error(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     with (
         pytest.raises(ServerError, match="--host no.such.host"),
@@ -304,7 +304,7 @@ def test_server_and_what_it_started_are_stopped_at_the_end(fake_vllm, tmp_path, 
 def test_ctrl_c_during_the_start_leaves_no_process(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("FAKE", "slow")
 
-    def interrupt(*args: object, **more: object) -> None:
+    def interrupt(*args: object, **kwargs: object) -> None:
         processes(fake_vllm)
         raise KeyboardInterrupt
 
@@ -314,7 +314,7 @@ def test_ctrl_c_during_the_start_leaves_no_process(fake_vllm, tmp_path, tiny, mo
     assert gone(processes(fake_vllm), 0)
 
 
-def test_server_that_dies_once_it_was_ready_ends_with_its_reason(fake_vllm, tmp_path, tiny, monkeypatch):
+def test_server_that_crashes_after_its_start_ends_with_the_reason(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("FAKE", "dies")
     with (
         pytest.raises(ServerError, match="out of memory; lower"),
@@ -324,14 +324,14 @@ def test_server_that_dies_once_it_was_ready_ends_with_its_reason(fake_vllm, tmp_
     assert gone(processes(fake_vllm), 0)
 
 
-def test_server_that_dies_is_started_again_as_often_as_asked_for(fake_vllm, tmp_path, tiny, capfd):
-    """It dies with its first answer each time, before or after that has arrived."""
+def test_server_that_crashes_is_restarted_up_to_retries_times(fake_vllm, tmp_path, tiny, capfd):
+    """It crashes with each first answer, before or after the answer has arrived."""
     with pytest.raises(SystemExit) as ended:
         serve_command_line([str(tiny)], port=free_port(), retries=2)
     shown = capfd.readouterr().err
     assert ended.value.code == 2
     logs = sorted(tiny.glob("serve-*.[12].log"))
-    assert len(logs) == 2  # of each that died
+    assert len(logs) == 2  # of each that crashed
     for log in logs:
         log.unlink()
     assert "restarting it, 2 of 2" in shown
@@ -397,18 +397,18 @@ def test_reason_in_the_log_is_named_with_its_remedy(tmp_path, log, message):
 needs_vllm = pytest.mark.skipif(not has_vllm, reason="vLLM is not installed; `make serve-cpu` installs it")
 
 
-def started(*args: str, **more) -> "subprocess.Popen[str]":
+def started(*args: str, **options) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, "-m", "sft.cli", "serve", *args], stdout=subprocess.PIPE, text=True, cwd=ROOT,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
-        **more,
+        **options,
     )  # fmt: skip
 
 
 @pytest.mark.serve
 @needs_vllm
-def test_graft_serve_answers_stands_behind_its_gatekeeper_and_stops_cleanly():
-    """S15, S16 with the real server: foreign Host and Origin, 10 MB, n of a thousand million, a template of one's own."""
+def test_graft_serve_answers_behind_its_gatekeeper_and_stops_cleanly():
+    """S15, S16 with the real server: foreign Host and Origin, 10 MB, n of a billion, a template of the request."""
     from sft.models.resolve import resolve_base
 
     target, port = Path(resolve_base(SMOLLM)), free_port()

@@ -1,4 +1,4 @@
-"""The gate: a server that does as the run does passes; each way to serve something else is named."""
+"""The gate: a server that answers like the run passes; each kind of difference is named."""
 
 import copy
 import json
@@ -75,12 +75,12 @@ def engine(served, in_process, monkeypatch) -> "Engine":
 
 
 class Engine:
-    """What vLLM's chat completions tell of the run's model; a test changes a part of it."""
+    """Chat completions of the run's model, as vLLM returns them; a test changes a part of it."""
 
     def __init__(self, loaded: Loaded) -> None:
         self.model, self.tokenizer = loaded.model, copy.copy(loaded.tokenizer)
         self.stop = set(stop_tokens(self.model.generation_config.eos_token_id, self.tokenizer))
-        self.tells = True
+        self.returns_ids = True
 
     def __call__(self, request: dict):
         prompt = encode_prompt(request["messages"], self.tokenizer)
@@ -92,15 +92,15 @@ class Engine:
         ]
         finish = "stop" if answer[-1] in self.stop else "length"
         text = self.tokenizer.decode(answer, skip_special_tokens=True)
-        if not self.tells:
+        if not self.returns_ids:
             return completion(text, finish)
         listed = {"content": [{**top[0], "top_logprobs": top}]}
         return completion(text, finish, len(answer), {"logprobs": listed, "token_ids": answer}, prompt_token_ids=prompt)
 
 
-def verified(run: Path, engine: Engine, code: int, *more: str) -> tuple[dict, str]:
+def verified(run: Path, engine: Engine, code: int, *options: str) -> tuple[dict, str]:
     with serving(engine, "served") as url:
-        done = CliRunner().invoke(app, ["verify", str(run), url, "--n", str(N), *more], env={"COLUMNS": "160"})
+        done = CliRunner().invoke(app, ["verify", str(run), url, "--n", str(N), *options], env={"COLUMNS": "160"})
     assert done.exit_code == code, f"{done.output}\n{done.exception!r}"
     return json.loads((run / "verify.json").read_text()), done.output
 
@@ -109,7 +109,7 @@ def results(record: dict) -> dict:
     return {name: check["passed"] for name, check in record["checks"].items()}
 
 
-def test_server_that_does_as_the_run_does_passes(run, served):
+def test_server_that_answers_like_the_run_passes(run, served):
     record, shown = verified(run, Engine(served), 0)
     assert record["passed"]
     assert set(results(record).values()) == {True}
@@ -138,7 +138,7 @@ def test_other_template_is_shown_side_by_side(run, engine):
     own, other = difference["prompt"]["in_process"], difference["prompt"]["server"]
     assert own["text"].endswith("<|im_start|>assistant\n")
     assert other["text"].endswith("<|im_start|>robot\n")
-    assert engine.tokenizer.decode(own["ids"]) == "assistant\n", "ids from the first that differs"
+    assert engine.tokenizer.decode(own["ids"]) == "assistant\n", "ids from the first difference on"
     assert difference["id"] in shown
     assert "<|im_start|>robot" in shown
 
@@ -151,7 +151,7 @@ def test_end_token_that_the_server_does_not_know_is_found(run, engine):
     answer = record["first_difference"]["answer"]
     assert answer["in_process"]["ids"] == []
     assert {row["id"] for row in record["different_answers"]} >= {record["first_difference"]["id"]}
-    assert len(answer["server"]["ids"]) > 0, "the server goes on where the run ends"
+    assert len(answer["server"]["ids"]) > 0, "the server goes on after the run has ended"
     assert "do not" in shown
 
 
@@ -163,7 +163,7 @@ def test_answer_that_the_server_ends_too_early_is_found(run, engine, questions, 
 
 
 def test_other_model_is_found_by_its_first_tokens(run, engine):
-    engine.model.disable_adapter_layers()  # the base, as where a server forgot the adapter
+    engine.model.disable_adapter_layers()  # the base, as if the server had dropped the adapter
     try:
         record, _ = verified(run, engine, 1)
     finally:
@@ -172,8 +172,8 @@ def test_other_model_is_found_by_its_first_tokens(run, engine):
     assert results(record)["render"] is True
 
 
-def test_server_that_tells_no_ids_passes_no_check_that_needs_them(run, engine):
-    engine.tells = False
+def test_server_that_returns_no_ids_passes_no_check_that_needs_them(run, engine):
+    engine.returns_ids = False
     record, shown = verified(run, engine, 1)
     assert results(record) == {"render": None, "stop": None, "first token": None, "score": True}
     assert "the server returns no prompt_token_ids (vLLM does)" in shown
@@ -191,13 +191,13 @@ def test_server_that_refuses_a_prompt_for_its_length_is_found(run, engine):
     assert "too long for the server" in shown
 
 
-def test_server_that_is_not_there_is_one_line(run):
+def test_unreachable_server_is_one_line(run):
     done = CliRunner().invoke(app, ["verify", str(run), "http://127.0.0.1:9/v1"])
     assert done.exit_code == 2
     assert "is the server up" in done.output
 
 
-def test_address_that_is_none_is_one_line(run):
+def test_invalid_address_is_one_line(run):
     done = CliRunner().invoke(app, ["verify", str(run), str(run)])
     assert (done.exit_code, "name the server's /v1" in done.output) == (2, True)
 
@@ -210,7 +210,7 @@ def test_next_logprobs_are_those_of_each_prompt_alone(tiny, tokenizer, questions
         alone = torch.stack([model(torch.tensor([ids])).logits[0, -1].log_softmax(-1) for ids in prompts])
     assert torch.allclose(together, alone, atol=1e-4)
     assert torch.allclose(next_logprobs(model, prompts, 900, packed=False), alone, atol=1e-4)
-    assert not torch.allclose(alone[0], alone[1], atol=1e-2), "else any order would do"
+    assert not torch.allclose(alone[0], alone[1], atol=1e-2), "if they were equal, any order would pass"
 
 
 def local(answer: list[int], ended: bool = True, first: Sequence[float] = (0.0, -1.0, -9.0)) -> LocalAnswer:
@@ -225,19 +225,19 @@ def server(answer: list[int] | None, ended: bool = True, top: dict[int, float] |
     ("one", "other", "passed"),
     [
         (local([5, 9]), server([5, 9]), True),
-        (local([5, 9]), server([5, 9], ended=False), False),  # cut by length on the very token
+        (local([5, 9]), server([5, 9], ended=False), False),  # cut by length at the end token
         (local([5, 9]), server([5, 9, 5], ended=False), False),
         (local([5, 6, 9]), server([5]), False),
         (local([5, 6], ended=False), server([5, 6, 9]), False),
-        (local([5, 6, 9]), server([5, 7, 7, 7], ended=False), False),  # nothing is left that proves it
+        (local([5, 6, 9]), server([5, 7, 7, 7], ended=False), False),  # no pair is left to prove it
         (local([5, 6], ended=False), server([5, 6], ended=False), False),
     ],
 )
-def test_ends_are_compared_where_tokens_are_the_same_before(one, other, passed):
+def test_ends_are_compared_if_the_tokens_before_are_equal(one, other, passed):
     assert check_stop([(one, other)]).passed is passed
 
 
-def test_answers_that_went_other_ways_are_counted_and_not_judged():
+def test_answers_that_diverged_are_counted_and_not_judged():
     check = check_stop([(local([5, 9]), server([5, 9])), (local([5, 6, 9]), server([5, 7, 7], ended=False))])
     assert check.passed
     assert check.numbers["diverged_and_cut"] == 1
