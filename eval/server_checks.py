@@ -55,7 +55,7 @@ class Check:
 def check_render(pairs: Pairs) -> Check:
     """The token ids of the prompts, as the server renders them, equal those of training."""
     if any(server.prediction.asked and server.prompt is None for _, server in pairs):
-        return Check("render", None, "not made: the server returns no prompt_token_ids (vLLM does)", {})
+        return Check("render", None, "not checked: the server returns no prompt_token_ids (vLLM does)", {})
     differing = [i for i, (local, server) in enumerate(pairs) if local.prompt != server.prompt]
     equal, n = len(pairs) - len(differing), len(pairs)
     text = f"token ids of {equal} of {n} prompts equal the training render"
@@ -69,7 +69,7 @@ def check_stop(pairs: Pairs) -> Check:
     a near tie differently, and the answers then diverge. If more than half of the answers do, the check does not pass.
     """
     if any(server.prediction.asked and server.answer is None for _, server in pairs):
-        return Check("stop", None, "not made: the server returns no token_ids (vLLM does)", {})
+        return Check("stop", None, "not checked: the server returns no token_ids (vLLM does)", {})
     differing, equal, diverged, cut = [], 0, 0, 0
     for i, (local, server) in enumerate(pairs):
         own, answer = list(local.prediction.ids), server.answer or []
@@ -96,7 +96,7 @@ def check_first_token(pairs: Pairs, margin: float | None = None) -> Check:
     """The server's likeliest first token is also the likeliest in-process, within the margin in nats, and the
     log-probabilities of likely first tokens differ by at most the margin. margin: MARGIN if None."""
     if any(server.prediction.asked and server.top is None for _, server in pairs):
-        return Check("first token", None, "not made: the server returns no logprobs by token id (vLLM does)", {})
+        return Check("first token", None, "not checked: the server returns no logprobs by token id (vLLM does)", {})
     margin = MARGIN if margin is None else margin
     differing: list[int] = []
     gaps, spreads, equal_sets, same = [0.0], [0.0], 0, 0
