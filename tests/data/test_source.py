@@ -70,9 +70,9 @@ def test_columns_give_our_names_to_the_columns_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"promt": "question"}, "columns: 'promt' is no name of ours; did you mean prompt?"),
+        ({"promt": "question"}, "columns: 'promt' is not a known key; did you mean prompt?"),
         ({"prompt": "qestion"}, "columns.prompt: no row has a column 'qestion'; the first row's keys are question, answer; did you mean question?"),
-        ({"prompt": "question", "completion": "answer", "input": "context"}, "columns.input: no row has a column 'context'; the first row's keys are question, answer; see the spelling"),
+        ({"prompt": "question", "completion": "answer", "input": "context"}, "columns.input: no row has a column 'context'; the first row's keys are question, answer; check the spelling"),
     ],
 )  # fmt: skip
 def test_column_that_is_not_there_is_one_clear_error(tmp_path, columns, message):

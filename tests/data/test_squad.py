@@ -51,7 +51,7 @@ def test_version_1_does_not_mention_unanswerable_and_refuses_it(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (qa(answers=[{"text": "Paris", "answer_start": 14}]), "answers[0]: 'Paris' is not at answer_start 14 (there is ' Pari')"),
+        (qa(answers=[{"text": "Paris", "answer_start": 14}]), "answers[0]: 'Paris' is not at answer_start 14 (the passage has ' Pari')"),
         (qa(answers=[{"text": "Paris", "answer_start": "15"}]), "answers[0].answer_start: text '15' where a whole number"),
         (qa(answers=[{"text": "", "answer_start": 0}]), "answers[0].text: empty text"),
         (qa(answers=["Paris"]), "answers: ['Paris'] where [{\"text\": ..., \"answer_start\": ...}] is expected"),
@@ -78,7 +78,7 @@ def test_all_defects_are_told_at_once_and_the_other_questions_are_read(tmp_path)
 
 
 def test_repeated_id_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="q1: id: 'q1' occurs before"):
+    with pytest.raises(DataError, match="q1: id: 'q1' occurs in an earlier row"):
         read_squad(squad(tmp_path, [qa(), qa()]))
 
 
