@@ -1,17 +1,17 @@
-"""What sharing prefixes saves, measured before anything is trained."""
+"""How much sharing prefixes saves, measured before training."""
 
 from dataclasses import dataclass, replace
 
 from data.encode.example_store import Examples
 from data.encode.pack import Layout, pack_sizes, step_order
 
-CONTEXTS = 2_000  # that are measured at most
-PAYS = 1.03  # the least gain that turns sharing on: masks and bookkeeping are not free
+CONTEXTS = 2_000  # the most that are measured
+PAYS = 1.03  # the smallest gain that turns sharing on, as masks and bookkeeping cost time too
 
 
 @dataclass(frozen=True)
 class Sharing:
-    """Flat tokens for each one that is executed, and how many times as long training would take without sharing."""
+    """ratio: tokens without sharing / tokens computed with it. gain: time without sharing / time with it."""
 
     ratio: float
     gain: float
@@ -24,10 +24,12 @@ class Sharing:
 def measure_sharing(
     examples: Examples, layout: Layout, examples_per_step: int, seed: int, max_branches: int | None = None
 ) -> Sharing:
-    """Over one occurrence of each example, as if the layout shared prefixes; times are the layout's costs."""
+    """Measured over one occurrence of each example (of a sample of contexts); times are the layout's costs."""
     contexts, count = examples.contexts, len(set(examples.contexts))
     below = f"{int(min(1, CONTEXTS / max(1, count)) * (2**64 - 1)):016x}"
-    chosen = [i for i, context in enumerate(contexts) if context <= below]  # keys are hashes: this draws evenly
+    chosen = [
+        i for i, context in enumerate(contexts) if context <= below
+    ]  # keys are hashes, so this is a uniform sample
     keys = [contexts[i] for i in chosen]
     shared, alone = replace(layout, share_prefixes=True), replace(layout, share_prefixes=False)
     flat = executed = 0
