@@ -40,15 +40,9 @@ class Layout:
         """Time of a micro-batch of `tokens` tokens, in units of one token's time."""
         return FIXED_TOKENS + tokens + (tokens**2 / DENSE_TOKENS if self.attention == "dense" else 0)
 
-    def share(self, one: int, other: int, both: int) -> bool:
-        """True if trees of `one` and `other` tokens cost more than a joint tree of `both` tokens."""
-        if both > self.pack_tokens:
-            return False
-        return self.cost(both) < min(self.cost(one + other), self.cost(one) + self.cost(other))
-
-    def joins(self, one: int, other: int) -> bool:
-        """True if micro-batches of `one` and `other` tokens cost more than a joint one."""
-        return one + other <= self.pack_tokens and self.cost(one + other) < self.cost(one) + self.cost(other)
+    def joins(self, one: int, other: int, both: int) -> bool:
+        """True if micro-batches of `one` and `other` tokens cost more than one of `both` tokens, and it may exist."""
+        return both <= self.pack_tokens and self.cost(both) < self.cost(one) + self.cost(other)
 
 
 @dataclass
@@ -227,7 +221,7 @@ def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Ex
     """
     packs: list[tuple[int, list[list[Example]]]] = []
     for size, tree in sorted(((count_tokens(t), t) for t in make_trees(examples, layout)), key=lambda pair: -pair[0]):
-        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size)]
+        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size, used + size)]
         if fits:
             best = max(fits, key=lambda i: packs[i][0])
             packs[best] = (packs[best][0] + size, [*packs[best][1], tree])
@@ -270,7 +264,8 @@ def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example
         start, stop = ranges.pop()
         if stop - start > 1:
             cut = min(range(start + 1, stop), key=lambda i: (shared[i], abs(2 * i - start - stop)))
-            if not layout.share(tokens(start, cut), tokens(cut, stop), tokens(start, stop)):
+            # a cut through no common prefix is free: plan_packs joins such trees again if that saves time
+            if not shared[cut] or not layout.joins(tokens(start, cut), tokens(cut, stop), tokens(start, stop)):
                 ranges += [(cut, stop), (start, cut)]
                 continue
         trees.append(rows[start:stop])
