@@ -33,12 +33,12 @@ def measure_sharing(
     keys = [contexts[i] for i in chosen]
     shared, alone = replace(layout, share_prefixes=True), replace(layout, share_prefixes=False)
     flat = executed = 0
-    costs = {True: 0.0, False: 0.0}
+    cost = cost_alone = 0.0
     for step in step_order(keys, examples_per_step, seed, epoch=0, max_branches=max_branches):
         rows = [examples[chosen[i]] for i in step]
         flat += sum(len(row.ids) for row in rows)
-        for share, layout in ((True, shared), (False, alone)):
-            sizes = pack_sizes(rows, layout)
-            costs[share] += sum(map(layout.cost, sizes))
-            executed += sum(sizes) if share else 0
-    return Sharing(flat / executed, costs[False] / costs[True]) if executed else Sharing(1.0, 1.0)
+        sizes = pack_sizes(rows, shared)
+        executed += sum(sizes)
+        cost += sum(map(layout.cost, sizes))
+        cost_alone += sum(map(layout.cost, pack_sizes(rows, alone)))
+    return Sharing(flat / executed, cost_alone / cost) if executed else Sharing(1.0, 1.0)
