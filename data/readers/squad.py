@@ -23,13 +23,10 @@ def read_articles(path: Path) -> Rows:
         before = articles.find_list("data") or {}
         common = {"version": before["version"]} if "version" in before else {}
         for where, article, flaw in articles.elements(",", "}"):
+            if flaw:  # the decoder does not name the question
+                flaw = DataError(flaw.where, f"{flaw.problem} (no question of its article is used)", flaw.kind)
             for place, row in _questions(path, where, article, common):
-                yield place, _article_defect(flaw) if flaw else row
-
-
-def _article_defect(flaw: DataError) -> DataError:
-    """The flaw as a defect of every question of its article: the decoder does not name the question."""
-    return DataError(flaw.where, f"{flaw.problem} (no question of its article is used)", flaw.kind)
+                yield place, flaw or row
 
 
 def _questions(path: Path, where: str, article: Any, common: Row) -> Rows:
