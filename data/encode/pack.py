@@ -68,9 +68,9 @@ class Pack:
 def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
     """One pack; examples of the same tree share their common prefixes, trees share nothing."""
     pack = Pack()
-    leaf: dict[int, int] = {}
-    position = 0
     for tree in trees:
+        first = len(pack.leaf)
+        pack.leaf += [0] * len(tree)
         order = sorted(range(len(tree)), key=lambda i: tree[i].ids)
         path: list[int] = []  # index in the pack of each token of the current example
         previous: list[int] = []
@@ -78,21 +78,15 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
             example = tree[i]
             shared = common_prefix(previous, example.ids)
             _close(pack, path[shared:])
-            path = path[:shared]
-            for depth in range(shared, len(example.ids)):
-                path.append(len(pack.input_ids))
-                pack.input_ids.append(example.ids[depth])
-                pack.position_ids.append(depth)
-                pack.end.append(-1)
-            for depth in range(1, len(example.ids)):
-                if example.loss_mask[depth]:
-                    pack.source.append(path[depth - 1])
-                    pack.target.append(example.ids[depth])
-            leaf[position + i] = path[-1]
+            added = len(example.ids) - shared
+            path = [*path[:shared], *range(len(pack.input_ids), len(pack.input_ids) + added)]
+            pack.input_ids += example.ids[shared:]
+            pack.position_ids += range(shared, len(example.ids))
+            pack.end += [-1] * added
+            _add_targets(pack, example, path)
+            pack.leaf[first + i] = path[-1]
             previous = example.ids
         _close(pack, path)
-        position += len(tree)
-    pack.leaf = [leaf[i] for i in range(position)]
     return pack
 
 
@@ -105,10 +99,7 @@ def pad_rows(examples: Sequence[Example]) -> Pack:
         pack.input_ids += [*example.ids, *[0] * (width - tokens)]
         pack.position_ids += range(width)
         pack.end += [first + width] * width
-        for depth in range(1, tokens):
-            if example.loss_mask[depth]:
-                pack.source.append(first + depth - 1)
-                pack.target.append(example.ids[depth])
+        _add_targets(pack, example, range(first, first + tokens))
         pack.leaf.append(first + tokens - 1)
     return pack
 
@@ -279,7 +270,16 @@ def count_tokens(tree: Sequence[Example]) -> int:
     )
 
 
+def _add_targets(pack: Pack, example: Example, path: Sequence[int]) -> None:
+    """Add the trained tokens of an example, whose tokens have the indices `path` in the pack."""
+    for depth in range(1, len(example.ids)):
+        if example.loss_mask[depth]:
+            pack.source.append(path[depth - 1])
+            pack.target.append(example.ids[depth])
+
+
 def _close(pack: Pack, path: list[int]) -> None:
+    """End the subtrees of the indices `path` here."""
     for index in path:
         pack.end[index] = len(pack.input_ids)
 
