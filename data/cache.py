@@ -1,7 +1,7 @@
-"""Results on disk under a key that names everything they depend on: built once, read from then on.
+"""Results on disk, built once under a key that names everything they depend on.
 
-A folder that exists is whole. Two processes may build the same one; a changed file, recipe, template or code has
-another key.
+A folder that exists is whole. Two processes may build the same folder. A changed file, recipe, template or code
+changes the key.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`, made by `build(temporary folder)` unless it exists. Of two processes that build it, the first wins."""
+    """`folder`; if it does not exist, `build(temporary folder)` fills it. The first of two processes wins."""
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -33,7 +33,7 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def cache_key(**parts: Any) -> str:
-    """sha256, in hex, of the JSON-able parts and of the code that reads and encodes data."""
+    """The first 32 hex digits of the sha256 of the parts (as JSON) and of the code of the package `data`."""
     text = json.dumps({**parts, "code": _code_version()}, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -48,13 +48,13 @@ def text_sha256(text: str) -> str:
 
 
 def file_digests(files: Sequence[Path]) -> dict[str, str]:
-    """sha256 by path. Computed each time: size and date can stay the same while the content changes."""
+    """sha256 of each file, computed each time: a content can change while size and date stay the same."""
     return {str(path): file_sha256(path) for path in files}
 
 
 @cache
 def _code_version() -> str:
-    """sha256 of every module of the package `data`, whatever its folder."""
+    """sha256 of every module of the package `data`, in all its folders."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

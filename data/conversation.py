@@ -1,4 +1,4 @@
-"""What every reader yields and every later step takes: a conversation that knows where it came from."""
+"""Conversation, which every reader yields and every later step takes, and the ledger of defects."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,13 +8,13 @@ from data.errors import UserError
 
 Message = dict[str, str]
 
-NAMED = 5  # places that are named for each kind of finding; all are counted
+NAMED = 5  # places named for each kind of finding; all places are counted
 
 
 class DataError(UserError):
-    """A defect in the user's data: where it is ("file:line" or "file: id"), what is wrong and what to do.
+    """A defect in the user's data: its place ("file:line" or "file: id"), what is wrong and what to do.
 
-    `kind` groups equal defects in a report, a few words without values: "not UTF-8".
+    `kind` groups equal defects in a report. It is a few words without values: "not UTF-8".
     """
 
     def __init__(self, where: str, problem: str, kind: str = "") -> None:
@@ -24,17 +24,17 @@ class DataError(UserError):
 
 @dataclass(frozen=True)
 class Conversation:
-    """Role/content turns that end with the assistant's answer, and where they came from."""
+    """Role/content turns that end with the assistant's answer, and the place of their row."""
 
     messages: tuple[Message, ...]
     id: str
     where: str  # "file:line" or "file: id", for messages to the user
-    answers: tuple[str, ...] = ()  # gold answers; empty: the right answer is that there is none
-    context: str = ""  # the text that several conversations may share (a passage, a post, a prompt)
-    group: str = ""  # what a split must keep on one side, if that is more than the context: a thread
-    label: str = ""  # of a classification
-    question: str = ""  # alone, without what the prompt puts around it: SQuAD
-    starts: tuple[int, ...] = ()  # where each of `answers` begins in `context`, in characters: SQuAD
+    answers: tuple[str, ...] = ()  # gold answers; empty if the question is unanswerable
+    context: str = ""  # text that several conversations may share: a passage, a post, a prompt
+    group: str = ""  # a split keeps it on one side, if it is larger than the context: a thread
+    label: str = ""  # for classification
+    question: str = ""  # SQuAD: the question without the rest of the prompt
+    starts: tuple[int, ...] = ()  # SQuAD: the character of `context` at which each of `answers` begins
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -46,24 +46,25 @@ class Conversation:
 
     @property
     def cluster(self) -> str:
-        """Conversations of one cluster are not independent: one side of a split, one draw of a bootstrap."""
+        """Conversations of one cluster are not independent: a split and a bootstrap keep them together."""
         return self.group or self.context
 
 
 @dataclass
 class Ledger:
-    """Findings on one source while it is read: defects (rows that can't be used) and notes (what was mended or is
-    worth knowing). All are counted by kind, the first NAMED of each kind kept word for word. Nothing is raised: who
-    reads decides at the end, so that a user sees all defects at once.
+    """Findings about one source: defects (rows that can't be used) and notes (repaired or unusual rows).
+
+    All findings are counted by kind; the first NAMED of each kind keep their full text. The ledger raises nothing:
+    its reader decides at the end, so that a user sees all defects at once.
     """
 
     source: str
-    rows: int = 0  # read, with or without defects
-    formats: Counter[str] = field(default_factory=Counter)  # rows of each format that was recognised
+    rows: int = 0  # rows read, with or without defects
+    formats: Counter[str] = field(default_factory=Counter)  # rows by recognised format
     defects: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
-    unread: list[str] = field(default_factory=list)  # where reading of a file broke off, and why; its rest is unknown
-    left_out: Counter[str] = field(default_factory=Counter)  # whole rows that are not trained on, by reason
+    unread: list[str] = field(default_factory=list)  # where reading of a file stopped, and why; the rest is unknown
+    left_out: Counter[str] = field(default_factory=Counter)  # rows that are not trained on, by reason
     named: dict[str, list[str]] = field(default_factory=dict)  # kind -> "where: problem"
     places: dict[str, list[str]] = field(default_factory=dict)  # kind -> "where"
 
@@ -72,7 +73,7 @@ class Ledger:
         self._name(error.kind, error.where, str(error))
 
     def break_off(self, error: DataError) -> None:
-        """Say that a file could not be read to its end: how many rows are lost is not known, so nothing may go on."""
+        """Record that a file can't be read to its end. The number of lost rows is unknown, so a run must stop."""
         self.unread.append(str(error))
 
     def note(self, where: str, kind: str, problem: str = "") -> None:
@@ -80,7 +81,7 @@ class Ledger:
         self._name(kind, where, f"{where}: {problem or kind}")
 
     def leave_out(self, kind: str, error: DataError | None = None) -> None:
-        """Count a row that is not trained on; `error` says of the first ones what the kind does not."""
+        """Count a row that is not trained on; `error` gives details, kept for the first rows of the kind."""
         self.left_out[kind] += 1
         if error:
             self._name(kind, error.where, str(error))
@@ -98,7 +99,7 @@ class Ledger:
             yield self.line(kind, count)
 
     def line(self, kind: str, count: int) -> str:
-        """The first place of a kind in full, the next ones by place, and how many there are."""
+        """The first finding of a kind in full, the places of the next ones, and the count."""
         first, others = self.named[kind][0], self.places[kind][1:]
         places = f", also {', '.join(others)}" if others else ""
         return first + (f" ({count} such rows{places}{' ...' if count > NAMED else ''})" if count > 1 else "")

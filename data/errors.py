@@ -1,18 +1,18 @@
-"""Mistakes that a user can mend, and the exit code of everything that ends a command."""
+"""Mistakes that a user can correct, and the exit codes of all commands."""
 
 import errno
 import re
 from enum import IntEnum
 
-# a terminal acts on them, or shows what follows in another order; a line break is meant
+# characters that a terminal acts on, or that reverse the order of text; a line break is allowed
 CONTROL = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class ExitCode(IntEnum):
-    """What a command's exit code says; the table in docs/run-safely.md is checked against this one."""
+    """The exit codes of all commands; a test compares the table in docs/run-safely.md with them."""
 
     DONE = 0
-    FAILED = 1  # an error of our own, with a traceback; or what was checked is not in order (check, ladder)
+    FAILED = 1  # a bug, with a traceback; or a check that did not pass (check, ladder)
     MISTAKE = 2
     DIVERGED = 3
     DISK_FULL = 4
@@ -24,23 +24,23 @@ class ExitCode(IntEnum):
 
 
 class UserError(Exception):
-    """The text is all that the user sees: it names the value, the limit and the remedy."""
+    """A mistake of the user. Its text names the value, the limit and the remedy; no traceback is printed."""
 
     exit_code = ExitCode.MISTAKE
 
     def __str__(self) -> str:
-        """With control characters, which names and values of recipes and data may hold, written out."""
-        return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), super().__str__())
+        """The text with control characters escaped: names and values from recipes and data may hold them."""
+        return CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), super().__str__())
 
 
 class DiskFull(UserError):
-    """What was written before is whole; what could not be written is not there."""
+    """No space left. Files written before are whole; the file that did not fit does not exist."""
 
     exit_code = ExitCode.DISK_FULL
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """No space, no quota, or a file larger than the process may write; safetensors has it only in its text."""
+    """No space, no quota, or a file above the process's limit; safetensors names the errno only in its text."""
     numbers = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     if isinstance(error, OSError):
         return error.errno in numbers

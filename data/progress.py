@@ -1,4 +1,4 @@
-"""Progress of anything that takes more than a few seconds: a bar in a terminal, plain lines elsewhere."""
+"""Progress of work that takes more than a few seconds: a bar in a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -26,7 +26,7 @@ def quiet() -> Iterator[None]:
 
 
 class Bar:
-    """A counter towards a total (None: not known before the end); `update` adds a note (loss, speed)."""
+    """A counter towards a total (None if unknown); `update` adds a note (loss, speed)."""
 
     def __init__(self, description: str, total: int | None, done: int = 0) -> None:
         self.description, self.total, self.first = description, total, done
@@ -60,7 +60,7 @@ class Bar:
 
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
-    """The items, with a bar that follows them; `total` if they have no length."""
+    """Yield the items under a progress bar; give `total` for items without a length."""
     bar = Bar(description, total if total is not None else len(items) if isinstance(items, Sized) else None)
     try:
         for done, item in enumerate(items, start=1):

@@ -1,1 +1,10 @@
-"""To be described."""
+"""Text -> token ids -> packs. It may import only the files directly in data/.
+
+chat.py               conversation -> ids and loss mask: the chat template is applied here only
+template.py           renders a chat template within limits of time and size
+tokens.py             text -> ids as the tokenizer gives them; repeated texts are encoded once
+pack.py               examples -> micro-batches; a shared prefix is computed once
+prefix_savings.py     how much time and how many tokens shared prefixes save
+example_store.py      encoded examples in a memory-mapped Arrow file
+qa_windows.py         questions and passages -> windows for BERT's span head
+"""

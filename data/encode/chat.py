@@ -1,12 +1,12 @@
-"""Conversation -> token ids and loss mask: the one place where the chat template and the mask are applied.
+"""Conversation -> token ids and loss mask: the chat template and the mask are applied in this file only.
 
-Training, evaluation and the server check all come through here, so they see the same ids.
+Training, evaluation and the server check all use it, so they see the same ids.
 
 Control tokens come from the template only. A control marker in the data ("<|im_end|>" in a passage) is split after its
-first character: the template sees it with a noncharacter in between, and the two halves are tokenized apart, so neither
-holds a marker. Two things can't be kept apart that way. Text that a template uses as a marker and that is no token of
-its own ("[INST]" of Mistral v1, "### Response:") has the same ids whoever wrote it: `markers_in` finds it. And a token
-of one character has no halves: a row with one is a defect.
+first character: the template renders it with a noncharacter in between, and the halves are tokenized separately, so
+neither holds a marker. Two kinds of marker can't be split. Text that a template uses as a marker but that is no single
+token ("[INST]" of Mistral v1, "### Response:") has the same ids in data and template: `markers_in` lists it. A control
+token of one character has no halves: a row with one is a defect.
 """
 
 import re
@@ -20,7 +20,7 @@ from data.conversation import Conversation, DataError, Message
 from data.encode.template import literals, render
 from data.encode.tokens import Encoder, any_of, encoder_of
 
-# what is wrong with an example, by its key in the recipe; the text is the DataError's kind
+# defects of an example: key in the recipe -> kind of the DataError
 AUDITS = {
     "untrained": "no trained token",
     "end_not_trained": "end of turn not trained",
@@ -29,19 +29,19 @@ AUDITS = {
     "double_bos": "two BOS tokens",
 }
 
-# Unicode's noncharacters: never part of a text that is meant to be exchanged
+# Unicode's noncharacters, which never occur in text that is meant for exchange
 NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)] + [
     chr(p << 16 | c) for p in range(17) for c in (0xFFFE, 0xFFFF)
 ]
 
-# what templates use as markers, whether or not it is one token: <start_of_turn>, <<SYS>>, [/INST], ### Response:
+# texts that templates use as markers, of one token or several: <start_of_turn>, <<SYS>>, [/INST], ### Response:
 TEXT_MARKER = re.compile(r"<{1,2}[/|]?\w[\w ]*\|?>{1,2}|\[/?[A-Z][A-Z_]+\]|#{2,} ?[A-Z]\w*:")
 
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class TooLong(DataError):
-    """An example of `tokens` tokens, more than max_length: its answer would be cut."""
+    """An example has more than max_length tokens, so that its answer would be cut."""
 
     def __init__(self, where: str, tokens: int, max_length: int) -> None:
         super().__init__(
@@ -55,7 +55,7 @@ class TooLong(DataError):
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids and a 0/1 mask of equal length; 1 marks what the model is asked to learn."""
+    """Token ids and a 0/1 mask of equal length; 1 marks the tokens that are trained."""
 
     ids: list[int]
     loss_mask: list[int]
@@ -64,31 +64,31 @@ class Example:
 
 
 def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the rendered messages up to where the assistant begins to speak."""
+    """Ids of the rendered messages, up to the beginning of the assistant's answer."""
     safe, separator = _protect(messages, tokenizer, "", generation=True)
     return _ids(render(safe, tokenizer, generation=True), separator, encoder_of(tokenizer), "")
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
-    """The one example of a conversation, see encode_turns; DataError if there are several."""
+    """The single example of a conversation (see encode_turns). Raises DataError if it makes several."""
     examples = encode_turns(conversation, tokenizer, max_length)
     if len(examples) > 1:
         raise DataError(
             conversation.where,
-            f"the chat template renders earlier turns differently later on, so the conversation makes {len(examples)} "
-            "examples instead of one; use single-turn rows or another model.chat_template",
+            "the chat template renders earlier turns differently once later ones follow, so the conversation makes "
+            f"{len(examples)} examples instead of one; use single-turn rows or another model.chat_template",
             "several examples",
         )
     return examples[0]
 
 
 def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """Ids and mask; every assistant turn is trained, through the token that ends it.
+    """Ids and mask; every assistant turn is trained, including the token that ends it.
 
-    One example, as long as the template renders a turn the same whatever follows. If it does not (Qwen3 drops what
-    the assistant thought in earlier turns), a new example begins: each answer is trained behind the prompt that a
-    server would see. Prompt and answer are tokenized apart, so the ids before an answer are those of encode_prompt.
-    Raises DataError, naming file and place; its kind is one of AUDITS if an example would be trained wrongly.
+    The result is one example if the template renders a turn independently of later turns. If it does not (Qwen3 drops
+    the thoughts of earlier turns), a new example begins, so that each answer is trained after the prompt that a server
+    sees. Prompt and answer are tokenized separately, so the ids before an answer equal encode_prompt's.
+    Raises DataError with the row's place; its kind is one of AUDITS if an example would be trained wrongly.
     """
     messages, where = conversation.messages, conversation.where
     encoder = encoder_of(tokenizer)
@@ -96,7 +96,7 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
-    done, end = "", 0  # the text of ids, and where in it the marker of the last turn's end begins
+    encoded, end = "", 0  # the text of `ids`, and the index in it of the marker that ends the last turn
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
@@ -107,20 +107,20 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         full = render(safe[: i + 1], tokenizer, generation=False, where=where)
         if not full.startswith(prompt):
             problem = (
-                f"the chat template renders the turns before answer {i} differently once it is there, so no prefix of "
+                f"the chat template renders the turns before answer {i} differently with the answer, so no prefix of "
                 "the text is the prompt; use single-turn rows or another model.chat_template"
             )
             raise DataError(where, problem, AUDITS["prompt_not_prefix"])
-        if ids and not prompt.startswith(done):
+        if ids and not prompt.startswith(encoded):
             examples.append(_example(ids, mask, conversation, tokenizer, max_length))
-            ids, mask, done, end = [], [], "", 0
-        # a control token separates the texts around it: to go on from the one that is last in ids is exact
+            ids, mask, encoded, end = [], [], "", 0
+        # a control token separates the texts around it, so continuing from the last one in `ids` is exact
         prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
         answer, length = _answer(full[len(prompt) :], where, encoder)
         answer_ids = _continued(prompt[end:], answer, separator, encoder, where)
         ids += prompt_ids + answer_ids
         mask += [0] * len(prompt_ids) + [1] * len(answer_ids)
-        done = prompt + answer
+        encoded = prompt + answer
         end = len(prompt) + length
     if not ids:
         raise DataError(where, "no assistant turn, so there is nothing to learn", AUDITS["untrained"])
@@ -128,38 +128,38 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Id of the token that ends the assistant's turn in training, and must stop generation."""
+    """Id of the token that ends the assistant's turn in training; it must also stop generation."""
     turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
     return encode(Conversation(turns, "", "chat template"), tokenizer, 1_000_000).ids[-1]
 
 
 def stop_tokens(base: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids at which an answer ends: `base` (eos_token_id of the base's generation config), the tokenizer's EOS, and the
-    token that training taught to end a turn with."""
-    listed = [base] if isinstance(base, int) else base or ()
-    return sorted({i for i in (*listed, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None})
+    """Ids that end an answer: `base` (eos_token_id of the base's generation config), the tokenizer's EOS and the end of
+    turn that is trained."""
+    base_ids = [base] if isinstance(base, int) else base or ()
+    return sorted({i for i in (*base_ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None})
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids of the control tokens, those that text from data never becomes."""
+    """Ids of the control tokens; text from data is never encoded to them."""
     return encoder_of(tokenizer).control_ids
 
 
 def markers_in(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Control markers that the contents hold, one entry for each hit: tokens, and what the template uses like one."""
+    """Control markers in the contents, one entry per occurrence: control tokens, and the template's text markers."""
     template = str(tokenizer.get_chat_template())
     pattern = _all_markers(encoder_of(tokenizer), template)
     if pattern is None:
         return []
     spans = [(m["content"], *span) for m in conversation.messages for span in _data_spans(m, template)]
-    return [hit for text, start, end in spans for hit in pattern.findall(text, start, end)]
+    return [marker for text, start, end in spans for marker in pattern.findall(text, start, end)]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """DataError if the tokenizer has no template, or several and none by default."""
+    """Raise DataError if the tokenizer has no template, or has several and no default."""
     if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
         names = ", ".join(tokenizer.chat_template)
-        raise DataError("", f"{name}: has chat templates {names} and none called default; set model.chat_template")
+        raise DataError("", f"{name}: has chat templates {names} but no default; set model.chat_template")
     if not tokenizer.chat_template:
         raise DataError(
             "", f"{name}: its tokenizer has no chat template; use an instruct model or set model.chat_template"
@@ -179,23 +179,23 @@ def _example(
 
 
 def _answer(text: str, where: str, encoder: Encoder) -> tuple[str, int]:
-    """The text through the marker that ends the turn, and where that begins; only spaces may follow it."""
-    found = list(encoder.markers.finditer(text)) if encoder.markers else []
-    if not text.strip() or (found and not text[: found[-1].start()].strip()):
-        problem = "the chat template leaves out the answer, so nothing is trained; set model.chat_template to another"
+    """The text through the marker that ends the turn, and the marker's index; only white space may follow."""
+    markers = list(encoder.markers.finditer(text)) if encoder.markers else []
+    if not text.strip() or (markers and not text[: markers[-1].start()].strip()):
+        problem = "the chat template leaves out the answer, so nothing is trained; set another model.chat_template"
         raise DataError(where, problem, AUDITS["untrained"])
-    if not found or text[found[-1].end() :].strip():
+    if not markers or text[markers[-1].end() :].strip():
         problem = (
             "the chat template ends the assistant's turn without a control token, so the model would never learn to "
             "stop; set model.chat_template to one that does"
         )
         raise DataError(where, problem, AUDITS["end_not_trained"])
-    return text[: found[-1].end()], found[-1].start()
+    return text[: markers[-1].end()], markers[-1].start()
 
 
 def _continued(before: str, text: str, separator: str, encoder: Encoder, where: str) -> list[int]:
-    """Ids of `text` behind the ids of `before`."""
-    if encoder.prepends:  # the tokenizer's own way from one to the other, if it has a border there
+    """Ids of `text` when it follows `before`."""
+    if encoder.prepends:  # the ids of both together, if a token begins where `text` does
         first, both = _ids(before, separator, encoder, where), _ids(before + text, separator, encoder, where)
         if both[: len(first)] == first:
             return both[len(first) :]
@@ -203,14 +203,14 @@ def _continued(before: str, text: str, separator: str, encoder: Encoder, where: 
 
 
 def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool = True) -> list[int]:
-    """Ids of rendered text; `separator` splits the markers that came from data. `begins`: no text comes before."""
+    """Ids of rendered text, in which `separator` splits markers from data. `begins`: no text precedes it."""
     ids: list[int] = []
     for piece in text.split(separator) if separator else [text]:
         ids += encoder.ids(piece) if begins else encoder.ids_after_text(piece, where)
         begins = False
     if encoder.normalizes and encoder.markers:
-        found, written = sum(i in encoder.control_ids for i in ids), len(encoder.markers.findall(text))
-        if found > written:
+        encoded, written = sum(i in encoder.control_ids for i in ids), len(encoder.markers.findall(text))
+        if encoded > written:
             problem = "the tokenizer's normalizer turns a part of the text into a control token; remove look-alikes"
             raise DataError(where, problem, "look-alike of a control token")
     return ids
@@ -219,23 +219,23 @@ def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool =
 def _protect(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, generation: bool
 ) -> tuple[Sequence[Message], str]:
-    """Messages whose control markers are split by the separator, and that; "" if the tokenizer has no such tokens.
+    """Messages with their control markers split by a separator, and the separator; "" without control tokens.
 
-    A marker may also arise where a content ends and the template, or the next content, goes on. That is seen from the
-    whole text: if it holds fewer markers once the ends are split as well, they are.
+    A marker can also span the end of a content and the text after it. Contents are split at their ends too if the
+    rendered text then holds fewer markers.
     """
     encoder, template = encoder_of(tokenizer), str(tokenizer.get_chat_template())
     text = "".join(m["content"] for m in messages)
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        problem = f"half a surrogate pair {text[error.start]!r} is no text; remove or repair it"
+        problem = f"half a surrogate pair {text[error.start]!r} is not valid text; remove or repair it"
         raise DataError(where, problem, "half a surrogate pair") from error
     if encoder.markers is None:
         return messages, ""
     separator = next((c for c in NONCHARACTERS if c not in text and c not in template), "")
     if not separator:
-        problem = "all 66 noncharacters of Unicode are in it, so none is left to split control markers; remove one"
+        problem = "the row holds all 66 noncharacters of Unicode, so none is free to split control markers; remove one"
         raise DataError(where, problem, "all noncharacters")
     inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
     outside = [_split_ends(m, encoder, separator) for m in inside]
@@ -247,23 +247,24 @@ def _protect(
 
 
 def _split(message: Message, template: str, markers: re.Pattern[str], separator: str, where: str) -> Message:
-    """The message with each marker in it split after its first character."""
+    """The message with each of its markers split after the first character."""
     content = message["content"]
     if not markers.search(content):
         return message
     for start, end in reversed(_data_spans(message, template)):
         safe = content[start:end]
-        while found := markers.search(safe):  # again: what is left of one marker may hold a shorter one
-            if len(found[0]) == 1:
-                problem = f"{found[0]!r} is a control token of one character and can't be split; remove it"
+        while match := markers.search(safe):  # in a loop: the rest of a marker may hold a shorter one
+            marker = match[0]
+            if len(marker) == 1:
+                problem = f"{marker!r} is a control token of one character and can't be split; remove it"
                 raise DataError(where, problem, "control token of one character")
-            safe = safe.replace(found[0], found[0][0] + separator + found[0][1:])
+            safe = safe.replace(marker, marker[0] + separator + marker[1:])
         content = content[:start] + safe + content[end:]
     return {**message, "content": content}
 
 
 def _split_ends(message: Message, encoder: Encoder, separator: str) -> Message:
-    """The message with what begins a marker at its end, or ends one at its start, split likewise."""
+    """The message with the beginning of a marker at its end, and the end of one at its start, split too."""
     content, control, longest = message["content"], encoder.control, encoder.longest_marker - 1
     left, right = len(content) - len(content.lstrip()), len(content.rstrip())
     cuts = {
@@ -281,8 +282,8 @@ def _split_ends(message: Message, encoder: Encoder, separator: str) -> Message:
 
 
 def _data_spans(message: Message, template: str) -> list[tuple[int, int]]:
-    """Where a content is data. A thought that begins an answer is marked by what the template knows, if it does:
-    <think> and </think> are then what the model is to write, and the template sees them as a server's would."""
+    """The spans of a content that are data. If the template handles thoughts, <think> and </think> around a thought at
+    the beginning of an answer are not data: the model must learn to write them."""
     content = message["content"]
     thought = THOUGHT.match(content) if message["role"] == "assistant" and "</think>" in template else None
     return [thought.span(1), (thought.end(), len(content))] if thought else [(0, len(content))]

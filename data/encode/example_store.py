@@ -1,6 +1,6 @@
-"""Encoded examples on disk: an Arrow file that is mapped, not read, so that memory stays flat whatever its size.
+"""Encoded examples on disk, in an Arrow file that is memory-mapped, so that memory does not grow with its size.
 
-A store is a folder of data/cache.py: one that exists is whole, and its key names everything that it depends on.
+A store is a folder of data/cache.py: if it exists it is whole, and its key names everything that it depends on.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from data.encode.chat import Example
 
 FILE = "examples.arrow"
-ROWS = 4096  # of a record batch
+ROWS = 4096  # in a record batch
 SCHEMA = pa.schema(
     [
         ("ids", pa.list_(pa.int32())),
@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
 
 
 class Examples(Sequence[Example]):
-    """The examples of a store, read one at a time. `contexts` and `weights` are columns in memory, once asked for."""
+    """The examples of a store, read one at a time. `contexts` and `weights` are loaded at first use."""
 
     def __init__(self, folder: Path) -> None:
         self.table = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).read_all()
@@ -44,7 +44,7 @@ class Examples(Sequence[Example]):
         return [round(w, 6) for w in self.table["weight"].to_pylist()]
 
     def count_contexts(self) -> int:
-        """Distinct ones, counted without a Python object for each."""
+        """The number of distinct contexts, counted without loading them."""
         return int(pc.count_distinct(self.table["context"]).as_py())
 
     def __getitem__(self, index: Any) -> Any:  # an Example, or a list of them for a slice
@@ -55,7 +55,7 @@ class Examples(Sequence[Example]):
 
 
 class Writer:
-    """Appends examples to a folder's Arrow file."""
+    """Writes examples to a folder's Arrow file."""
 
     def __init__(self, folder: Path) -> None:
         self.file = pa.ipc.new_file(str(folder / FILE), SCHEMA)

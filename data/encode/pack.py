@@ -1,7 +1,7 @@
-"""Examples -> packs: a forest of token ids that holds, and computes, a common prefix once; or rows, padded.
+"""Examples -> packs: a forest of token ids that computes a common prefix once, or padded rows.
 
 A pack is a trie over the ids of its examples, laid out in depth-first preorder. Token q may attend to token k
-exactly when k <= q < end[k]: documents and siblings are isolated, ancestors shared, by that one rule.
+exactly when k <= q < end[k]: this rule isolates documents and siblings, and shares ancestors.
 """
 
 import math
@@ -15,21 +15,21 @@ import torch
 
 from data.encode.chat import Example
 
-LOOK_AHEAD = 64  # contexts that compete for the room left in a step
-# Time of a micro-batch in units of a token's: SmolLM2-135M on 2 CPU cores, see tests/benchmarks/throughput.py --growth
-FIXED_TOKENS = 32  # reading all weights once
-DENSE_TOKENS = 1000  # tokens that spend as much on attention over T^2 as on all else
-SHARES = (1.05, 1.2, 1.5)  # packs of several processes: room above equal shares, as trees don't fill them evenly
+LOOK_AHEAD = 64  # contexts that compete for the rest of a step
+# time of a micro-batch in units of one token's time: SmolLM2-135M, 2 CPU cores, tests/benchmarks/throughput.py --growth
+FIXED_TOKENS = 32  # to read all weights once
+DENSE_TOKENS = 1000  # number of tokens at which attention over T^2 costs as much as everything else
+SHARES = (1.05, 1.2, 1.5)  # several processes: pack size / equal share, above 1 as trees don't fill packs evenly
 
 
 @dataclass(frozen=True)
 class Layout:
     """How the examples of a step become micro-batches.
 
-    pack_tokens: most tokens of one, so that memory is bounded; only a longer example makes a larger one.
-    attention: "dense" computes T^2 scores under a mask (SDPA, eager), "sparse" nearly none but those that the mask
-    lets through (forest, FlexAttention). Where no mask says who sees whom, every example is a row of its own: "padded"
-    to the longest of the micro-batch, or "alone" in it.
+    pack_tokens: the most tokens of a micro-batch, to limit memory; only a single longer example exceeds it.
+    attention: "dense" computes T^2 scores under a mask (SDPA, eager); "sparse" computes almost only the scores that the
+    mask allows (forest, FlexAttention). Without a mask every example is its own row: "padded" to the longest row of the
+    micro-batch, or "alone" in its micro-batch.
     """
 
     share_prefixes: bool = True
@@ -40,25 +40,20 @@ class Layout:
         """Time of a micro-batch of `tokens` tokens, in units of one token's time."""
         return FIXED_TOKENS + tokens + (tokens**2 / DENSE_TOKENS if self.attention == "dense" else 0)
 
-    def share(self, one: int, other: int, both: int) -> bool:
-        """Whether trees of `one` and `other` tokens had better be a single one of `both` tokens."""
-        if both > self.pack_tokens:
-            return False
-        return self.cost(both) < min(self.cost(one + other), self.cost(one) + self.cost(other))
-
-    def joins(self, one: int, other: int) -> bool:
-        """Whether micro-batches of `one` and `other` tokens had better be a single one."""
-        return one + other <= self.pack_tokens and self.cost(one + other) < self.cost(one) + self.cost(other)
+    def joins(self, one: int, other: int, both: int) -> bool:
+        """True if micro-batches of `one` and `other` tokens cost more than one of `both` tokens, and it may exist."""
+        return both <= self.pack_tokens and self.cost(both) < self.cost(one) + self.cost(other)
 
 
 @dataclass
 class Pack:
-    """Arrays of a forest with T tokens that trains M tokens.
+    """Arrays of a forest with T tokens, M of which are trained.
 
-    input_ids, position_ids (depth in its tree), end (one past the last index of the subtree): length T.
+    input_ids, position_ids (depth in the tree), end (one past the last index of the subtree): length T.
     source, target: length M, an entry for every trained token of every example: the index whose hidden state
     predicts it, and its id. A branch point predicts several targets; equal answers count as often as they occur.
-    rows: of T / rows tokens, that a model computes as a batch, without a mask. None: a forest, a single sequence.
+    rows: the number of rows, of T / rows tokens each, that a model computes as a batch without a mask. None for a
+    forest, which is a single sequence.
     """
 
     input_ids: list[int] = field(default_factory=list)
@@ -66,16 +61,16 @@ class Pack:
     end: list[int] = field(default_factory=list)
     source: list[int] = field(default_factory=list)
     target: list[int] = field(default_factory=list)
-    leaf: list[int] = field(default_factory=list)  # per example, in the order given: the index of its last token
+    leaf: list[int] = field(default_factory=list)  # index of the last token of each example, in the given order
     rows: int | None = None
 
 
 def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
-    """One pack; the examples of one tree share their common prefixes, trees share nothing."""
+    """One pack; examples of the same tree share their common prefixes, trees share nothing."""
     pack = Pack()
-    leaf: dict[int, int] = {}
-    position = 0
     for tree in trees:
+        first = len(pack.leaf)
+        pack.leaf += [0] * len(tree)
         order = sorted(range(len(tree)), key=lambda i: tree[i].ids)
         path: list[int] = []  # index in the pack of each token of the current example
         previous: list[int] = []
@@ -83,26 +78,20 @@ def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
             example = tree[i]
             shared = common_prefix(previous, example.ids)
             _close(pack, path[shared:])
-            path = path[:shared]
-            for depth in range(shared, len(example.ids)):
-                path.append(len(pack.input_ids))
-                pack.input_ids.append(example.ids[depth])
-                pack.position_ids.append(depth)
-                pack.end.append(-1)
-            for depth in range(1, len(example.ids)):
-                if example.loss_mask[depth]:
-                    pack.source.append(path[depth - 1])
-                    pack.target.append(example.ids[depth])
-            leaf[position + i] = path[-1]
+            added = len(example.ids) - shared
+            path = [*path[:shared], *range(len(pack.input_ids), len(pack.input_ids) + added)]
+            pack.input_ids += example.ids[shared:]
+            pack.position_ids += range(shared, len(example.ids))
+            pack.end += [-1] * added
+            _add_targets(pack, example, path)
+            pack.leaf[first + i] = path[-1]
             previous = example.ids
         _close(pack, path)
-        position += len(tree)
-    pack.leaf = [leaf[i] for i in range(position)]
     return pack
 
 
 def pad_rows(examples: Sequence[Example]) -> Pack:
-    """One pack with a row for each example. Padding comes last, where no earlier token of a causal model sees it."""
+    """One pack with a row for each example. Padding is on the right, invisible to the tokens of a causal model."""
     width = max(len(example.ids) for example in examples)
     pack = Pack(rows=len(examples))
     for example in examples:
@@ -110,16 +99,13 @@ def pad_rows(examples: Sequence[Example]) -> Pack:
         pack.input_ids += [*example.ids, *[0] * (width - tokens)]
         pack.position_ids += range(width)
         pack.end += [first + width] * width
-        for depth in range(1, tokens):
-            if example.loss_mask[depth]:
-                pack.source.append(first + depth - 1)
-                pack.target.append(example.ids[depth])
+        _add_targets(pack, example, range(first, first + tokens))
         pack.leaf.append(first + tokens - 1)
     return pack
 
 
 def make_packs(examples: Sequence[Example], layout: Layout = Layout(), processes: int = 1) -> list[Pack]:
-    """Micro-batches that hold the examples once each. With several processes, packs are sized so that the slowest
+    """Micro-batches that hold each example once. With several processes, packs are sized so that the slowest
     process finishes as early as possible; they are dealt out largest first."""
     layout = _for_processes(examples, layout, processes) if processes > 1 else layout
     if layout.attention in ("padded", "alone"):
@@ -128,23 +114,26 @@ def make_packs(examples: Sequence[Example], layout: Layout = Layout(), processes
 
 
 def pack_sizes(examples: Sequence[Example], layout: Layout) -> list[int]:
-    """Tokens of each micro-batch that make_packs would make."""
+    """Tokens of each micro-batch of make_packs, without building it."""
     if layout.attention in ("padded", "alone"):
         return [len(rows) * len(rows[0].ids) for rows in plan_rows(examples, layout)]
     return [sum(map(count_tokens, trees)) for trees in plan_packs(examples, layout)]
 
 
 def _for_processes(examples: Sequence[Example], layout: Layout, processes: int) -> Layout:
-    """Smaller packs compute more prefixes twice, so that neither the largest nor equal shares are always best."""
+    """The layout, with the pack_tokens that lets the slowest process finish first.
 
-    def busiest(candidate: Layout) -> float:
+    Smaller packs compute more prefixes twice, so neither the largest packs nor equal shares are always best.
+    """
+
+    def slowest(candidate: Layout) -> float:
         return sum(map(layout.cost, sorted(pack_sizes(examples, candidate), reverse=True)[::processes]))
 
     tokens = sum(pack_sizes(examples, layout))
     rounds = math.ceil(tokens / (processes * layout.pack_tokens))
-    shares = (math.ceil(more * tokens / (processes * rounds)) for more in SHARES)
+    shares = (math.ceil(factor * tokens / (processes * rounds)) for factor in SHARES)
     smaller = [replace(layout, pack_tokens=share) for share in shares if share < layout.pack_tokens]
-    return min([layout, *smaller], key=busiest)
+    return min([layout, *smaller], key=slowest)
 
 
 def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -155,7 +144,7 @@ def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tens
 
 
 def is_chain(pack: Pack) -> bool:
-    """True for a single sequence: the rule is then plain causal attention and needs no mask."""
+    """True for a single chain of tokens: the rule is then plain causal attention and needs no mask."""
     return all(end == len(pack.end) for end in pack.end)
 
 
@@ -169,27 +158,27 @@ def step_order(
 ) -> list[list[int]]:
     """Indices of the examples of each optimizer step of an epoch; each index occurs once, or `weights` times.
 
-    A step holds at most examples_per_step, the same ones whether prefixes are shared or not. Contexts are shuffled and
-    stay whole, because one that two steps divide is computed twice; only one larger than a step, or than max_branches,
-    is divided.
-    weights: occurrences of each example in an epoch. Of 2.3, two are sure and 30 % of the contexts occur once more:
-    others in the next epoch, until all have had their turn.
+    A step holds at most examples_per_step examples, the same ones with prefix sharing on or off. Contexts are shuffled
+    and stay whole, because a context in two steps is computed twice; only a context larger than a step, or than
+    max_branches, is divided.
+    weights: occurrences of each example in an epoch. With 2.3 every context occurs twice, and 30 % of them a third
+    time: others in each epoch, until all contexts had their turn.
     """
     groups: dict[float, dict[str, list[int]]] = {}
     for i, context in enumerate(contexts):
         groups.setdefault(weights[i] if weights else 1.0, {}).setdefault(context, []).append(i)
     rng = random.Random(f"{seed}/{epoch}")
-    most = min(examples_per_step, max_branches or examples_per_step)
+    largest = min(examples_per_step, max_branches or examples_per_step)
     waiting = [
-        group[i : i + most]
-        for weight, alike in groups.items()
-        for group in _occurrences(list(alike.values()), weight, seed, epoch)
-        for i in range(0, len(group), most)
+        group[i : i + largest]
+        for weight, by_context in groups.items()
+        for group in _occurrences(list(by_context.values()), weight, seed, epoch)
+        for i in range(0, len(group), largest)
     ]
     rng.shuffle(waiting)
     coming = iter(waiting)
     steps: list[list[int]] = []
-    window = list(islice(coming, LOOK_AHEAD))  # a short look ahead keeps the order nearly as shuffled
+    window = list(islice(coming, LOOK_AHEAD))  # a short window nearly keeps the shuffled order
     while window:
         step: list[int] = []
         left: list[list[int]] = []
@@ -207,22 +196,23 @@ def step_order(
 
 
 def _occurrences(groups: list[list[int]], weight: float, seed: int, epoch: int) -> list[list[int]]:
+    """The groups as often as they occur in the epoch: int(weight) times, and some of them in turn once more."""
     whole = int(weight)
-    more = math.ceil(round((weight - whole) * len(groups), 6))
+    extra = math.ceil(round((weight - whole) * len(groups), 6))
     turns = random.Random(seed).sample(groups, len(groups))
-    return groups * whole + [turns[i % len(turns)] for i in range(epoch * more, (epoch + 1) * more)]
+    return groups * whole + [turns[i % len(turns)] for i in range(epoch * extra, (epoch + 1) * extra)]
 
 
 def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Example]]]:
-    """The trees of each micro-batch, their examples in order of their ids.
+    """The trees of each micro-batch, with their examples sorted by ids.
 
-    Examples stay in a tree, and trees join in a pack, if that saves time: attention over T^2 can cost more than a
-    shared prefix or one pass over the weights less saves. Trees fill packs best fit decreasing: the largest first, each
-    into the fullest pack that it joins; those of a pack then share what they have in common.
+    Examples share a tree, and trees share a pack, only if that saves time: attention over T^2 can cost more than a
+    shared prefix, or one pass less over the weights, saves. Trees fill packs best fit decreasing: the largest first,
+    each into the fullest pack that it joins. The trees of a pack then share their common prefixes.
     """
     packs: list[tuple[int, list[list[Example]]]] = []
     for size, tree in sorted(((count_tokens(t), t) for t in make_trees(examples, layout)), key=lambda pair: -pair[0]):
-        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size)]
+        fits = [i for i, (used, _) in enumerate(packs) if layout.joins(used, size, used + size)]
         if fits:
             best = max(fits, key=lambda i: packs[i][0])
             packs[best] = (packs[best][0] + size, [*packs[best][1], tree])
@@ -234,8 +224,8 @@ def plan_packs(examples: Sequence[Example], layout: Layout) -> list[list[list[Ex
 
 
 def plan_rows(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
-    """The rows of each micro-batch without prefix sharing: the longest first, as long as the padding of the next one
-    costs less than a micro-batch of its own."""
+    """The rows of each micro-batch without prefix sharing, longest first. A row joins the last micro-batch if its
+    padding costs less than a new micro-batch."""
     packs: list[list[Example]] = []
     for example in sorted(examples, key=lambda e: (-len(e.ids), e.ids)):
         width = len(packs[-1][0].ids) if packs else 0
@@ -248,8 +238,8 @@ def plan_rows(examples: Sequence[Example], layout: Layout) -> list[list[Example]
 
 
 def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example]]:
-    """The examples in order of their ids, cut where least is shared until each tree fits into a pack and costs less
-    than its parts."""
+    """The examples sorted by ids, and cut at the shortest common prefix until each tree fits into a pack and costs
+    less than its parts."""
     rows = sorted(examples, key=lambda e: e.ids)
     if not layout.share_prefixes:
         return [[row] for row in rows]
@@ -260,31 +250,42 @@ def make_trees(examples: Sequence[Example], layout: Layout) -> list[list[Example
         return own[stop] - own[start] + shared[start]
 
     trees: list[list[Example]] = []
-    left = [(0, len(rows))] if rows else []
-    while left:
-        start, stop = left.pop()
+    ranges = [(0, len(rows))] if rows else []
+    while ranges:
+        start, stop = ranges.pop()
         if stop - start > 1:
             cut = min(range(start + 1, stop), key=lambda i: (shared[i], abs(2 * i - start - stop)))
-            if not layout.share(tokens(start, cut), tokens(cut, stop), tokens(start, stop)):
-                left += [(cut, stop), (start, cut)]
+            # a cut through no common prefix is free: plan_packs joins such trees again if that saves time
+            if not shared[cut] or not layout.joins(tokens(start, cut), tokens(cut, stop), tokens(start, stop)):
+                ranges += [(cut, stop), (start, cut)]
                 continue
         trees.append(rows[start:stop])
     return trees
 
 
 def count_tokens(tree: Sequence[Example]) -> int:
-    """Tokens of the tree of examples that are in order of their ids."""
+    """Tokens of the tree of examples, which must be sorted by ids."""
     return sum(
         len(example.ids) - (common_prefix(tree[i - 1].ids, example.ids) if i else 0) for i, example in enumerate(tree)
     )
 
 
+def _add_targets(pack: Pack, example: Example, path: Sequence[int]) -> None:
+    """Add the trained tokens of an example, whose tokens have the indices `path` in the pack."""
+    for depth in range(1, len(example.ids)):
+        if example.loss_mask[depth]:
+            pack.source.append(path[depth - 1])
+            pack.target.append(example.ids[depth])
+
+
 def _close(pack: Pack, path: list[int]) -> None:
+    """End the subtrees of the indices `path` here."""
     for index in path:
         pack.end[index] = len(pack.input_ids)
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
+    """Number of equal ids at the beginning of both."""
     n = 0
     for x, y in zip(a, b, strict=False):
         if x != y:

@@ -1,7 +1,7 @@
-"""Extractive question answering as BERT does it: a question beside each window of its passage, and where the answer is.
+"""Extractive question answering as in BERT: a question with each window of its passage, and the answer's tokens.
 
 A row is [CLS] question [SEP] part of the passage [SEP]; the tokenizer cuts the passage. Rows are in an Arrow file that
-is mapped, not read, so that memory stays flat whatever its size.
+is memory-mapped, so that memory does not grow with its size.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from data.errors import UserError
 from data.progress import track
 
 FILE = "windows.arrow"
-NO_PASSAGE = -1  # offset of a token that is not of the passage
+NO_PASSAGE = -1  # offset of a token outside the passage
 SCHEMA = pa.schema(
     [(name, pa.list_(pa.int32())) for name in ("input_ids", "token_type_ids", "char_starts", "char_ends")]
     + [(name, pa.int32()) for name in ("conversation", "start_positions", "end_positions", "core_start", "core_end")]
@@ -42,7 +42,7 @@ def make_windows(conversations: Sequence[Conversation], tokenizer: PreTrainedTok
 def load_windows(
     conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, cache: Path, *lengths: int
 ) -> Dataset:
-    """The same, mapped from a folder in `cache`, which is written if it is missing or damaged."""
+    """The rows of `window_rows`, memory-mapped from a folder in `cache`, which is built if it is missing or damaged."""
     folder = cache / windows_key(conversations, tokenizer, *lengths)
 
     def build(temporary: Path) -> None:
@@ -56,13 +56,13 @@ def load_windows(
     except (OSError, ValueError) as error:
         if not folder.is_dir():
             raise
-        print(f"{folder} is damaged ({error}): its windows are made again", flush=True)
+        print(f"{folder} is damaged ({error}): its windows are rebuilt", flush=True)
         shutil.rmtree(folder)
         return Dataset.from_file(str(build_once(folder, build) / FILE))
 
 
 def windows_key(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *lengths: int) -> str:
-    """Names all that the rows depend on: texts, tokenizer, lengths, code. Raises UserError for a slow tokenizer."""
+    """Hash of all that the rows depend on: texts, tokenizer, lengths, code. Raises UserError for a slow tokenizer."""
     texts = hashlib.sha256()
     for c in conversations:
         texts.update(repr((c.question, c.context, c.answers, c.starts)).encode())
@@ -81,17 +81,18 @@ def window_rows(
     doc_stride: int = 128,
     max_query_length: int = 64,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of at most max_seq_length tokens. Questions are cut to max_query_length tokens, passages never.
+    """Rows of at most max_seq_length tokens. Questions are cut to max_query_length tokens; passages are windowed.
 
-    doc_stride: tokens that a window moves on by, as in google-research/bert's run_squad.py; the `stride` of tokenizers
-    is what two windows share. The columns, those of a conversation (by its number) in neighbouring rows:
-    input_ids, token_type_ids, char_starts, char_ends: of each token; its characters in the passage, else NO_PASSAGE.
-    start_positions, end_positions: first and last token of the gold answer; 0, that of [CLS], if it is not whole here.
-    core_start, core_end (not included): the tokens that an answer may begin at. Each passage token is in one core.
-    cut_question, lost_answer: set in the first row of a conversation whose question was cut, or whose answer no row
-    holds whole, so that it is trained as if it had none.
-    Raises UserError for lengths that leave a passage no room and for a tokenizer without offsets; DataError for a row
-    that is not SQuAD's.
+    doc_stride: tokens between the starts of two windows, as in google-research/bert's run_squad.py; the `stride` of
+    tokenizers is the overlap. The rows of a conversation (its number is a column) follow each other. Columns:
+    input_ids, token_type_ids, char_starts, char_ends: per token; its characters in the passage, else NO_PASSAGE.
+    start_positions, end_positions: first and last token of the gold answer; 0, that of [CLS], if the row has only a
+    part of it or none.
+    core_start, core_end (excluded): the tokens at which an answer may begin. Each passage token is in one core.
+    cut_question, lost_answer: set in the first row of a conversation if its question was cut, or if no row holds its
+    whole answer, so that it is trained as unanswerable.
+    Raises UserError for lengths that leave no room for a passage and for a tokenizer without offsets; DataError for a
+    row that is not SQuAD's.
     """
     backend = plain_backend(tokenizer)
     parts = backend.encode("a", "b").sequence_ids  # None: a control token
@@ -100,7 +101,7 @@ def window_rows(
 
     @lru_cache(maxsize=1000)
     def encode_passage(context: str) -> tuple[Encoding, np.ndarray]:
-        # as the second of two texts: framing leaves the token types of a cut one as they are
+        # as the second of two texts: post_process does not set the token types of overflowing parts
         encoding = backend.encode("", context, add_special_tokens=False)
         return encoding, np.array(encoding.offsets, np.int32).reshape(-1, 2)
 
@@ -120,10 +121,10 @@ def window_rows(
         begin, end = _answer_tokens(conversation, offsets)
         whole = (firsts <= begin) & (end < firsts + room)
         for i, (window, core) in enumerate(zip(windows, pairwise(_cores(len(offsets), room, step)), strict=True)):
-            shift = at - i * step  # from number of a passage token to its place in the row
-            shown = offsets[i * step : i * step + room]
+            shift = at - i * step  # index in the passage -> index in the row
+            visible = offsets[i * step : i * step + room]
             characters = np.full((len(window), 2), NO_PASSAGE, np.int32)
-            characters[at : at + len(shown)] = shown
+            characters[at : at + len(visible)] = visible
             yield {
                 "conversation": number,
                 "input_ids": np.array(window.ids, np.int32),
@@ -142,7 +143,7 @@ def window_rows(
 def _check(conversations: Sequence[Conversation], parts: list[int | None], *lengths: int) -> None:
     (max_seq_length, doc_stride, max_query_length), control = lengths, parts.count(None)
     if parts[0] is not None:
-        problem = "the tokenizer puts no token such as [CLS] before a pair of texts, where 'no answer' is marked"
+        problem = "the tokenizer puts no token such as [CLS] before a pair of texts to mark 'no answer' with"
         raise UserError(f"{problem}; use BERT's or one like it")
     if min(doc_stride, max_query_length) < 1:
         values = f"doc_stride {doc_stride} and max_query_length {max_query_length}"
@@ -151,7 +152,7 @@ def _check(conversations: Sequence[Conversation], parts: list[int | None], *leng
         problem = f"max_query_length {max_query_length} and {control} control tokens leave no room for a passage"
         raise UserError(f"{problem} in max_seq_length {max_seq_length}; raise max_seq_length or lower max_query_length")
     if not conversations:
-        raise DataError("", "no question to make windows of; name data with at least one", "no question")
+        raise DataError("", "no question to make windows of; name data with at least one question", "no question")
     for c in conversations:
         if not c.question or len(c.starts) != len(c.answers):
             lacks = "offsets of its answers" if c.question else "question"
@@ -159,8 +160,8 @@ def _check(conversations: Sequence[Conversation], parts: list[int | None], *leng
 
 
 def _answer_tokens(conversation: Conversation, offsets: np.ndarray) -> tuple[int, int]:
-    """First and last passage token of the shortest gold span, which is also what the language model learns; -1 and -1
-    if there is none or the tokenizer drops all of its characters."""
+    """First and last passage token of the shortest gold span, which the language model learns too; -1 and -1 without
+    an answer, or if the tokenizer drops all of its characters."""
     if not conversation.answers:
         return -1, -1
     answer, start = min(zip(conversation.answers, conversation.starts, strict=True), key=lambda span: len(span[0]))
@@ -171,11 +172,11 @@ def _answer_tokens(conversation: Conversation, offsets: np.ndarray) -> tuple[int
 
 @lru_cache(maxsize=4096)
 def _cores(tokens: int, room: int, step: int) -> list[int]:
-    """The passage tokens that begin the core of each window, and the end of the last core.
+    """The first passage token of each window's core, and the end of the last core.
 
-    A core has the tokens with more context than in other windows, which are neighbours. A token's context is the
-    smaller of those to its sides, and 0.01 of the window's length decides between equal ones: _check_is_max_context of
-    google-research/bert's run_squad.py.
+    A core is the range of tokens that have more context in this window than in others. A token's context is the smaller
+    of its left and right context plus, to decide between equal ones, 0.01 of the window's length: the rule of
+    _check_is_max_context in google-research/bert's run_squad.py.
     """
     best, owner = np.full(tokens, -1.0), np.zeros(tokens, int)
     firsts = range(0, max(tokens - room, 0) + step, step)

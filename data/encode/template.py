@@ -1,12 +1,12 @@
 """Chat template -> text, exactly as transformers renders it, within limits of time and size.
 
-A chat template is a program that comes with a model. transformers keeps it from Python's internals (a sandbox), but
-lets it run for ever or write until memory is gone. Here each loop step and each value that is made draws on a budget
-first, in any thread, and a call in C that would make too much is refused before it starts. A list that holds a list
-twice, sixty times over, takes no memory and is exponentially long; so values are measured with all that they hold when
-they are made, and nothing that later reads, compares, hashes or writes one takes long.
+A chat template is a program that comes with a model. transformers runs it in a sandbox without access to Python's
+internals, but with no limit of time or memory. Here each loop step and each new value draws on a budget first, in any
+thread, and a call in C with too large a result is refused before it starts. A list that holds the same list twice,
+nested sixty times, takes no memory and is exponentially long; so a new value is measured with all its contents, and no
+later read, comparison, hash or output of it takes long.
 
-Not a process with limits: it takes half the lines, but encoding would take one and a half times as long.
+A separate process with limits would take half the lines, but encoding would take one and a half times as long.
 """
 
 import functools
@@ -28,27 +28,26 @@ from transformers.utils.chat_template_utils import _compile_jinja_template
 
 from data.conversation import DataError, Message
 
-SECONDS = 10.0  # of one render; real templates take some 20 microseconds
-CHARACTERS = 10_000_000  # made in all steps of one render, beside 100 for each character of the messages
-TEMPLATE_CHARACTERS = 1_000_000  # the longest real ones have some 20,000
+SECONDS = 10.0  # of one render; real templates take about 20 microseconds
+CHARACTERS = 10_000_000  # in all values of one render, plus 100 for each character of the messages
+TEMPLATE_CHARACTERS = 1_000_000  # the longest real templates have about 20,000
 BITS = 10_000  # of a whole number
 
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
 
-# what can make a text longer than its arguments together: methods of str, bytes and int, and filters
+# methods of str, bytes and int, and filters, whose result can be longer than their arguments together
 GROWING = {
     "batch", "center", "expandtabs", "format", "format_map", "indent", "join", "ljust", "pprint", "replace", "rjust",
     "slice", "to_bytes", "tojson", "translate", "urlize", "wordwrap", "xmlattr", "zfill",
 }  # fmt: skip
-# "%*d" and "{:{}}" take a width from an argument; for each way to format, what finds that
+# "%*d" and "{:{}}" take a width from an argument; these patterns find it, by kind of format
 FORMATS = {
     "%": re.compile(r"%[^%a-zA-Z]*\*"),
     "format": re.compile(r"%[^%a-zA-Z]*\*|\{[^{}]*:[^{}]*\{"),
     "format_map": re.compile(r"\{[^{}]*:[^{}]*\{"),
 }
 
-
-# a template is foreign code: this is what its operators, filters and raise_exception raise; deep recursion is a
+# raised by the operators, filters and raise_exception of a template, which is foreign code; deep recursion is a
 # RuntimeError
 FAILURES = (TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RuntimeError)
 
@@ -58,7 +57,7 @@ class _OverLimit(Exception):
 
 
 class _Budget:
-    """What one render may still use."""
+    """The time and characters that one render may still use."""
 
     def __init__(self, seconds: float, characters: int) -> None:
         self.seconds, self.characters = seconds, characters
@@ -72,7 +71,7 @@ class _Budget:
             raise _OverLimit(f"takes more than {self.seconds:g} s")
 
     def size(self, value: Any) -> int:
-        """Characters of a value's text, nearly; what it holds is counted on the budget."""
+        """Approximate number of characters of a value's text; its contents draw on the budget."""
         if isinstance(value, str | bytes):
             return len(value)
         if not isinstance(value, list | tuple | dict | MappingView):
@@ -82,16 +81,16 @@ class _Budget:
         return 1 + sum(len(item) if isinstance(item, str) else self.size(item) for item in items)
 
     def measured(self, value: Any) -> Any:
-        """A new value, drawn on the budget: a text by its length, anything else by the number of values in it."""
+        """The new value, after it has drawn on the budget: the length of a text, else the number of values in it."""
         size = self.size(value)
         self.spend(size if isinstance(value, str | bytes) else 0)
         return value
 
     def allow(self, name: str, subject: Any, others: Sequence[Any]) -> None:
-        """Refuse a call whose result may exceed what is left: no result is longer than subject x largest argument."""
+        """Refuse a call if subject x largest argument, the longest possible result, exceeds the rest of the budget."""
         if name in FORMATS and isinstance(subject, str):
             if FORMATS[name].search(subject.replace("{{", "")):
-                raise _OverLimit("formats with a width that is an argument, of any size,")
+                raise _OverLimit("formats with a width that is an argument of any size,")
             factors = [int(digits) for digits in re.findall(r"\d+", subject)] + [self.size(value) for value in others]
         else:
             factors = [abs(value) if isinstance(value, int) else self.size(value) for value in others]
@@ -110,7 +109,7 @@ def render(
     seconds: float = SECONDS,
     characters: int = CHARACTERS,
 ) -> str:
-    """Text of the messages; `generation` adds what starts the assistant's answer.
+    """Text of the messages; `generation` appends the beginning of the assistant's turn.
 
     Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
     """
@@ -126,7 +125,7 @@ def render(
     except _OverLimit as error:
         raise DataError(
             where,
-            f"model.chat_template {error} in one render; set model.chat_template to one that does less",
+            f"model.chat_template {error} in one render; set model.chat_template to a smaller one",
             OVER_LIMITS,
         ) from error
     except FAILURES as error:
@@ -144,7 +143,7 @@ def render(
 
 @lru_cache(maxsize=16)
 def literals(template: str) -> tuple[str, ...]:
-    """The texts that are written in a template, those of its conditions too."""
+    """The literal texts of a template, including those in its conditions."""
     tree = _environment().parse(template)
     data = [str(node.data) for node in tree.find_all(nodes.TemplateData)]
     return (*data, *(node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)))
@@ -170,21 +169,21 @@ def _environment() -> "_Environment":
     del environment.globals["lipsum"]  # random text of any length
     environment.globals["namespace"] = _Namespace
     environment.filters = {name: _bounded(name, function) for name, function in reference.filters.items()}
-    # names with a space: no template can use them
+    # names with a space, which no template can use
     environment.filters |= {"counted items": _counted, "joined text": _joined, "measured value": _measured}
     return environment
 
 
 class _Namespace(Namespace):
-    """Its attributes change, so that their size is not known when it is made; so its text doesn't show them."""
+    """A namespace whose text does not show its attributes: they change, so their size is unknown when it is created."""
 
     def __repr__(self) -> str:
         return "<Namespace>"
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """transformers' environment, with a budget. Its hooks are Jinja's own: calls and operators of a sandbox, `concat`
-    for what blocks and macros collect, `finalize` for what is written; loops, `~` and literals get a filter."""
+    """transformers' environment with a budget. It uses Jinja's hooks: the sandbox's calls and operators, `concat` for
+    blocks and macros, `finalize` for output. Loops, `~` and literals get a filter."""
 
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
@@ -195,7 +194,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:
         budget, owner = _budget.get(), _owner(__obj)
         if not isinstance(owner, str | bytes | int):
-            budget.size((*args, *kwargs.values()))  # a macro sees them as a tuple and a dict
+            budget.size((*args, *kwargs.values()))  # a macro gets them as a tuple and a dict
         elif __obj.__name__ in GROWING:
             args = tuple(list(a) if isinstance(a, Iterator) else a for a in args)
             budget.allow(__obj.__name__, owner, [*args, *kwargs.values()])
@@ -220,7 +219,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 class _Counting(NodeTransformer):
-    """Loops draw on the budget at each step, `~` before it joins, literals and slices once they are made."""
+    """Makes loops draw on the budget at each step, `~` before it joins, literals and slices when they are created."""
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         super().generic_visit(node, *args, **kwargs)
@@ -261,7 +260,7 @@ def _finalize(value: Any) -> Any:
 
 
 def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """The filter, drawing on the budget; wraps keeps the mark by which Jinja passes the context first."""
+    """The filter, drawing on the budget; functools.wraps keeps the mark that makes Jinja pass the context first."""
     first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
@@ -279,7 +278,7 @@ def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _owner(function: Any) -> Any:
-    """What a method is bound to; the sandbox wraps str.format in a function that names its original."""
+    """The object that a method is bound to; the sandbox wraps str.format in a function with __wrapped__."""
     if hasattr(function, "__wrapped__"):
         function = function.__wrapped__
     return function.__self__ if hasattr(function, "__self__") else None

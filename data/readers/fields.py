@@ -1,4 +1,4 @@
-"""Checks of a row's values: is it text that can be trained on, and how a value is shown in a message."""
+"""Checks of a row's values, and how a message shows a value."""
 
 import re
 from collections.abc import Iterable
@@ -6,9 +6,9 @@ from typing import Any
 
 from data.conversation import Conversation, DataError, Ledger
 
-SHOWN = 60  # characters of a value in a message: enough to find it, too few to publish it
+SHOWN = 60  # characters of a value in a message: enough to find the row, too few to publish the value
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-# noted, not refused: real posts hold form feeds and terminal escapes, and a tokenizer takes them all
+# noted, not refused: real posts hold form feeds and terminal escapes, and tokenizers accept them
 ODD_CHARACTERS = {
     "control characters": re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"),
     "U+2028 or U+2029, which some tools take for a line end": re.compile("[\u2028\u2029]"),
@@ -17,7 +17,7 @@ ODD_CHARACTERS = {
 
 
 def text(value: Any, field: str, where: str) -> str:
-    """The value, if it is text that can be trained on. Raises DataError: null, blank, no text, binary data."""
+    """The value, if it is text that can be trained on. Raises DataError for null, blank, other types, binary data."""
     kind = re.sub(r"\d+", "", field)  # messages[3].content and messages[5].content are one kind
     if not isinstance(value, str):
         if isinstance(value, list):
@@ -26,11 +26,13 @@ def text(value: Any, field: str, where: str) -> str:
             remedy = "fill it in or leave the row out"
         else:
             remedy = 'write it as text, in quotes: "..."'
-        found = "null" if value is None else f"{type_name(value)} {shown(value)}"
-        raise DataError(where, f"{field}: {found} where text is expected; {remedy}", f"{kind}: {type_name(value)}")
+        description = "null" if value is None else f"{type_name(value)} {shown(value)}"
+        raise DataError(
+            where, f"{field}: {description} where text is expected; {remedy}", f"{kind}: {type_name(value)}"
+        )
     if not value.strip():
-        found = "empty text" if value == "" else f"only white space {shown(value)}"
-        raise DataError(where, f"{field}: {found}; fill it in or leave the row out", f"{kind}: empty")
+        description = "empty text" if value == "" else f"only white space {shown(value)}"
+        raise DataError(where, f"{field}: {description}; fill it in or leave the row out", f"{kind}: empty")
     if "\0" in value:
         problem = f"{field}: NUL (U+0000) at character {value.index(chr(0)) + 1}"
         raise DataError(where, f"{problem}; binary data is no text, remove it", f"{kind}: NUL")
@@ -38,10 +40,12 @@ def text(value: Any, field: str, where: str) -> str:
 
 
 def without_lone_surrogates(row: dict[str, Any], where: str) -> dict[str, Any]:
-    """The row. Raises DataError if a key or text in it holds half a character: one that is not trained on is still
-    printed, stored or sent."""
+    """The row. Raises DataError if a key or text in it holds half a character.
+
+    Keys and texts that are not trained on are checked too: they are printed, stored or sent.
+    """
     values: list[tuple[str, Any]] = [("", row)]
-    for place, value in values:  # which grows as it is walked: recursion would end before the decoder's own does
+    for place, value in values:  # the loop extends the list: recursion would fail at nesting that the decoder accepts
         if isinstance(value, dict):
             values += ((f"{place}.{key}", key) for key in value)
             values += ((f"{place}.{key}", item) for key, item in value.items())
@@ -55,21 +59,21 @@ def without_lone_surrogates(row: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def shown(value: Any) -> str:
-    """The value as a message shows it: quoted, escaped and cut."""
+    """The value for a message: quoted, escaped and cut to SHOWN characters."""
     return _cut(repr(value))
 
 
 def shown_names(names: Iterable[object], limit: int = SHOWN) -> str:
-    """Keys of a row, an id or a library's message: escaped and cut, without quotes."""
+    """Keys of a row, an id or a library's message for a message: escaped and cut, without quotes."""
     return _cut(", ".join(repr(str(name))[1:-1] for name in names), limit)
 
 
-def _cut(whole: str, limit: int = SHOWN) -> str:
-    return whole if len(whole) <= limit else whole[: limit - 3] + "..."
+def _cut(escaped: str, limit: int = SHOWN) -> str:
+    return escaped if len(escaped) <= limit else escaped[: limit - 3] + "..."
 
 
 def type_name(value: Any) -> str:
-    """JSON's word for the value's type."""
+    """The JSON name of the value's type."""
     if isinstance(value, bool):
         return "boolean"
     if isinstance(value, int):
@@ -80,9 +84,9 @@ def type_name(value: Any) -> str:
 
 
 def note_odd_characters(conversation: Conversation, ledger: Ledger) -> None:
-    """Note characters that are seldom meant in the ledger."""
+    """Note in the ledger characters that are rarely intended."""
     for i, message in enumerate(conversation.messages):
         for kind, pattern in ODD_CHARACTERS.items():
-            if found := pattern.search(message["content"]):
-                place = f"turn {i + 1}, character {found.start() + 1}"
-                ledger.note(conversation.where, kind, f"U+{ord(found[0]):04X} in {place}")
+            if match := pattern.search(message["content"]):
+                place = f"turn {i + 1}, character {match.start() + 1}"
+                ledger.note(conversation.where, kind, f"U+{ord(match[0]):04X} in {place}")

@@ -1,4 +1,4 @@
-"""A data file as bytes: gzip by its content, lines of bounded length, and what is wrong with the encoding."""
+"""Read a data file as bytes or lines: gzip is detected, sizes are limited, the encoding is checked."""
 
 import gzip
 import zlib
@@ -11,25 +11,26 @@ from typing import Any
 from data.conversation import DataError, Ledger
 
 Row = dict[str, Any]
-# What every reader of this package yields: where a row is and its keys, or the defect in its place. A DataError that is
-# yielded costs one row; one that is raised ends the file, whose other rows can't be read or counted.
+# What every reader of this package yields: the place of a row, and the row or its defect. A DataError that is yielded
+# costs one row; a DataError that is raised ends the file, whose other rows can't be read or counted.
 Rows = Iterator[tuple[str, Row | DataError]]
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
-LONG_LINE = 2**20  # bytes; worth knowing: most such rows will not fit into max_length
+LONG_LINE = 2**20  # bytes; noted, as most such rows are longer than max_length
 LINE_LIMIT = 64 * 2**20  # bytes; a longer line is skipped without being held in memory
-# of a gzip file: more bytes than both are no data. JSON packs to 1/3 - 1/20, gzip's own bound is 1/1032
+# bytes, and times the size of a gzip file: a content above both is no data. JSON packs to 1/3 - 1/20, gzip's bound is
+# 1/1032
 UNPACKED_LIMIT, UNPACKED_TIMES = 2**24, 200
 GZIP, BOM, UTF_16 = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
 
 
 def data_suffix(path: Path) -> str:
-    """`.jsonl` of rows.jsonl, rows.JSONL and rows.jsonl.gz."""
+    """The suffix in lower case without `.gz`: `.jsonl` for rows.jsonl, rows.JSONL and rows.jsonl.gz."""
     return (path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower()
 
 
 class _Unpacked(RawIOBase):
-    """A gzip file's content. Raises DataError if it is so much larger than the file that it can only be a bomb."""
+    """The content of a gzip file. Raises DataError if it is too much larger than the file to be data: a gzip bomb."""
 
     def __init__(self, unpacked: gzip.GzipFile, path: Path) -> None:
         self.unpacked, self.path, self.count = unpacked, path, 0
@@ -39,7 +40,7 @@ class _Unpacked(RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        piece = self.unpacked.read1(len(buffer))  # readinto would lose what it read before a broken end
+        piece = self.unpacked.read1(len(buffer))  # readinto would lose the bytes before a broken end
         buffer[: len(piece)] = piece
         self.count += len(piece)
         if self.count > self.limit:
@@ -52,7 +53,7 @@ class _Unpacked(RawIOBase):
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BufferedReader]:
-    """The file's bytes, unpacked if they are gzip's. Raises DataError if they can't be read or break off."""
+    """The file's bytes, unpacked if they are gzip's. Raises DataError if the file can't be read to its end."""
     try:
         with path.open("rb") as file:
             if file.peek(2)[:2] != GZIP:
@@ -66,13 +67,13 @@ def open_bytes(path: Path) -> Iterator[BufferedReader]:
     except OSError as error:
         raise DataError(
             str(path),
-            f"can't be read: {error.strerror or error}; see that it is whole and yours to read",
+            f"can't be read: {error.strerror or error}; check that the file is complete and that you may read it",
             "can't be read",
         ) from error
 
 
 def check_encoding(path: Path, ledger: Ledger) -> None:
-    """Refuses UTF-16 and notes a UTF-8 byte order mark, which every reader here skips."""
+    """Refuse UTF-16, and note a UTF-8 byte order mark, which all readers skip."""
     with open_bytes(path) as file:
         head = file.peek(64)[:64]
     if head[:2] in UTF_16:
@@ -87,7 +88,7 @@ def check_encoding(path: Path, ledger: Ledger) -> None:
 
 
 def read_lines(path: Path, ledger: Ledger) -> Iterator[tuple[int, bytes | DataError]]:
-    """Line numbers from 1 and lines with their ends; a line beyond LINE_LIMIT gives its defect instead."""
+    """Line numbers from 1, and lines with their line ends; a line above LINE_LIMIT yields a defect instead."""
     with open_bytes(path) as file:
         number, crlf = 0, False
         while line := file.readline(LINE_LIMIT + 1):
@@ -109,7 +110,7 @@ def read_lines(path: Path, ledger: Ledger) -> Iterator[tuple[int, bytes | DataEr
 
 
 def row_or_defect(check: Callable[..., Row], *values: Any) -> Row | DataError:
-    """What `check` returns, or the DataError that it raises."""
+    """The result of `check`, or the DataError that it raises."""
     try:
         return check(*values)
     except DataError as error:
@@ -117,6 +118,6 @@ def row_or_defect(check: Callable[..., Row], *values: Any) -> Row | DataError:
 
 
 def not_utf8(byte: int, where: str, place: str = "") -> DataError:
-    """The defect of a text with this byte in it, for the user to guess the encoding by."""
+    """The defect of a text that holds this byte; the byte lets the user guess the encoding."""
     remedy = "convert the file, perhaps: iconv -f latin1 -t utf-8"
     return DataError(where, f"{place}byte 0x{byte:02X}, which is not UTF-8; {remedy}", "not UTF-8")

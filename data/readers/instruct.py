@@ -26,13 +26,13 @@ def instruct_conversation(row: Row, format: str, where: str) -> Conversation:
         id=where,
         where=where,
         answers=(messages[-1]["content"],),
-        # without the system turn: one that all rows share would make them near duplicates of each other
+        # without the system turn, which would make all rows that share it near duplicates
         context="\n".join(m["content"] for m in messages[:-1] if m["role"] != "system"),
     )
 
 
 def checked_order(messages: list[Message], where: str) -> list[Message]:
-    """The messages, if they are: a system turn or none, then user and assistant in turn, assistant last."""
+    """The messages, if they are an optional system turn, then user and assistant alternating, assistant last."""
     roles = [m["role"] for m in messages]
     if "system" in roles[1:]:
         place = len(roles) - 1 - roles[::-1].index("system")
@@ -46,8 +46,8 @@ def checked_order(messages: list[Message], where: str) -> list[Message]:
         raise DataError(where, problem, "last turn not the assistant's")
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2):
-        found = shown_names(spoken)
-        raise DataError(where, f"user and assistant must take turns, the user first; found {found}", "order of turns")
+        problem = f"user and assistant must take turns, the user first; found {shown_names(spoken)}"
+        raise DataError(where, problem, "order of turns")
     return messages
 
 
@@ -63,7 +63,7 @@ def _sharegpt(row: Row, where: str) -> list[Message]:
 
 def _alpaca(row: Row, where: str) -> list[Message]:
     prompt = text(row["instruction"], "instruction", where)
-    if _given(row, "input"):
+    if _has_value(row, "input"):
         prompt += "\n\n" + text(row["input"], "input", where)
     answer = text(row["output"], "output", where)
     return [*_system(row, where), *_history(row, where), _turn("user", prompt), _turn("assistant", answer)]
@@ -106,37 +106,37 @@ def _turns(
         for key in (role, content):
             if key not in turn:
                 raise DataError(where, f"{place}: no {key}, only {shown_names(turn)}", f"{field}[]: no {key}")
-        said_by = turn[role]
-        if said_by in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
-            remedy = "leave the row out or put what they say into user and assistant turns"
+        speaker = turn[role]
+        if speaker in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
+            remedy = "leave the row out or move their content into user and assistant turns"
             raise DataError(where, f"{place}: tool turns are not supported; {remedy}", "tool turn")
-        if not isinstance(said_by, str) or said_by not in roles:
-            problem = f"{place}.{role}: {shown(said_by)}; must be one of {', '.join(roles)}"
+        if not isinstance(speaker, str) or speaker not in roles:
+            problem = f"{place}.{role}: {shown(speaker)}; must be one of {', '.join(roles)}"
             raise DataError(where, problem, "unknown role")
-        messages.append(_turn(roles[said_by], text(turn[content], f"{place}.{content}", where)))
+        messages.append(_turn(roles[speaker], text(turn[content], f"{place}.{content}", where)))
     return messages
 
 
 def _history(row: Row, where: str) -> list[Message]:
-    if not _given(row, "history"):
+    if not _has_value(row, "history"):
         return []
     pairs = row["history"]
     if not isinstance(pairs, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
         problem = f"history: {shown(pairs)} where a list of [user, assistant] pairs is expected"
         raise DataError(where, problem, "history: not pairs")
     return [
-        _turn(role, text(said, f"history[{i}][{side}]", where))
+        _turn(role, text(content, f"history[{i}][{side}]", where))
         for i, pair in enumerate(pairs)
-        for side, (role, said) in enumerate(zip(("user", "assistant"), pair, strict=True))
+        for side, (role, content) in enumerate(zip(("user", "assistant"), pair, strict=True))
     ]
 
 
 def _system(row: Row, where: str) -> list[Message]:
-    return [_turn("system", text(row["system"], "system", where))] if _given(row, "system") else []
+    return [_turn("system", text(row["system"], "system", where))] if _has_value(row, "system") else []
 
 
-def _given(row: Row, key: str) -> bool:
-    """Optional keys may be left out, null or empty: many files fill every column of every row."""
+def _has_value(row: Row, key: str) -> bool:
+    """True if an optional key has a value; null and empty count as absent, as many files fill every column."""
     return key in row and row[key] not in (None, "", [])
 
 
@@ -145,11 +145,11 @@ def _turn(role: str, content: str) -> Message:
 
 
 def unread_keys(row: Row, format: str) -> list[str]:
-    """Keys of the row's turns that say something and that nothing here reads, like a turn's weight."""
+    """Keys of the row's turns that have a value and are not read, such as a turn's weight."""
     read = ("from", "value") if format == "sharegpt" else ("role", "content")
     unread: set[str] = set()
     for field in TURN_LISTS.get(format, ()):
         for turn in row[field] if isinstance(row.get(field), list) else ():
-            given = {key for key in turn if turn[key] is not None} if isinstance(turn, dict) else ()
-            unread.update(f"{field}[].{key}" for key in given if key not in read)
+            filled = {key for key in turn if turn[key] is not None} if isinstance(turn, dict) else ()
+            unread.update(f"{field}[].{key}" for key in filled if key not in read)
     return sorted(unread)

@@ -1,6 +1,6 @@
-"""20 Newsgroups -> conversations: the groups' names, then the post without headers, footers and quotes.
+"""20 Newsgroups -> conversations: the names of the groups, then the post without headers, footers and quotes.
 
-Posts come from jsonl rows {"label", "text"}, from the folder layout of the corpus, or through scikit-learn.
+Posts are jsonl rows {"label", "text"}, the files of the corpus in its folder layout, or scikit-learn's copy.
 """
 
 import re
@@ -18,21 +18,22 @@ NEWSGROUPS = (
     "sci.crypt", "sci.electronics", "sci.med", "sci.space", "soc.religion.christian", "talk.politics.guns",
     "talk.politics.mideast", "talk.politics.misc", "talk.religion.misc",
 )  # fmt: skip
-# in the system turn, which comes first: all posts share it, and it is computed once
+# the system turn comes first, so that the prefix that all posts share is computed once
 INSTRUCTION = "Which newsgroup is this post from? Answer with exactly one of:\n" + "\n".join(NEWSGROUPS)
 SKLEARN = "sklearn:20newsgroups"
 SUBSETS = ("train", "test", "all")
 
-# lines of headers down to one that every post has; some posts begin with the second line of a long Path:, indented
+# header lines down to From: or Subject:, one of which every post has; some posts begin with an indented second line of
+# a long Path:
 HEADERS = re.compile(r"(?:(?:[A-Z][\w-]*:|[ \t]).*\n)*?(?:From|Subject):", re.IGNORECASE)
-SUBJECT = re.compile(r"^Subject:(.*(?:\n[ \t].*)*)", re.IGNORECASE | re.MULTILINE)  # may go on in indented lines
+SUBJECT = re.compile(r"^Subject:(.*(?:\n[ \t].*)*)", re.IGNORECASE | re.MULTILINE)  # may continue in indented lines
 REPLY = re.compile(r"\s*(?:re|fwd?)\s*(?:[\[^(]\d+[\])]?)?\s*:", re.IGNORECASE)  # Re: Re^2: Re[3]: Fwd:
 
 
 def newsgroups_conversation(row: Row, where: str, ledger: Ledger) -> Conversation:
-    """The post and its group. Raises DataError: a label that is no group, a text that is none.
+    """The post and its group. Raises DataError for a label that is no group and for a text of another type.
 
-    An empty post is kept and noted, so that scores are over the same posts as anywhere else.
+    An empty post stays in the data and is noted, so that scores cover the same posts as published ones.
     """
     raw, label = row["text"], text(row["label"], "label", where)
     if not isinstance(raw, str):
@@ -44,7 +45,7 @@ def newsgroups_conversation(row: Row, where: str, ledger: Ledger) -> Conversatio
         raise DataError(where, f"label: {shown(label)} is none of the 20 newsgroups; {remedy}", "label: unknown")
     if HEADERS.match(raw):
         post, group = strip_post(raw), thread(raw)
-    else:  # of a copy that is stripped already: a second time would cost it its first paragraph
+    else:  # the post is already stripped: stripping it again would remove its first paragraph
         post, group = raw, ""
         ledger.note(where, "post without headers, taken as it is")
     if not post.strip():
@@ -67,17 +68,17 @@ def newsgroups_conversation(row: Row, where: str, ledger: Ledger) -> Conversatio
 
 
 def strip_post(raw: str) -> str:
-    """What fetch_20newsgroups(remove=("headers", "footers", "quotes")) leaves of the post."""
-    # private, but the public loader strips only what it downloads itself; a test compares them on the real corpus
+    """The post as fetch_20newsgroups(remove=("headers", "footers", "quotes")) returns it."""
+    # private functions, as the public loader strips only its own downloads; a test compares both on the real corpus
     from sklearn.datasets import _twenty_newsgroups as loader
 
     post = loader.strip_newsgroup_header(raw)
-    post = loader.strip_newsgroup_footer(post)  # before the quotes: the order matters, and is the loader's
+    post = loader.strip_newsgroup_footer(post)  # before the quotes, as in the loader: the order matters
     return loader.strip_newsgroup_quoting(post)
 
 
 def thread(raw: str) -> str:
-    """The post's subject without Re: and Fwd:, in lower case and single spaces; empty without a subject."""
+    """The post's subject without Re: and Fwd:, in lower case and with single spaces; empty if there is none."""
     subject = SUBJECT.search(raw.partition("\n\n")[0])
     if subject is None:
         return ""
@@ -88,9 +89,9 @@ def thread(raw: str) -> str:
 
 
 def posts_of(folder: Path) -> list[Path]:
-    """Posts of a folder whose subfolders are named after the groups, sorted; empty if no subfolder is.
+    """Sorted posts of a folder whose subfolders are named after the groups; empty if no subfolder is.
 
-    Hidden files (.DS_Store) and folders further down are no posts.
+    Hidden files (.DS_Store) and deeper folders are no posts.
     """
     if not any((folder / group).is_dir() for group in NEWSGROUPS):
         return []
@@ -98,7 +99,7 @@ def posts_of(folder: Path) -> list[Path]:
 
 
 def read_post(path: Path) -> Rows:
-    """The one row of a post's file. Latin-1, as scikit-learn reads it: every byte is a character."""
+    """The one row of a post's file, read as Latin-1 like scikit-learn does: every byte is a character."""
     group = path.parent.name
     with open_bytes(path) as file:
         post = file.read().decode("latin-1")
@@ -106,7 +107,7 @@ def read_post(path: Path) -> Rows:
 
 
 def read_sklearn(split: str | None) -> Rows:
-    """Posts that scikit-learn has in its cache or downloads, with their headers."""
+    """Posts with their headers, from scikit-learn's cache or downloaded by it."""
     from sklearn.datasets import fetch_20newsgroups
 
     subset = split or "train"
@@ -116,7 +117,7 @@ def read_sklearn(split: str | None) -> Rows:
         bunch: Any = fetch_20newsgroups(subset=subset, shuffle=False)
     except OSError as error:  # urllib's and socket's errors too
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        problem = f"not in scikit-learn's cache and can't be had ({reason})"
+        problem = f"not in scikit-learn's cache and can't be downloaded ({reason})"
         remedy = "give the path of a copy: a folder with one subfolder for each group"
         raise DataError(SKLEARN, f"{problem}; {remedy}", "no data") from error
     for file, label, post in zip(bunch.filenames, bunch.target, bunch.data, strict=True):

@@ -1,4 +1,4 @@
-"""Raw text to go on reading: rows with `text`, or the paragraphs of a .txt file."""
+"""Raw text for task `text`: rows with `text`, or the paragraphs of a .txt file."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from data.readers.files import Row, Rows, not_utf8, read_lines
 
 
 def read_paragraphs(path: Path, ledger: Ledger) -> Rows:
-    """The text between blank lines, each named by the line that it begins in."""
+    """The paragraphs between blank lines; a paragraph's place is its first line."""
     first, lines = 1, list[str]()
     for number, line in read_lines(path, ledger):
         if isinstance(line, DataError):
@@ -29,7 +29,7 @@ def read_paragraphs(path: Path, ledger: Ledger) -> Rows:
 
 
 def text_conversation(row: Row, where: str) -> Conversation:
-    """Of any row that has a text; it asks and answers nothing. Raises DataError."""
+    """The row's text as a conversation without an answer. Raises DataError if the row has no text."""
     if "text" not in row:
         remedy = "name the column that holds it: columns: {text: ...}"
         raise DataError(where, f"text: missing, the row's keys are {shown_names(row)}; {remedy}", "text: missing")

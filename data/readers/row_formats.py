@@ -1,4 +1,4 @@
-"""A row's format, recognised by its keys, and the columns that the recipe gives our names to."""
+"""Recognise a row's format by its keys, and rename the columns that the recipe names."""
 
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -11,7 +11,7 @@ from data.readers.newsgroups import newsgroups_conversation
 from data.readers.raw_text import text_conversation
 from data.readers.squad import squad_conversation, squad_version
 
-# the keys that a row must have, and those it may have
+# required and optional keys of each format
 SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "messages": (("messages",), ("id", "conversations")),
@@ -27,8 +27,10 @@ NAMES = tuple(dict.fromkeys(key for keys in KEYS.values() for names in keys for 
 
 
 def row_conversation(row: Row, named: str | None, task: str, where: str, ledger: Ledger) -> Conversation:
-    """The row as a conversation of the format that is named, or else recognised; of task text, its text. Raises
-    DataError."""
+    """The row as a conversation; its format is `named`, or recognised if that is None. Raises DataError.
+
+    For task text only the row's text is read.
+    """
     if task == "text":
         if named:
             raise DataError(where, f"format {named!r}: task text reads no format; leave it out", "format")
@@ -44,14 +46,14 @@ def row_conversation(row: Row, named: str | None, task: str, where: str, ledger:
     else:
         conversation = instruct_conversation(row, format, where)
     ledger.formats[format] += 1
-    given = {key for key, value in row.items() if value is not None}
-    if unread := [*sorted(given.difference(*KEYS[format])), *unread_keys(row, format)]:
+    filled = {key for key, value in row.items() if value is not None}
+    if unread := [*sorted(filled.difference(*KEYS[format])), *unread_keys(row, format)]:
         ledger.note(where, "keys that are not read", f"keys that are not read: {shown_names(unread)}")
     return conversation
 
 
 def _format(row: Row, named: str | None, where: str) -> str:
-    """The named format, or the first whose keys the row has and fills. Raises DataError: the nearest, what it lacks."""
+    """The named format, or the one whose keys the row has and fills best. Raises DataError with the missing keys."""
     turns = row.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[0], dict) and "role" in turns[0]:
         row = row | {"messages": turns}
@@ -62,11 +64,11 @@ def _format(row: Row, named: str | None, where: str) -> str:
         return sum(row[key] is not None for key in required) / len(required)
 
     def likeness(format: str) -> float:
-        required = KEYS[format][0]  # a key that is like one of two counts for less than one of two that is there
+        required = KEYS[format][0]  # two similar keys (0.8) count less than one equal key
         return sum(1.0 if key in row else 0.4 * bool(get_close_matches(key, row)) for key in required) / len(required)
 
     if fitting := [format for format in formats if row.keys() >= set(KEYS[format][0])]:
-        return max(fitting, key=fullness)  # tables have all columns in all rows, null where a row has none
+        return max(fitting, key=fullness)  # tables have all columns in all rows; a missing value is null
 
     nearest = max(formats, key=likeness)
     missing = " and ".join(key for key in KEYS[nearest][0] if key not in row)
@@ -80,27 +82,27 @@ def _format(row: Row, named: str | None, where: str) -> str:
 
 
 def check_names(format: str | None, columns: Mapping[str, str], source: str) -> None:
-    """Raises DataError if the recipe names a format, or a key of ours, that does not exist."""
+    """Raise DataError if the recipe names a format or a key that does not exist."""
     if format is not None and format not in FORMATS:
         raise DataError(source, f"format {format!r}; must be one of {', '.join(FORMATS)}", "format")
     for ours in columns:
         if ours not in NAMES:
             near = get_close_matches(ours, NAMES, n=1)
             remedy = f"did you mean {near[0]}?" if near else f"must be one of {', '.join(NAMES)}"
-            raise DataError(source, f"columns: {ours!r} is no name of ours; {remedy}", "columns")
+            raise DataError(source, f"columns: {ours!r} is not a known key; {remedy}", "columns")
 
 
-def refuse_unseen(unseen: Mapping[str, str], row: Row, source: str) -> None:
-    """Raises DataError for a column that the recipe names and no row has; `row`, the first one, says what there is."""
-    for ours, theirs in unseen.items():
+def refuse_absent_columns(absent: Mapping[str, str], row: Row, source: str) -> None:
+    """Raise DataError for a column that the recipe names and no row has; the message lists the keys of `row`."""
+    for ours, theirs in absent.items():
         near = get_close_matches(theirs, row, n=1)
-        remedy = f"did you mean {shown_names(near)}?" if near else "see the spelling"
+        remedy = f"did you mean {shown_names(near)}?" if near else "check the spelling"
         keys = f"the first row's keys are {shown_names(row)}"
         raise DataError(source, f"columns.{ours}: no row has a column {theirs!r}; {keys}; {remedy}", "columns")
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:
-    """The row with our names for the columns that the recipe names."""
+    """The row with the columns of the recipe renamed to Graft's keys."""
     theirs = set(columns.values())
     ours = {name: row[column] for name, column in columns.items() if column in row}
     return {key: value for key, value in row.items() if key not in theirs} | ours

@@ -1,7 +1,7 @@
-"""A source of the recipe -> conversations, one after the other, whatever its format and the size of its files.
+"""A source of the recipe -> conversations, read one by one, so that files of any size fit in memory.
 
-A source is a file, a glob, a folder, a Hub dataset `owner/name`, or sklearn:20newsgroups. Its rows' format is
-recognised by their keys.
+A source is a file, a glob, a folder, a Hub dataset `owner/name`, or sklearn:20newsgroups. The format of a row is
+recognised by its keys.
 """
 
 import glob
@@ -18,7 +18,7 @@ from data.readers.fields import note_odd_characters, shown
 from data.readers.files import SUFFIXES, Row, Rows, check_encoding, data_suffix
 from data.readers.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
 from data.readers.raw_text import read_paragraphs
-from data.readers.row_formats import check_names, refuse_unseen, renamed, row_conversation
+from data.readers.row_formats import check_names, refuse_absent_columns, renamed, row_conversation
 from data.readers.squad import read_articles
 from data.readers.strict_json import json_layout, read_jsonl, read_list
 from data.readers.tables import read_csv, read_hub, read_parquet
@@ -44,19 +44,21 @@ class SourceLike(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """A source outside a recipe."""
+    """A source that is not part of a recipe."""
 
     path: str
     format: str | None = None
     split: str | None = None
-    config: str | None = None  # of a Hub dataset
+    config: str | None = None  # configuration of a Hub dataset
     revision: str | None = None
-    columns: Mapping[str, str] = field(default_factory=dict)  # our name -> the file's
+    columns: Mapping[str, str] = field(default_factory=dict)  # Graft's key -> the file's column
 
 
 def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledger | None = None) -> list[Conversation]:
-    """All conversations of a source, counted in the ledger. Raises DataError with a line for each kind of defect; with
-    on_error skip rows with defects are counted and left out, and only a file that can't be read to its end is an error.
+    """All conversations of a source, counted in the ledger. Raises DataError with a line for each kind of defect.
+
+    With on_error skip, rows with defects are counted and left out; only a file that can't be read to its end is an
+    error.
     """
     ledger = ledger or Ledger(source.path)
     conversations = list(track(read_rows(source, task, ledger), f"read {Path(source.path).name}"))
@@ -68,24 +70,24 @@ def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledg
 
 
 def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Conversation]:
-    """The source's conversations in order; rows that can't be used go to the ledger and are left out, and so is the
-    rest of a file that can't be read on.
+    """The source's conversations in order. Rows with defects, and files that can't be read to their end, go to the
+    ledger; nothing is raised for them.
 
-    task: squad_v1, squad_v2, newsgroups or instruct; it only decides what rows leave open, see squad_version. Of task
-    text a row's text is all that is read.
+    task: squad_v1, squad_v2, newsgroups or instruct decides only what rows leave open (see squad_version); for text
+    only the text of a row is read.
     Raises DataError if the source itself is wrong: no such file, a setting that does not apply, a column in no row.
     """
     check_names(source.format, source.columns, source.path)
-    unseen, first = dict(source.columns), Row()
-    ids: set[int] = set()  # hashes: some 70 bytes an id, whatever its length
+    absent, first = dict(source.columns), Row()
+    ids: set[int] = set()  # hashes: about 70 bytes per id of any length
     for where, row in _rows(source, ledger, task == "text"):
         ledger.rows += 1
         if isinstance(row, DataError):
             ledger.defect(row)
             continue
         first = first or row
-        if unseen:
-            unseen = {ours: theirs for ours, theirs in unseen.items() if theirs not in row}
+        if absent:
+            absent = {ours: theirs for ours, theirs in absent.items() if theirs not in row}
         try:
             row = renamed(row, source.columns)
             conversation = row_conversation(row, source.format, task, where, ledger)
@@ -95,12 +97,12 @@ def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Convers
             continue
         note_odd_characters(conversation, ledger)
         yield conversation
-    if first and not ledger.unread:  # else an unread row may have the column
-        refuse_unseen(unseen, first, source.path)
+    if first and not ledger.unread:  # an unread row may have the column
+        refuse_absent_columns(absent, first, source.path)
 
 
 def files_of(source: SourceLike) -> list[Path]:
-    """Local files behind a source, sorted; none for Hub datasets and scikit-learn. Raises DataError: nothing there."""
+    """Sorted local files of a source; none for Hub datasets and scikit-learn. Raises DataError if no file exists."""
     path = Path(source.path)
     if path.is_file():
         return [path]
@@ -109,11 +111,13 @@ def files_of(source: SourceLike) -> list[Path]:
         if files := data_files or posts_of(path):
             return files
         problem = f"a folder without {', '.join(SUFFIXES)} files, and without subfolders named after newsgroups"
-        raise DataError(source.path, f"{problem}; for files further down write {source.path}/**/*.jsonl", "no data")
+        raise DataError(
+            source.path, f"{problem}; for files in deeper folders write {source.path}/**/*.jsonl", "no data"
+        )
     if glob.has_magic(source.path):
         if files := sorted(p for p in set(map(Path, glob.glob(source.path, recursive=True))) if p.is_file()):
-            return files  # a set: two ** find a file more than once
-        raise DataError(source.path, "no file matches; ** stands for any folders, * for any name", "no data")
+            return files  # a set: two ** match a file more than once
+        raise DataError(source.path, "no file matches; ** matches any folders, * any name", "no data")
     if source.path == SKLEARN or is_hub_id(source.path):
         return []
     siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
@@ -125,13 +129,13 @@ def files_of(source: SourceLike) -> list[Path]:
 
 
 def is_hub_id(name: str) -> bool:
-    """`owner/name` that is not a path here and has no data file's suffix."""
+    """True for `owner/name` that is no local path and has no suffix of a data file."""
     path = Path(name)
     return bool(HUB_ID.fullmatch(name)) and not path.exists() and data_suffix(path) not in SUFFIXES
 
 
 def hub_revision(name: str, revision: str | None) -> str | None:
-    """The commit that `revision` of a Hub dataset means now; None if the Hub can't be asked."""
+    """The current commit of `revision` of a Hub dataset; None if the Hub does not answer."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError
 
@@ -144,11 +148,11 @@ def hub_revision(name: str, revision: str | None) -> str | None:
 
 
 def _rows(source: SourceLike, ledger: Ledger, raw: bool) -> Rows:
-    """Rows of all files, one file after the other, each up to where it can't be read on; the ledger says where that is
-    and how many rows come before."""
+    """Rows of all files in order. If a file can't be read to its end, the ledger records the place and the number of
+    rows before it."""
     files = files_of(source)
-    _refuse_settings(source, files)
-    _note_left_files(Path(source.path), files, ledger)
+    _check_settings(source, files)
+    _note_unread_files(Path(source.path), files, ledger)
     if source.path == SKLEARN:
         parts = [(SKLEARN, read_sklearn(source.split))]
     elif not files:
@@ -169,8 +173,8 @@ def _rows(source: SourceLike, ledger: Ledger, raw: bool) -> Rows:
                 ledger.break_off(DataError(name, "holds no row; give one with data or leave it out", "no row"))
 
 
-def _refuse_settings(source: SourceLike, files: list[Path]) -> None:
-    """Raises DataError for a setting that this kind of source does not take."""
+def _check_settings(source: SourceLike, files: list[Path]) -> None:
+    """Raise DataError for a setting that this kind of source does not have."""
     if not files and source.path != SKLEARN:
         return
     settings = {"config": source.config, "revision": source.revision} | ({"split": source.split} if files else {})
@@ -201,12 +205,12 @@ def _file_rows(path: Path, in_group_folder: bool, ledger: Ledger, raw: bool) -> 
             yield from read_list(path)
         elif layout == "articles":
             yield from read_articles(path)
-        else:  # .jsonl, and .json files that hold the same
+        else:  # .jsonl, and .json files with one object a line
             yield from read_jsonl(path, ledger)
 
 
-def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
-    """Note what is not read of a folder and of those of its groups, except hidden files of the folder itself."""
+def _note_unread_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
+    """Note the files of a folder, and of its group folders, that are not read, except the folder's hidden files."""
     if folder.is_dir():
         groups = {path.parent for path in files} - {folder}
         left = {path for path in folder.iterdir() if not path.name.startswith(".")}
@@ -216,9 +220,9 @@ def _note_left_files(folder: Path, files: list[Path], ledger: Ledger) -> None:
 
 
 def _with_own_id(conversation: Conversation, row: Row, ids: set[int], ledger: Ledger) -> Conversation:
-    """The conversation under the id that its row has, if it has one and it is the first.
+    """The conversation with the id of its row, if the row has one that no earlier row has.
 
-    Raises DataError if a SQuAD question's id occurs twice, since answers are scored by it.
+    Raises DataError if the id of a SQuAD question occurs twice, since answers are scored by it.
     """
     id = row.get("id")
     if id is None or id == "":
@@ -226,9 +230,9 @@ def _with_own_id(conversation: Conversation, row: Row, ids: set[int], ledger: Le
     if hash(str(id)) not in ids:
         ids.add(hash(str(id)))
         return replace(conversation, id=str(id))
-    problem = f"id: {shown(id)} occurs before"
+    problem = f"id: {shown(id)} occurs in an earlier row"
     if "answers" in row:
         problem += "; ids must be unique to be scored, remove or rename one"
         raise DataError(conversation.where, problem, "id occurs twice")
-    ledger.note(conversation.where, "id of an earlier row", f"{problem}; the row goes by its place")
+    ledger.note(conversation.where, "id of an earlier row", f"{problem}; this row is named by its place")
     return conversation

@@ -14,22 +14,19 @@ INSTRUCTION_V2 = INSTRUCTION_V1[:-1] + f", or with: {UNANSWERABLE}"
 
 
 def read_articles(path: Path) -> Rows:
-    """Questions of a SQuAD file as rows of the Hub's layout; one article is in memory at a time.
+    """Questions of a SQuAD file as rows in the Hub's layout; one article is in memory at a time.
 
-    "version" is read if it comes before "data", as in the files of version 2.
+    "version" is read only if it precedes "data", as it does in the files of version 2.
     """
     with open_bytes(path) as file:
         articles = JsonText(path, file)
         before = articles.find_list("data") or {}
         common = {"version": before["version"]} if "version" in before else {}
         for where, article, flaw in articles.elements(",", "}"):
+            if flaw:  # the decoder does not name the question
+                flaw = DataError(flaw.where, f"{flaw.problem} (no question of its article is used)", flaw.kind)
             for place, row in _questions(path, where, article, common):
-                yield place, _flawed(flaw) if flaw else row
-
-
-def _flawed(flaw: DataError) -> DataError:
-    """The defect of each question of an article: of which one it is, the decoder doesn't say."""
-    return DataError(flaw.where, f"{flaw.problem} (no question of its article is used)", flaw.kind)
+                yield place, flaw or row
 
 
 def _questions(path: Path, where: str, article: Any, common: Row) -> Rows:
@@ -53,17 +50,17 @@ def _questions(path: Path, where: str, article: Any, common: Row) -> Rows:
 
 
 def _list(parent: Any, key: str) -> list[Any]:
-    """The list under the key; if there is none, one DataError without a place instead."""
+    """The list under the key; if it is missing, a list with one DataError without a place."""
     if isinstance(parent, dict) and isinstance(parent.get(key), list):
         return parent[key]
-    found = f"keys {shown_names(parent)}" if isinstance(parent, dict) else f"{type_name(parent)} {shown(parent)}"
+    content = f"keys {shown_names(parent)}" if isinstance(parent, dict) else f"{type_name(parent)} {shown(parent)}"
     layout = "SQuAD's layout is data > paragraphs > context, qas"
-    return [DataError("", f'{found}, no list under "{key}"; {layout}', f"no list of {key}")]
+    return [DataError("", f'{content}, no list under "{key}"; {layout}', f"no list of {key}")]
 
 
 def squad_version(row: Row, format: str | None, task: str) -> int:
-    """1 or 2. What the recipe names holds for all its data, so that training and evaluation ask alike; if it names
-    neither, the file decides."""
+    """1 or 2, from the recipe's format or task, so that training and evaluation use the same prompt; else from the
+    file."""
     for name in (format, task):
         if name in ("squad_v1", "squad_v2"):
             return int(name[-1])
@@ -72,13 +69,13 @@ def squad_version(row: Row, format: str | None, task: str) -> int:
 
 
 def squad_conversation(row: Row, version: int, where: str) -> Conversation:
-    """The question on its passage. Raises DataError: a blank field, an answer that is not at its offset.
+    """The question with its passage. Raises DataError for a blank field and for an answer that is not at its offset.
 
-    Rows may come without ids, but not with null: then some others have them, and answers are scored by them.
+    Rows may have no id. An id may not be null: then other rows have ids, by which answers are scored.
     """
     if "id" in row and row["id"] in (None, ""):
-        found = "null" if row["id"] is None else "empty text"
-        raise DataError(where, f"id: {found}; give every question its own, or leave the key out of all", "id: none")
+        value = "null" if row["id"] is None else "empty text"
+        raise DataError(where, f"id: {value}; give every question its own, or leave the key out of all", "id: none")
     context, question = text(row["context"], "context", where), text(row["question"], "question", where).strip()
     spans = _answers(row["answers"], context, where)
     texts = tuple(answer for answer, _ in spans)
@@ -93,7 +90,7 @@ def squad_conversation(row: Row, version: int, where: str) -> Conversation:
     return Conversation(
         messages=(
             {"role": "system", "content": INSTRUCTION_V2 if version == 2 else INSTRUCTION_V1},
-            # the passage before the question: what several questions share is a common prefix and computed once
+            # the passage first: questions about one passage share it as a prefix, which is computed once
             {"role": "user", "content": f"Passage: {context}\n\nQuestion: {question}"},
             {"role": "assistant", "content": min(texts, key=len, default=UNANSWERABLE)},
         ),
@@ -107,7 +104,7 @@ def squad_conversation(row: Row, version: int, where: str) -> Conversation:
 
 
 def _answers(answers: Any, context: str, where: str) -> list[tuple[str, int]]:
-    """Text and offset of each gold span, found there: a list of spans, or the Hub's lists of texts and offsets."""
+    """Text and verified offset of each gold span, from a list of spans or from the Hub's lists of texts and offsets."""
     try:
         if isinstance(answers, dict):
             spans = list(zip(answers["text"], answers["answer_start"], strict=True))
@@ -121,8 +118,10 @@ def _answers(answers: Any, context: str, where: str) -> list[tuple[str, int]]:
         if not isinstance(start, int) or isinstance(start, bool):
             problem = f"answers[{i}].answer_start: {type_name(start)} {shown(start)}"
             raise DataError(where, f"{problem} where a whole number is expected", "answer_start: not a number")
-        found = context[max(start, 0) : max(start, 0) + len(answer)]
-        if start < 0 or found != answer:
-            problem = f"answers[{i}]: {shown(answer)} is not at answer_start {start} (there is {shown(found)})"
+        text_at_start = context[max(start, 0) : max(start, 0) + len(answer)]
+        if start < 0 or text_at_start != answer:
+            problem = (
+                f"answers[{i}]: {shown(answer)} is not at answer_start {start} (the passage has {shown(text_at_start)})"
+            )
             raise DataError(where, f"{problem}; correct the offset or the text", "answer not at its offset")
     return spans

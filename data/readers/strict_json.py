@@ -1,7 +1,7 @@
-"""Strict JSON: one object a line, or one text with a list in it; every defect is named with its line and a remedy.
+"""Strict JSON: one object a line, or one text that holds a list; every defect has its line and a remedy.
 
-The standard decoder alone would accept, or lose in silence, what is refused here: duplicate keys, NaN, deep nesting. So
-would ijson, which also reads "\\ud800" as "?" and names no line.
+The standard decoder silently accepts duplicate keys and NaN, which are refused here. ijson accepts them too, reads
+"\\ud800" as "?" and reports no line.
 """
 
 import json
@@ -21,7 +21,7 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def read_jsonl(path: Path, ledger: Ledger) -> Rows:
-    """Rows of a file that holds one JSON object a line; blank lines are allowed and counted as lines."""
+    """Rows of a file with one JSON object a line; blank lines are skipped, but count as lines."""
     first = True
     for number, line in read_lines(path, ledger):
         where = f"{path}:{number}"
@@ -35,7 +35,7 @@ def read_jsonl(path: Path, ledger: Ledger) -> Rows:
 
 
 def _refuse_other_layouts(words: list[bytes], where: str) -> None:
-    """Raises one DataError for a whole file that would otherwise give one for each of its lines."""
+    """Raise one DataError for a file in another layout, which would otherwise give one for each line."""
     start = b"".join(words[:2])[:2]
     if start in (b"[", b"[{"):
         remedy = "name the file .json, or rewrite it: jq -c '.[]'"
@@ -46,14 +46,14 @@ def _refuse_other_layouts(words: list[bytes], where: str) -> None:
 
 
 def json_layout(path: Path) -> Literal["list", "articles", "lines"]:
-    """What a .json file holds: a list of rows, an object with a list under "data", or one object a line."""
+    """The layout of a .json file: a list of rows, an object with a list under "data", or one object a line."""
     with open_bytes(path) as file:
         text = JsonText(path, file)
         try:
             if text.peek() == "[":
                 return "list"
             return "lines" if text.find_list("data") is None else "articles"
-        except DataError:  # the reader of lines says what is wrong
+        except DataError:  # read_jsonl reports the defect
             return "lines"
 
 
@@ -65,15 +65,15 @@ def read_list(path: Path) -> Rows:
 
 
 class JsonText:
-    """One JSON text, decoded value by value: holds a value and a chunk in memory, whatever the size of the file."""
+    """One JSON text, decoded value by value: one value and one chunk are in memory, for files of any size."""
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path, self.file = path, TextIOWrapper(file, "utf-8-sig", "surrogateescape", newline="")
         self.text, self.at, self.line = "", 0, 1
 
     def elements(self, *after: str) -> Iterator[tuple[str, Any, DataError | None]]:
-        """Where it begins ("file:line"), value and flaw of each element of the list that begins here. The list is
-        followed by one of the marks `after`; "" is the end of the text."""
+        """Place ("file:line"), value and flaw of each element of the list that begins here. One of the marks `after`
+        must follow the list; "" is the end of the text."""
         self.take("[")
         mark = self.take("]") if self.peek() == "]" else ","
         while mark == ",":
@@ -85,7 +85,7 @@ class JsonText:
         self.take(*after)
 
     def find_list(self, key: str) -> Row | None:
-        """Goes to the list under `key` in the object that begins here: the members before it; None without such."""
+        """Go to the list under `key` in the object that begins here. Returns the members before it, else None."""
         before: Row = {}
         mark = self.take("{")
         while mark != "}" and self.peek() == '"':
@@ -102,7 +102,7 @@ class JsonText:
         return f"{self.path}:{self.line}"
 
     def peek(self) -> str:
-        """The next character that is not white space; empty at the end."""
+        """The next character that is not white space; empty at the end of the text."""
         while True:
             space = SPACE.match(self.text, self.at)
             self._go_to(space.end() if space else self.at)
@@ -110,7 +110,7 @@ class JsonText:
                 return self.text[self.at : self.at + 1]
 
     def take(self, *marks: str) -> str:
-        """Goes past one of the marks. Raises DataError if another character follows."""
+        """Go past one of the marks and return it. Raises DataError if another character comes next."""
         mark = self.peek()
         if mark not in marks:
             next_text = shown(self.text[self.at : self.at + 20]) if mark else "the end of the file"
@@ -120,17 +120,17 @@ class JsonText:
         return mark
 
     def value(self) -> tuple[Any, DataError | None]:
-        """The value that begins here, and its flaw. Raises DataError if it is malformed: nothing can follow."""
+        """The value that begins here, and its flaw. Raises DataError if it is malformed: the rest can't be read."""
         self.peek()
         while True:
             try:
                 value, end, flaw = decode(self.text, self.at, self.where)
-                if end < len(self.text) or not self._read_more():  # 12 at the end of a chunk may go on as 123
+                if end < len(self.text) or not self._read_more():  # 12 at the end of a chunk may continue as 123
                     break
             except json.JSONDecodeError as error:
                 if len(self.text) - self.at > LINE_LIMIT or not self._read_more():
                     element = json.JSONDecodeError(error.msg, self.text[self.at :], error.pos - self.at)
-                    raise explained(element, f"{self.path}:{self.line + element.lineno - 1}") from error
+                    raise malformed(element, f"{self.path}:{self.line + element.lineno - 1}") from error
         if byte := LONE_SURROGATE.search(self.text, self.at, end):
             line = self.line + self.text.count("\n", self.at, byte.start())
             flaw = flaw or not_utf8(ord(byte[0]) - 0xDC00, f"{self.path}:{line}")
@@ -142,14 +142,14 @@ class JsonText:
         self.at = end
 
     def _read_more(self) -> bool:
-        """Reads as much as is held, so that a long value is scanned a few times only; False at the end."""
+        """Read as much as is in memory, so that a long value is scanned only a few times; False at the end."""
         if chunk := self.file.read(max(CHUNK, len(self.text) - self.at)):
             self.text, self.at = self.text[self.at :] + chunk, 0
         return bool(chunk)
 
 
 def parse_object(line: bytes, where: str) -> Row:
-    """The object that the line is. Raises DataError that says what is there instead."""
+    """The line's object. Raises DataError if the line is not exactly one object."""
     try:
         text = line.decode().strip(" \t\r\n")
     except UnicodeDecodeError as error:
@@ -157,7 +157,7 @@ def parse_object(line: bytes, where: str) -> Row:
     try:
         value, end, flaw = decode(text, 0, where)
     except json.JSONDecodeError as error:
-        raise explained(error, where) from error
+        raise malformed(error, where) from error
     if rest := text[end:].lstrip():
         if rest[0] == "{":
             raise DataError(where, "two objects on one line; put each on its own", "two objects on a line")
@@ -167,7 +167,7 @@ def parse_object(line: bytes, where: str) -> Row:
 
 
 def checked_object(value: Any, flaw: DataError | None, where: str) -> Row:
-    """The value, if it is an object without a flaw; raises the DataError otherwise."""
+    """The value, if it is an object without a flaw; raises DataError otherwise."""
     if flaw:
         raise flaw
     if not isinstance(value, dict):
@@ -177,9 +177,9 @@ def checked_object(value: Any, flaw: DataError | None, where: str) -> Row:
 
 
 def decode(text: str, start: int, where: str) -> tuple[Any, int, DataError | None]:
-    """The JSON value at `start`, where it ends, and the first thing that the decoder takes though JSON forbids it.
+    """The JSON value at `start`, its end, and its first flaw: what the decoder accepts although JSON forbids it.
 
-    Raises json.JSONDecodeError if it is malformed or goes on after the text, and DataError if it can't be read.
+    Raises json.JSONDecodeError if the value is malformed or not complete, and DataError if it can't be decoded.
     """
     flaws: list[DataError] = []
 
@@ -187,8 +187,8 @@ def decode(text: str, start: int, where: str) -> tuple[Any, int, DataError | Non
         row = dict(pairs)
         if len(row) < len(pairs):
             keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            flaws.append(DataError(where, f"key {shown(twice)} occurs twice; keep one", "duplicate keys"))
+            duplicate = next(key for key in keys if keys.count(key) > 1)
+            flaws.append(DataError(where, f"key {shown(duplicate)} occurs twice; keep one", "duplicate keys"))
         return row
 
     def constant(name: str) -> None:
@@ -201,14 +201,14 @@ def decode(text: str, start: int, where: str) -> tuple[Any, int, DataError | Non
         raise DataError(where, "nested too deeply to be read; a row is a flat object", "nested too deeply") from error
     except json.JSONDecodeError:
         raise
-    except ValueError as error:  # Python's guard against quadratic time
+    except ValueError as error:  # Python's limit on digits
         problem = f"a number of more than {sys.get_int_max_str_digits()} digits; write it as text"
         raise DataError(where, problem, "number too long") from error
     return value, end, flaws[0] if flaws else None
 
 
-def explained(error: json.JSONDecodeError, where: str) -> DataError:
-    """What the user did, of which the decoder only sees the end."""
+def malformed(error: json.JSONDecodeError, where: str) -> DataError:
+    """The decoder's error in the user's terms: the likely mistake and its remedy."""
     before, after = error.doc[: error.pos].rstrip(), error.doc[error.pos :]
     if after[:1] in ("}", "]") and before.endswith(","):
         problem, kind = "trailing comma; remove it", "trailing comma"

@@ -10,16 +10,16 @@ from data.conversation import DataError, Ledger
 from data.readers.fields import LONE_SURROGATE, shown, shown_names
 from data.readers.files import LINE_LIMIT, Rows, not_utf8, read_lines
 
-REASON = 200  # characters of a library's message: enough for the names of a dataset's configurations
+REASON = 200  # characters of a library's message, so that it can list a dataset's configurations
 
 
 def read_csv(path: Path, ledger: Ledger) -> Rows:
-    """Rows of a file with a header line; every cell is text, a missing one at the end of a row is empty text.
+    """Rows of a file with a header line; all cells are text, and missing cells at the end of a row are empty text.
 
-    A row is named by the line where it begins: cells in quotes may hold line breaks.
+    A row's place is the line in which it begins: quoted cells may hold line breaks.
     """
-    csv.field_size_limit(LINE_LIMIT)  # the module's own, of the whole process, is 128 KB
-    reader = csv.reader(_texts(path, ledger), strict=True)  # strict: an open quote must not swallow the file unseen
+    csv.field_size_limit(LINE_LIMIT)  # for the whole process; the default is 128 KB
+    reader = csv.reader(_texts(path, ledger), strict=True)  # strict: an open quote must not silently swallow the file
     header: list[str] = []
     while True:
         begin = reader.line_num + 1
@@ -29,7 +29,7 @@ def read_csv(path: Path, ledger: Ledger) -> Rows:
         except csv.Error as error:
             remedy = 'put cells with commas, quotes or line breaks in quotes, and write a quote in them as ""'
             defect = DataError(where, f"not CSV: {error}; {remedy}", "not CSV")
-            # only after an error within one line it is known where the next row begins: at the next line
+            # the next row is known to begin at the next line only after an error within one line
             if not header or reader.line_num > begin or str(error) == "unexpected end of data":
                 raise defect from error
             yield where, defect
@@ -50,11 +50,11 @@ def read_csv(path: Path, ledger: Ledger) -> Rows:
 
 
 def _checked_header(cells: list[str], where: str) -> list[str]:
-    """The names of the columns. Raises DataError: without them no row can be read."""
+    """The names of the columns. Raises DataError if they are not usable, since then no row can be read."""
     if byte := LONE_SURROGATE.search("".join(cells)):
         raise not_utf8(ord(byte[0]) - 0xDC00, where, "header: ")
-    if twice := [cell for cell in cells if cells.count(cell) > 1]:
-        raise DataError(where, f"column {shown(twice[0])} occurs twice; rename one", "two columns of one name")
+    if duplicates := [cell for cell in cells if cells.count(cell) > 1]:
+        raise DataError(where, f"column {shown(duplicates[0])} occurs twice; rename one", "two columns of one name")
     if len(cells) == 1 and (mark := next((mark for mark in ";\t" if mark in cells[0]), "")):
         problem = f"columns {shown(cells[0])} are separated by {mark!r}; save it with commas"
         raise DataError(where, problem, "no commas")
@@ -64,20 +64,20 @@ def _checked_header(cells: list[str], where: str) -> list[str]:
 def _texts(path: Path, ledger: Ledger) -> Iterator[str]:
     for _, line in read_lines(path, ledger):
         if isinstance(line, DataError):
-            raise line  # inside a quoted cell or not: only its end would tell
+            raise line  # it may be inside a quoted cell, so the next row's begin is unknown
         yield line.decode("utf-8", errors="surrogateescape")
 
 
 def read_parquet(path: Path) -> Rows:
     """Rows of a Parquet file, batch by batch."""
-    return _streamed(str(path), "see that the file is whole", "parquet", data_files=str(path), split="train")
+    return _streamed(str(path), "check that the file is complete", "parquet", data_files=str(path), split="train")
 
 
 def read_hub(name: str, config: str | None, split: str | None, revision: str | None) -> Rows:
-    """Rows of a Hub dataset's split, `train` if none is named."""
+    """Rows of a split of a Hub dataset; the default split is `train`."""
     split = split or "train"
     source = f"{name}[{f'{config}, ' if config else ''}{split}]"
-    remedy = "it is no path here: see name, config, split, revision and connection"
+    remedy = "no such path; for a Hub dataset check name, config, split, revision and connection"
     return _streamed(source, remedy, name, name=config, split=split, revision=revision)
 
 
@@ -87,7 +87,7 @@ def _streamed(source: str, remedy: str, path: str, **arguments: Any) -> Rows:
     from huggingface_hub.errors import HTTPError
     from pyarrow import ArrowException
 
-    # RuntimeError: datasets that are scripts; TypeError: rows that fit no common type; the last two: cut off archives
+    # RuntimeError: a dataset with a script; TypeError: rows without a common type; the last two: a truncated archive
     broken = (
         HTTPError, DatasetsError, ArrowException, OSError, ValueError, TypeError, RuntimeError, EOFError, zlib.error
     )  # fmt: skip

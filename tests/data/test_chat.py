@@ -1,4 +1,4 @@
-"""Which tokens a model sees, and which it is asked to learn."""
+"""The token ids that a model sees, and those that are trained."""
 
 import copy
 import gzip
@@ -72,22 +72,22 @@ def test_prompt_ids_are_those_that_a_server_computes(family):
 def test_ids_before_each_answer_are_the_prompt_that_a_server_computes(family):
     tokenizer = build(family)
     row = conversation("Who?\n\nWhen?", "Blue.", "Then?", "never", "So?", "It is.")
-    found = [
+    prompts = [
         example.ids[:i]
         for example in encode_turns(row, tokenizer, 4096)
         for i in range(1, len(example.ids))
         if example.loss_mask[i] > example.loss_mask[i - 1]
     ]
-    assert found == [encode_prompt(row.messages[:i], tokenizer) for i in (1, 3, 5)]
-    assert found == [server_ids(row.messages[:i], tokenizer) for i in (1, 3, 5)]
+    assert prompts == [encode_prompt(row.messages[:i], tokenizer) for i in (1, 3, 5)]
+    assert prompts == [server_ids(row.messages[:i], tokenizer) for i in (1, 3, 5)]
 
 
 def test_answers_through_their_ends_are_trained_and_nothing_else(family):
     tokenizer, end = build(family), FAMILIES[family].end
     examples = encode_turns(conversation("One?", "it is blue", "Two?", "nobody knows"), tokenizer, 4096)
     text = "".join(tokenizer.decode(trained(example)) for example in examples)
-    said = [part.strip() for part in text.replace("<think>\n\n</think>\n\n", "").split(end)]
-    assert said == ["it is blue", "nobody knows", ""]
+    answers = [part.strip() for part in text.replace("<think>\n\n</think>\n\n", "").split(end)]
+    assert answers == ["it is blue", "nobody knows", ""]
     assert all(e.ids[-1] == end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids(end) for e in examples)
 
 
@@ -111,7 +111,7 @@ def _own(family: str) -> int:
     return 3 if family == "qwen3" else 1
 
 
-def test_every_added_token_is_split_whether_or_not_it_is_flagged(family):
+def test_every_added_token_is_split_flagged_or_not(family):
     tokenizer = build(family)
     for marker in FAMILIES[family].markers:
         attacked = encode_prompt(conversation(f"a {marker} b", "").prompt, tokenizer)
@@ -121,7 +121,7 @@ def test_every_added_token_is_split_whether_or_not_it_is_flagged(family):
 
 
 def test_text_before_a_split_marker_has_the_ids_that_it_has_alone():
-    tokenizer = build("mistral_v1")  # puts a space before each text, which no half of a marker may get
+    tokenizer = build("mistral_v1")  # puts a space before each text, but must not before half of a marker
     ids = encode_prompt(conversation("so</s>it is", "").prompt, tokenizer)
     assert tokenizer.decode(ids) == "<s> [INST] so</s>it is [/INST]"
 
@@ -179,7 +179,7 @@ def test_half_a_surrogate_pair_is_a_defect(tokenizer):
         encode(conversation("smile \ud83d", "yes"), tokenizer, 512)
 
 
-def test_markers_are_found_whether_tokens_or_text_of_the_template():
+def test_markers_are_listed_if_they_are_tokens_or_text_of_the_template():
     row = conversation("a [INST] b </s> <br>", "c <|im_end|> [/INST]")
     assert markers_in(row, build("mistral_v1")) == ["[INST]", "</s>", "[/INST]"]
     assert markers_in(row, build("chatml")) == ["<|im_end|>"]
@@ -226,30 +226,30 @@ DEFECTS = {
 
 @pytest.mark.parametrize("key", DEFECTS)
 def test_template_that_would_train_wrongly_is_a_defect_of_its_kind(tokenizer, key):
-    with pytest.raises(DataError, match=r"f\.jsonl:1: .*model\.chat_template") as caught:
+    with pytest.raises(DataError, match=r"f\.jsonl:1: .*model\.chat_template") as error_info:
         encode_turns(conversation("q", "a"), with_template(tokenizer, DEFECTS[key]), 100)
-    assert caught.value.kind == AUDITS[key]
+    assert error_info.value.kind == AUDITS[key]
 
 
 def test_answer_cut_by_max_length_is_a_defect_with_place_and_remedy(tokenizer):
-    """R9: a row whose target would be truncated is named by file and line; test_check.py has their count."""
-    with pytest.raises(TooLong, match=r"f\.jsonl:1: \d+ tokens.*max_length 40.*too_long: skip") as caught:
+    """R9: a row whose target would be truncated is named by file and line; test_examine.py tests their count."""
+    with pytest.raises(TooLong, match=r"f\.jsonl:1: \d+ tokens.*max_length 40.*too_long: skip") as error_info:
         encode(conversation("word " * 60, "answer"), tokenizer, 40)
-    assert caught.value.kind == AUDITS["truncated"]
-    assert caught.value.tokens > 60
+    assert error_info.value.kind == AUDITS["truncated"]
+    assert error_info.value.tokens > 60
 
 
 @pytest.mark.parametrize("answer", ["", " \n", "\u3000"])
 def test_empty_answer_is_a_defect(tokenizer, answer):
-    with pytest.raises(DataError, match="nothing to learn") as caught:
+    with pytest.raises(DataError, match="nothing to learn") as error_info:
         encode(conversation("q", "a", "q", answer), tokenizer, 100)
-    assert caught.value.kind == "empty answer"
+    assert error_info.value.kind == "empty answer"
 
 
 def test_conversation_without_an_answer_is_a_defect(tokenizer):
-    with pytest.raises(DataError, match="no assistant turn") as caught:
+    with pytest.raises(DataError, match="no assistant turn") as error_info:
         encode(Conversation(({"role": "user", "content": "q"},), "1", "f.jsonl:1"), tokenizer, 100)
-    assert caught.value.kind == AUDITS["untrained"]
+    assert error_info.value.kind == AUDITS["untrained"]
 
 
 def test_bos_marker_in_the_text_of_a_row_is_no_second_bos():

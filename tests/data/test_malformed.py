@@ -1,4 +1,4 @@
-"""What users' files contain: every defect is told with its place and remedy, and no row beside it is lost."""
+"""Malformed files: every defect is reported with its place and remedy, and no other row is lost."""
 
 import re
 
@@ -12,7 +12,7 @@ from tests.helpers.places import ROOT
 MALFORMED = ROOT / "tests" / "data" / "malformed"
 FILES = sorted(path for path in MALFORMED.iterdir() if not path.name.startswith("."))
 
-# file, rows, conversations among them, beginnings of what is said, "FILE" standing for the path
+# file, rows, conversations, beginnings of the messages with "FILE" for the path
 ROW_DEFECTS = [
     ("latin1.jsonl", 3, 2, ["FILE:2: byte 16 of the line: byte 0xE9, which is not UTF-8; convert the file, perhaps: iconv"]),
     ("latin1.json", 2, 1, ["FILE:3: byte 0xE9, which is not UTF-8"]),
@@ -59,10 +59,10 @@ ROW_DEFECTS = [
     ("wrong_quote.csv", 3, 2, ["FILE:3: not CSV: ',' expected after '\"'; put cells with commas, quotes or line breaks in quotes"]),
     ("too_many_cells.csv", 3, 2, ["FILE:3: 3 cells in a table of 2 columns; put cells with commas in quotes"]),
     ("missing_cell.csv", 3, 2, ["FILE:3: completion: empty text"]),
-    ("squad_offset.json", 2, 1, ["FILE: q1: answers[0]: 'Paris' is not at answer_start 14 (there is ' Pari'); correct"]),
+    ("squad_offset.json", 2, 1, ["FILE: q1: answers[0]: 'Paris' is not at answer_start 14 (the passage has ' Pari'); correct"]),
     ("squad_negative_offset.json", 2, 1, ["FILE: q1: answers[0]: '1999.' is not at answer_start -5"]),
     ("squad_contradiction.json", 2, 1, ["FILE: q1: is_impossible: True contradicts the number of answers, 1"]),
-    ("squad_id_twice.json", 2, 1, ["FILE: q1: id: 'q1' occurs before; ids must be unique to be scored"]),
+    ("squad_id_twice.json", 2, 1, ["FILE: q1: id: 'q1' occurs in an earlier row; ids must be unique to be scored"]),
     ("squad_no_id.json", 2, 1, ["FILE:1: paragraphs[0].qas[1]: {'question': 'Where?', 'answers': []} has no id"]),
     ("squad_null_id.json", 2, 1, ["FILE:1: paragraphs[0].qas[1]: {'id': None, 'question': 'Where?', 'answers': [{'text': '... has no id"]),
     ("squad_null_id.jsonl", 4, 3, ["FILE:2: id: null; give every question its own, or leave the key out of all"]),
@@ -71,7 +71,7 @@ ROW_DEFECTS = [
     ("squad_no_paragraphs.json", 3, 1, ['FILE:1: article: keys title, no list under "paragraphs"', 'FILE:1: paragraphs[0]: keys context, no list under "qas"']),
     ("unknown_label.jsonl", 4, 2, ["FILE:2: label: 'Sci.Space ' is none of the 20 newsgroups; did you mean 'sci.space'?", "FILE:3: label: 'cats' is none of the 20 newsgroups; the groups are alt.atheism"]),
 ]  # fmt: skip
-# file, rows that are read before reading breaks off, what is said; how many rows are lost is not known, so all stops
+# file, rows before reading stops, message; the number of lost rows is unknown, so the run stops
 BREAKS = [
     ("utf16.jsonl", 0, "FILE: UTF-16 (it begins with FF FE); convert it: iconv -f utf-16 -t utf-8 utf16.jsonl"),
     ("utf16_without_mark.jsonl", 0, "FILE: UTF-16 without a byte order mark, or no text (NUL is byte 2); convert it: iconv -f utf-16le"),
@@ -98,7 +98,7 @@ BREAKS = [
     ("wrong_quote_over_lines.csv", 1, "FILE:3: not CSV: ',' expected after '\"'; put cells with commas"),
     ("squad_cut_off.json", 0, "FILE:1: column 31: ends inside the object"),
 ]  # fmt: skip
-# rows are kept, and it is told what is odd about them
+# file, rows, notes; all rows are used
 NOTES = [
     ("utf8_bom.jsonl", 1, ["FILE: begins with a UTF-8 byte order mark, skipped"]),
     ("crlf.jsonl", 2, ["FILE: CRLF line ends from line 1, read like LF"]),
@@ -110,7 +110,7 @@ NOTES = [
     ("unread_keys.jsonl", 1, ["FILE:1: keys that are not read: category"]),
     ("newline_in_key.jsonl", 1, [r"FILE:1: keys that are not read: a\nb"]),
     ("turn_weight.jsonl", 1, ["FILE:1: keys that are not read: messages[].weight"]),
-    ("id_twice.jsonl", 2, ["FILE:2: id: '7' occurs before; the row goes by its place"]),
+    ("id_twice.jsonl", 2, ["FILE:2: id: '7' occurs in an earlier row; this row is named by its place"]),
     ("empty_post.jsonl", 1, ["FILE:1: post is empty without headers, quotes and footers"]),
     ("post_without_headers.jsonl", 1, ["FILE:1: post without headers, taken as it is"]),
 ]
@@ -121,27 +121,29 @@ def read(path, **source):
     return list(read_rows(FileSource(str(path), **source), "instruct", ledger)), ledger
 
 
-def said_of(ledger: Ledger, kinds) -> list[str]:
+def messages_of(ledger: Ledger, kinds) -> list[str]:
     return [text for kind in kinds for text in ledger.named[kind]]
 
 
-def begins(said: list[str], expected: list[str], path) -> bool:
+def begins(messages: list[str], expected: list[str], path) -> bool:
     starts = [start.replace("FILE", str(path)) for start in expected]
-    return len(said) == len(starts) and all(text.startswith(start) for text, start in zip(said, starts, strict=True))
+    return len(messages) == len(starts) and all(
+        text.startswith(start) for text, start in zip(messages, starts, strict=True)
+    )
 
 
-@pytest.mark.parametrize(("name", "rows", "kept", "expected"), ROW_DEFECTS, ids=[case[0] for case in ROW_DEFECTS])
-def test_defect_of_a_row_is_told_and_the_rows_beside_it_are_read(name, rows, kept, expected):
+@pytest.mark.parametrize(("name", "rows", "usable", "expected"), ROW_DEFECTS, ids=[case[0] for case in ROW_DEFECTS])
+def test_defect_of_a_row_is_reported_and_the_other_rows_are_read(name, rows, usable, expected):
     conversations, ledger = read(MALFORMED / name)
-    said = said_of(ledger, ledger.defects)
-    assert begins(said, expected, MALFORMED / name), said
-    assert (ledger.rows, len(conversations)) == (rows, kept)
+    messages = messages_of(ledger, ledger.defects)
+    assert begins(messages, expected, MALFORMED / name), messages
+    assert (ledger.rows, len(conversations)) == (rows, usable)
     assert ledger.rows == len(conversations) + ledger.defects.total()
     assert not ledger.unread
 
 
 @pytest.mark.parametrize(("name", "rows", "expected"), BREAKS, ids=[case[0] for case in BREAKS])
-def test_file_that_can_not_be_read_on_is_told_with_the_number_of_rows_before(name, rows, expected):
+def test_file_that_can_not_be_read_to_its_end_reports_the_rows_before(name, rows, expected):
     conversations, ledger = read(MALFORMED / name)
     assert begins(ledger.unread, [expected], MALFORMED / name), ledger.unread
     read_before = f"(after {rows} row{'s' if rows > 1 else ''}, the rest is unread)" if rows else "(no row is read)"
@@ -153,10 +155,10 @@ def test_file_that_can_not_be_read_on_is_told_with_the_number_of_rows_before(nam
 
 
 @pytest.mark.parametrize(("name", "rows", "expected"), NOTES, ids=[case[0] for case in NOTES])
-def test_oddities_are_noted_and_their_rows_kept(name, rows, expected):
+def test_unusual_rows_are_noted_and_used(name, rows, expected):
     conversations, ledger = read(MALFORMED / name)
-    said = said_of(ledger, ledger.notes)
-    assert begins(said, expected, MALFORMED / name), said
+    messages = messages_of(ledger, ledger.notes)
+    assert begins(messages, expected, MALFORMED / name), messages
     assert not ledger.defects
     assert not ledger.unread
     assert ledger.rows == len(conversations) == rows
@@ -168,12 +170,14 @@ def test_every_malformed_file_has_its_case():
 
 def test_messages_are_one_line_and_show_no_more_than_the_beginning_of_a_value():
     _, ledger = read(MALFORMED / "long_value.jsonl")
-    (text,) = said_of(ledger, ledger.defects)
+    (text,) = messages_of(ledger, ledger.defects)
     assert text.startswith(f"{MALFORMED / 'long_value.jsonl'}:2: completion: list ['secret secret")
     assert text.count("secret") < 10
     for path in FILES:
         _, ledger = read(path)
-        assert not any(re.search(r"[\n\ud800-\udfff]", text) for text in said_of(ledger, ledger.named) + ledger.unread)
+        assert not any(
+            re.search(r"[\n\ud800-\udfff]", text) for text in messages_of(ledger, ledger.named) + ledger.unread
+        )
 
 
 def test_long_line_is_read_and_noted_and_one_beyond_the_limit_is_skipped(tmp_path, monkeypatch):
@@ -184,7 +188,7 @@ def test_long_line_is_read_and_noted_and_one_beyond_the_limit_is_skipped(tmp_pat
     path.write_text(good + long + too_long + good + too_long.strip())
     conversations, ledger = read(path)
     assert [c.where for c in conversations] == [f"{path}:{n}" for n in (1, 2, 4)]
-    assert said_of(ledger, ledger.notes) == [f"{path}:2: line of 1,048,610 bytes"]
+    assert messages_of(ledger, ledger.notes) == [f"{path}:2: line of 1,048,610 bytes"]
     assert list(ledger.explain()) == [
         f"{path}:3: line of more than 3,145,728 bytes; split the row or leave it out (2 such rows, also {path}:5)"
     ]

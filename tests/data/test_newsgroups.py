@@ -1,4 +1,4 @@
-"""Posts become prompts that share the list of groups, without headers, footers and quotes, as scikit-learn strips them."""
+"""Posts become prompts that share the list of groups; headers, footers and quotes are stripped as in scikit-learn."""
 
 import gzip
 import json
@@ -20,7 +20,7 @@ def write(tmp_path, *rows: dict) -> str:
     return str(path)
 
 
-def test_post_is_asked_for_its_group_with_the_groups_before_it(tmp_path):
+def test_prompt_is_the_list_of_groups_then_the_post(tmp_path):
     (row,) = read_all(
         FileSource(write(tmp_path, {"id": "sci.space/1", "label": "sci.space", "text": POST})), "newsgroups"
     )
@@ -43,11 +43,11 @@ def test_post_is_asked_for_its_group_with_the_groups_before_it(tmp_path):
         ("From: a", ""),
     ],
 )
-def test_thread_is_the_subject_without_what_replies_add(headers, expected):
+def test_thread_is_the_subject_without_reply_prefixes(headers, expected):
     assert thread(headers + "\n\nSubject: of the body\n") == expected
 
 
-def test_post_that_is_nothing_but_a_quote_is_kept_and_noted(tmp_path):
+def test_post_that_is_only_a_quote_stays_and_is_noted(tmp_path):
     path = write(tmp_path, {"label": "sci.space", "text": "Subject: s\n\n> a quote\n"})
     ledger = Ledger(path)
     (row,) = read_rows(FileSource(path), "newsgroups", ledger)
@@ -89,14 +89,14 @@ def test_post_of_a_stripped_copy_is_taken_as_it_is(tmp_path, text):
 @pytest.mark.parametrize(
     "headers", ["From: a", "Subject: s", "Xref: x\nPath: p\n\tq\nFrom: a", " relay.edu!host!a\nSubject: s", "X-To: b\nsubject: s"]
 )  # fmt: skip
-def test_headers_are_cut_in_whatever_order_they_come(tmp_path, headers):
+def test_headers_are_cut_in_any_order(tmp_path, headers):
     (row,) = read_all(
         FileSource(write(tmp_path, {"label": "sci.space", "text": f"{headers}\n\nThey decay."})), "newsgroups"
     )
     assert row.context == "They decay."
 
 
-def test_folder_of_groups_is_read_as_latin_1_and_a_stray_folder_is_told(tmp_path):
+def test_folder_of_groups_is_read_as_latin_1_and_a_misspelled_group_is_a_defect(tmp_path):
     posts = {"sci.space/2": "caf\xe9", "sci.space/1": "one", "alt.atheism/9": "two", "sci.spaec/3": "three"}
     for name, text in posts.items():
         post = tmp_path / "20news" / name

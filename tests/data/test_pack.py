@@ -1,4 +1,4 @@
-"""Packs: what is shared is computed once, within the budget, over steps that hold the same examples."""
+"""Packs compute a shared prefix once, stay within the budget, and steps hold the same examples with and without it."""
 
 import random
 from collections import Counter
@@ -17,7 +17,7 @@ def example(*ids: int, trained: int = 1) -> Example:
     return Example(list(ids), [0] * (len(ids) - trained) + [1] * trained)
 
 
-def test_common_prefix_stands_once_in_preorder():
+def test_common_prefix_occurs_once_in_preorder():
     pack = build_pack([[example(1, 2, 3, 4), example(1, 2, 5), example(1, 2, 3, 6, 7)]])
     assert pack.input_ids == [1, 2, 3, 4, 6, 7, 5]
     assert pack.position_ids == [0, 1, 2, 3, 3, 4, 2]
@@ -31,8 +31,8 @@ def test_each_token_attends_to_its_own_prefix_only():
     pack = build_pack(trees)
     mask = attention_mask(pack)[0, 0]
     for leaf, row in zip(pack.leaf, [e for tree in trees for e in tree], strict=True):
-        seen = mask[leaf].nonzero().flatten().tolist()
-        assert [pack.input_ids[i] for i in seen] == row.ids
+        attended = mask[leaf].nonzero().flatten().tolist()
+        assert [pack.input_ids[i] for i in attended] == row.ids
 
 
 def test_every_trained_token_of_every_example_has_a_target():
@@ -42,7 +42,7 @@ def test_every_trained_token_of_every_example_has_a_target():
     assert pack.input_ids == [1, 2, 3, 4]
 
 
-def test_packs_hold_every_example_once_whatever_the_budget(questions, tokenizer):
+def test_packs_hold_every_example_once_for_any_budget(questions, tokenizer):
     examples = [encode(q, tokenizer, 1024) for q in questions]
     wanted = sorted(t for e in examples for t, m in zip(e.ids, e.loss_mask, strict=True) if m)
     longest = max(len(e.ids) for e in examples)
@@ -54,14 +54,14 @@ def test_packs_hold_every_example_once_whatever_the_budget(questions, tokenizer)
                 assert max(len(p.input_ids) for p in packs) <= max(budget, longest)
 
 
-def test_without_sharing_every_token_is_computed_and_with_it_a_part(questions, tokenizer):
+def test_without_sharing_every_token_is_computed_and_with_sharing_a_part(questions, tokenizer):
     examples = [encode(q, tokenizer, 1024) for q in questions[:12]]
     flat = sum(len(e.ids) for e in examples)
     assert sum(len(p.input_ids) for p in make_packs(examples, Layout(False))) == flat
     assert sum(len(p.input_ids) for p in make_packs(examples, Layout(True))) < 0.4 * flat
 
 
-def test_where_no_mask_can_be_given_each_example_is_a_row(questions, tokenizer):
+def test_without_a_mask_each_example_is_a_row(questions, tokenizer):
     examples = [encode(q, tokenizer, 1024) for q in questions]
     assert [p.rows for p in make_packs(examples, Layout(False, attention="alone"))] == [1] * 96
     packs = make_packs(examples, Layout(False, 1024, "padded"))
@@ -85,17 +85,15 @@ def rows_of(prefix: int, own: int, count: int) -> list[Example]:
     [
         (200, 25, "dense", 1),  # a passage and its questions
         (30, 300, "dense", 6),  # a system prompt: attention over the joined trees costs more than it saves
-        (30, 300, "sparse", 1),  # where masked blocks are free, any prefix is worth sharing
+        (30, 300, "sparse", 1),  # masked blocks are free, so any prefix is worth sharing
     ],
 )
-def test_a_prefix_is_shared_where_it_saves_more_than_attention_over_the_joined_trees_costs(
-    prefix, own, attention, packs
-):
+def test_a_prefix_is_shared_if_it_saves_more_than_attention_over_the_joined_trees_costs(prefix, own, attention, packs):
     layout = Layout(True, 4096, attention)
-    made = make_packs(rows_of(prefix, own, 6), layout)
-    assert len(made) == packs
+    shared = make_packs(rows_of(prefix, own, 6), layout)
+    assert len(shared) == packs
     flat = make_packs(rows_of(prefix, own, 6), Layout(False, 4096, attention))
-    assert sum(layout.cost(len(p.input_ids)) for p in made) <= sum(layout.cost(len(p.input_ids)) for p in flat)
+    assert sum(layout.cost(len(p.input_ids)) for p in shared) <= sum(layout.cost(len(p.input_ids)) for p in flat)
 
 
 def test_ten_times_the_questions_of_a_context_make_no_larger_pack():
@@ -104,7 +102,7 @@ def test_ten_times_the_questions_of_a_context_make_no_larger_pack():
         assert 450 <= max(len(p.input_ids) for p in packs) <= 512
 
 
-def test_trees_fill_every_pack_but_the_last_where_masked_attention_is_free():
+def test_trees_fill_all_packs_except_the_last_if_masked_attention_is_free():
     rows = rows_of(0, 100, 17)
     assert [len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "sparse"))] == [500, 500, 500, 200]
     assert max(len(p.input_ids) for p in make_packs(rows, Layout(True, 512, "dense"))) < 300
@@ -119,11 +117,11 @@ def test_a_step_that_fits_into_one_pack_is_divided_among_the_processes(attention
     assert sorted(t for p in packs for t in p.target) == sorted(t for p in make_packs(examples) for t in p.target)
     alone = sum(layout.cost(len(p.input_ids)) for p in make_packs(examples, layout))
     shares = [shard_packs(packs, rank, processes) for rank in range(processes)]
-    busiest = max(sum(layout.cost(len(pack.input_ids)) for pack, _ in share) for share in shares)
-    assert busiest < 1.4 * alone / processes
+    slowest = max(sum(layout.cost(len(pack.input_ids)) for pack, _ in share) for share in shares)
+    assert slowest < 1.4 * alone / processes
 
 
-def test_a_passage_is_not_computed_by_two_processes_where_that_takes_longer():
+def test_a_passage_is_not_computed_by_two_processes_if_that_takes_longer():
     layout = Layout(True, 512, "sparse")
     assert len(make_packs(rows_of(400, 2, 30), layout, 2)) == 1
     assert len(make_packs(rows_of(200, 25, 10), layout, 2)) == 2
@@ -188,7 +186,7 @@ def test_sharing_is_measured_over_the_steps_that_are_trained(questions, tokenize
     assert sharing.pays
 
 
-def test_sharing_does_not_pay_where_nothing_is_shared(tmp_path):
+def test_sharing_does_not_pay_if_nothing_is_shared(tmp_path):
     rows = [example(*(100 * i + n for n in range(40))) for i in range(30)]
     sharing = measure_sharing(stored(tmp_path, rows), Layout(True), 8, seed=0)
     assert (sharing.ratio, sharing.gain, sharing.pays) == (1.0, 1.0, False)

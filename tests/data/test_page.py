@@ -1,4 +1,4 @@
-"""What all pages share: numbers for people, and tables in Markdown."""
+"""Numbers, shares and ticks of all pages, and Markdown tables."""
 
 import pytest
 
@@ -40,5 +40,5 @@ def test_a_markdown_table_aligns_numbers_right_and_keeps_its_columns() -> None:
 
 
 @pytest.mark.parametrize(("text", "shown"), [("linear_probe", "linear_probe"), ("_it_", r"\_it\_"), ("a_", r"a\_")])
-def test_underscores_are_escaped_where_they_mean_emphasis(text: str, shown: str) -> None:
+def test_underscores_are_escaped_if_they_mean_emphasis(text: str, shown: str) -> None:
     assert plain_markdown(text) == shown

@@ -1,4 +1,4 @@
-"""Windows show a whole passage, know where the answer is, and are made once."""
+"""Windows cover the whole passage, mark the answer, and are built once."""
 
 import random
 from dataclasses import replace
@@ -40,18 +40,18 @@ def shortest(conversation: Conversation) -> str:
 
 
 def inexact(conversations: list[Conversation], windows: Dataset) -> int:
-    """How many answers are shorter than their tokens; every answer must stand in a window, and in no other text."""
-    held, longer = {}, 0
+    """Number of answers that are shorter than their tokens. Asserts that a window holds every answer, and nothing else."""
+    quotes, longer = {}, 0
     for row in windows:
         if row["start_positions"]:
             text = quote(conversations[row["conversation"]], row)
             assert shortest(conversations[row["conversation"]]) in text
-            held[row["conversation"]] = text
+            quotes[row["conversation"]] = text
     for i, conversation in enumerate(conversations):
         if not conversation.answers:
-            assert i not in held
+            assert i not in quotes
         else:
-            longer += held[i] != shortest(conversation)
+            longer += quotes[i] != shortest(conversation)
     return longer
 
 
@@ -91,9 +91,9 @@ def test_rows_are_what_the_tokenizer_makes_of_question_and_passage(tokenizer, le
                 assert np.flatnonzero(of_passage).tolist() == list(range(row["core_start"], row["core_end"]))
 
 
-def test_answers_are_found_without_token_types_and_words_of_their_own(questions):
+def test_answers_are_marked_without_token_types_and_with_tokens_across_words(questions):
     windows = make_windows(questions, roberta_tokenizer(), 512)
-    assert inexact(questions, windows) < len(questions) / 2  # a small vocabulary: its tokens run over words' ends
+    assert inexact(questions, windows) < len(questions) / 2  # a small vocabulary with tokens across words
 
 
 def test_a_tokenizers_own_limits_and_state_do_not_matter_and_stay(questions):
@@ -111,14 +111,14 @@ def test_a_tokenizers_own_limits_and_state_do_not_matter_and_stay(questions):
 def test_windows_cover_the_passage_and_each_token_has_one_max_context(tokens, question, doc_stride):
     context = " ".join(random.Random(tokens).choices(["cat", "dog", "sun"], k=tokens)) or "\u200b"  # dropped by BERT
     windows = make_windows([ask(context, question)], bert_tokenizer(), 80, doc_stride, 16)
-    seen, owned = [], []
+    covered, owned = [], []
     for row in windows:
         assert len(row["input_ids"]) <= 80
-        seen += [o for o in offsets(row) if o[0] >= 0]
+        covered += [o for o in offsets(row) if o[0] >= 0]
         owned += offsets(row, core(row))
     every = [[4 * i, 4 * i + 3] for i in range(tokens)]
     assert sorted(owned) == every
-    assert sorted({tuple(o) for o in seen}) == [tuple(o) for o in every]
+    assert sorted({tuple(o) for o in covered}) == [tuple(o) for o in every]
     assert len(windows) >= 1
 
 
@@ -137,7 +137,7 @@ def test_window_moves_on_by_the_stride_and_max_context_is_run_squads():
         assert owner == scores.index(max(scores))
 
 
-def test_answer_over_the_border_of_windows_is_no_answer_there_and_found_elsewhere():
+def test_answer_across_the_border_of_windows_is_marked_only_in_a_window_that_holds_it_whole():
     context = "cat " * 70 + "the long answer here " + "dog " * 200
     windows = make_windows([ask(context, answer="the long answer here")], bert_tokenizer(), 80, 31, 16)
     held = [row for row in windows if row["start_positions"]]
@@ -205,7 +205,7 @@ def test_shortest_answer_is_trained():
     assert quote(c, row) == "Paris"
 
 
-def test_second_start_takes_the_windows_of_the_first(questions, tmp_path, monkeypatch):
+def test_second_start_reads_the_windows_of_the_first(questions, tmp_path, monkeypatch):
     asked = [*questions, ask("\u200b")]
     first = load_windows(asked, bert_tokenizer(), tmp_path, *SETTINGS)
     assert first.to_list() == make_windows(asked, bert_tokenizer(), *SETTINGS).to_list()
@@ -216,7 +216,7 @@ def test_second_start_takes_the_windows_of_the_first(questions, tmp_path, monkey
 @pytest.mark.parametrize(
     "damage", [Path.unlink, lambda path: path.write_bytes(path.read_bytes()[:-40]), lambda path: path.write_bytes(b"")]
 )
-def test_damaged_windows_are_made_again(damage, questions, tmp_path, capsys):
+def test_damaged_windows_are_rebuilt(damage, questions, tmp_path, capsys):
     rows = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS).to_list()
     (file,) = (path for path in tmp_path.glob("*/*") if path.is_file())
     damage(file)
@@ -224,7 +224,7 @@ def test_damaged_windows_are_made_again(damage, questions, tmp_path, capsys):
     assert "is damaged" in capsys.readouterr().out
 
 
-def test_whatever_changes_windows_changes_the_key(questions):
+def test_everything_that_changes_windows_changes_the_key(questions):
     key = windows_key(questions, bert_tokenizer(), *SETTINGS)
     assert key == windows_key(list(questions), bert_tokenizer(), *SETTINGS)
     others = [
@@ -253,7 +253,7 @@ def test_impossible_settings_name_value_and_remedy(questions, settings, message)
         make_windows(questions, bert_tokenizer(), *settings)
 
 
-def test_rows_that_are_not_squads_are_told():
+def test_rows_that_are_not_squads_are_an_error():
     with pytest.raises(DataError, match=r"f: 1: row without question; .* SQuAD's format"):
         make_windows([ask("x", "")], bert_tokenizer())
     with pytest.raises(DataError, match="row without offsets of its answers"):

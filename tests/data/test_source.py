@@ -49,7 +49,7 @@ def test_format_is_recognised_by_the_keys(tmp_path, row, turns):
     assert conversation.answers == ("c",)
 
 
-def test_row_goes_by_its_id_or_else_by_its_place(tmp_path):
+def test_row_is_named_by_its_id_or_its_place(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"id": 7} | GOOD, GOOD)
     assert [c.id for c in read_all(FileSource(path), "instruct")] == ["7", f"{path}:2"]
 
@@ -61,7 +61,7 @@ def test_named_format_wins_over_other_keys(tmp_path):
         read_all(FileSource(path, "alpacca"), "instruct")
 
 
-def test_columns_give_our_names_to_the_columns_of_the_file(tmp_path):
+def test_columns_rename_the_columns_of_the_file(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"question": "q", "answer": "a"}, {"question": "r", "answer": "b"})
     rows = read_all(FileSource(path, columns={"prompt": "question", "completion": "answer"}), "instruct")
     assert [(row.prompt[0]["content"], row.answer) for row in rows] == [("q", "a"), ("r", "b")]
@@ -70,12 +70,12 @@ def test_columns_give_our_names_to_the_columns_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"promt": "question"}, "columns: 'promt' is no name of ours; did you mean prompt?"),
+        ({"promt": "question"}, "columns: 'promt' is not a known key; did you mean prompt?"),
         ({"prompt": "qestion"}, "columns.prompt: no row has a column 'qestion'; the first row's keys are question, answer; did you mean question?"),
-        ({"prompt": "question", "completion": "answer", "input": "context"}, "columns.input: no row has a column 'context'; the first row's keys are question, answer; see the spelling"),
+        ({"prompt": "question", "completion": "answer", "input": "context"}, "columns.input: no row has a column 'context'; the first row's keys are question, answer; check the spelling"),
     ],
 )  # fmt: skip
-def test_column_that_is_not_there_is_one_clear_error(tmp_path, columns, message):
+def test_column_that_does_not_exist_is_one_clear_error(tmp_path, columns, message):
     path = write(tmp_path / "rows.jsonl", *[{"question": "q", "answer": "a"}] * 3)
     with pytest.raises(DataError) as error:
         list(read_rows(FileSource(path, columns=columns), "instruct", Ledger(path)))
@@ -117,7 +117,7 @@ def test_keys_that_are_null_do_not_decide_the_format(tmp_path):
     ]
 
 
-def test_system_turn_is_no_part_of_the_context_that_rows_are_compared_by(tmp_path):
+def test_system_turn_is_no_part_of_the_context(tmp_path):
     path = write(
         tmp_path / "rows.jsonl", {"messages": [{"role": "system", "content": "s"}, USER, ANSWER, USER, ANSWER]}
     )
@@ -131,7 +131,7 @@ def test_lines_a_list_a_table_and_their_gzip_give_the_same(tmp_path):
     rows = [{"instruction": f"i{n}\nä", "input": "", "output": f'"o", {n}'} for n in range(3)]
     write(tmp_path / "a.jsonl", *rows)
     (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
-    (tmp_path / "c.json").write_bytes((tmp_path / "a.jsonl").read_bytes())  # a line an object, as many .json files are
+    (tmp_path / "c.json").write_bytes((tmp_path / "a.jsonl").read_bytes())  # one object a line, as in many .json files
     quoted = ['"{}"'.format('","'.join(v.replace('"', '""') for v in row.values())) for row in rows]
     (tmp_path / "d.csv").write_text("instruction,input,output\n" + "\n".join(quoted) + "\n")
     for file in list(tmp_path.iterdir()):
@@ -187,7 +187,7 @@ def test_glob_and_folder_are_read_file_after_file(tmp_path):
         ("recipes", "a folder without .json, .jsonl, .csv, .parquet files"),
     ],
 )
-def test_source_that_is_not_there_says_so(path, message):
+def test_source_that_does_not_exist_is_one_clear_error(path, message):
     for read in (files_of, lambda source: read_all(source, "instruct")):
         with pytest.raises(DataError) as error:
             read(FileSource(path))
@@ -221,7 +221,7 @@ def test_hub_id_is_owner_and_name_and_no_path(name, expected):
         ("sklearn:20newsgroups", {"config": "main"}, "config 'main': sklearn:20newsgroups has no config; leave it out"),
     ],
 )
-def test_setting_that_the_source_has_not_is_refused(path, setting, message):
+def test_setting_that_the_source_does_not_have_is_refused(path, setting, message):
     with pytest.raises(DataError) as error:
         read_all(FileSource(path, **setting), "squad_v2")
     assert str(error.value) == f"{path}: {message}"
@@ -234,7 +234,7 @@ def test_commit_of_a_hub_dataset_stands_for_itself():
     )
 
 
-def test_hub_that_can_not_be_asked_names_no_commit(monkeypatch):
+def test_hub_that_does_not_answer_gives_no_commit(monkeypatch):
     from huggingface_hub.errors import HTTPError
 
     def no_network(*_, **__):

@@ -51,7 +51,7 @@ def test_version_1_does_not_mention_unanswerable_and_refuses_it(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (qa(answers=[{"text": "Paris", "answer_start": 14}]), "answers[0]: 'Paris' is not at answer_start 14 (there is ' Pari')"),
+        (qa(answers=[{"text": "Paris", "answer_start": 14}]), "answers[0]: 'Paris' is not at answer_start 14 (the passage has ' Pari')"),
         (qa(answers=[{"text": "Paris", "answer_start": "15"}]), "answers[0].answer_start: text '15' where a whole number"),
         (qa(answers=[{"text": "", "answer_start": 0}]), "answers[0].text: empty text"),
         (qa(answers=["Paris"]), "answers: ['Paris'] where [{\"text\": ..., \"answer_start\": ...}] is expected"),
@@ -68,7 +68,7 @@ def test_defect_names_file_and_question(tmp_path, row, message):
     assert str(error.value).startswith(f"{path}: q1: {message}")
 
 
-def test_all_defects_are_told_at_once_and_the_other_questions_are_read(tmp_path):
+def test_all_defects_are_reported_at_once_and_the_other_questions_are_read(tmp_path):
     path = squad(tmp_path, [qa(), qa(id="q2", question=""), qa(id="q3", is_impossible=True), qa(id="q4")])
     with pytest.raises(DataError, match=r"q2: question: empty text.*\n.*q3: is_impossible"):
         read_squad(path)
@@ -78,7 +78,7 @@ def test_all_defects_are_told_at_once_and_the_other_questions_are_read(tmp_path)
 
 
 def test_repeated_id_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="q1: id: 'q1' occurs before"):
+    with pytest.raises(DataError, match="q1: id: 'q1' occurs in an earlier row"):
         read_squad(squad(tmp_path, [qa(), qa()]))
 
 
@@ -87,14 +87,14 @@ def test_repeated_id_is_an_error(tmp_path):
     [
         ("squad_v2", None, {}, 2),
         ("squad_v1", None, {}, 1),
-        ("squad_v1", None, {"is_impossible": False}, 1),  # training and evaluation ask alike, whatever a file holds
+        ("squad_v1", None, {"is_impossible": False}, 1),  # training and evaluation use the same prompt for any file
         ("instruct", None, {}, 1),
         ("instruct", None, {"is_impossible": False}, 2),
         ("instruct", "squad_v2", {}, 2),
         ("squad_v2", "squad_v1", {"is_impossible": False}, 1),
     ],
 )
-def test_version_is_what_the_recipe_names_else_what_the_file_says(tmp_path, task, format, changes, version):
+def test_version_is_the_recipes_or_else_the_files(tmp_path, task, format, changes, version):
     path = squad(tmp_path, [qa(**changes)])
     (row,) = read_rows(FileSource(str(path), format), task, Ledger(str(path)))
     assert row.messages[0]["content"] == (INSTRUCTION_V2 if version == 2 else INSTRUCTION_V1)

@@ -1,4 +1,4 @@
-"""Hub datasets are streamed; whatever their libraries raise is one line. CSV and Parquet: see test_source, test_malformed."""
+"""Hub datasets are streamed; errors of their libraries are one line. CSV and Parquet: see test_source, test_malformed."""
 
 import pytest
 from pyarrow import ArrowCapacityError
@@ -33,11 +33,11 @@ def test_hub_dataset_is_streamed_and_names_split_and_row(monkeypatch):
 @pytest.mark.parametrize(
     ("error", "reason", "remedy"),
     [
-        (ConnectionError("no route\nto host"), "no route to host", "it is no path here: see name"),
-        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "Dataset scripts are no longer", "it"),
-        (TypeError("Couldn't cast array of type string to int64"), "Couldn't cast array of type string to int64", "it is"),
-        (ArrowCapacityError("array is too large"), "array is too large", "it is"),
-        (EOFError(), "EOFError", "it is"),
+        (ConnectionError("no route\nto host"), "no route to host", "no such path; for a Hub dataset check name"),
+        (RuntimeError("Dataset scripts are no longer supported, but found rows.py"), "Dataset scripts are no longer", "no such path"),
+        (TypeError("Couldn't cast array of type string to int64"), "Couldn't cast array of type string to int64", "no such path"),
+        (ArrowCapacityError("array is too large"), "array is too large", "no such path"),
+        (EOFError(), "EOFError", "no such path"),
         (
             ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']\nExample"),
             "Config name is missing. Please pick one among the available configs: ['main', 'socratic'] Example",
@@ -46,14 +46,14 @@ def test_hub_dataset_is_streamed_and_names_split_and_row(monkeypatch):
         (ValueError("BuilderConfig 'mian' not found. Available: ['main']" + "x" * 300), "BuilderConfig 'mian'", "set config ("),
     ],
 )  # fmt: skip
-def test_hub_that_can_not_be_read_is_one_line(monkeypatch, error, reason, remedy):
+def test_unreadable_hub_dataset_is_one_line(monkeypatch, error, reason, remedy):
     def load_dataset(path, **arguments):
         raise error
 
     hub(monkeypatch, load_dataset)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error_info:
         read_all(FileSource("owner/rows", split="test"), "instruct")
-    text = str(told.value)
+    text = str(error_info.value)
     assert text.startswith(f"owner/rows[test]: can't be read: {reason}")
     assert f"; {remedy}" in text
     assert text.endswith("(no row is read)")
@@ -61,7 +61,7 @@ def test_hub_that_can_not_be_read_is_one_line(monkeypatch, error, reason, remedy
     assert len(text) < 350
 
 
-def test_hub_that_breaks_off_midway_is_told_with_the_rows_before(monkeypatch):
+def test_hub_dataset_that_fails_midway_reports_the_rows_before(monkeypatch):
     def load_dataset(path, **arguments):
         yield GOOD
         raise ConnectionError("reset by peer")

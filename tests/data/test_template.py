@@ -1,4 +1,4 @@
-"""Chat templates are rendered as transformers does, and stopped where transformers would not."""
+"""Chat templates are rendered as transformers does, and stopped at limits that transformers does not have."""
 
 import copy
 import threading
@@ -142,9 +142,9 @@ ENDLESS = {
 
 @pytest.mark.parametrize("name", ENDLESS)
 def test_endless_template_is_stopped_by_time(rendered, name):
-    with pytest.raises(DataError, match=r"takes more than 0\.2 s .* set model\.chat_template") as caught:
+    with pytest.raises(DataError, match=r"takes more than 0\.2 s .* set model\.chat_template") as error_info:
         rendered(ENDLESS[name], seconds=0.2)
-    assert caught.value.kind == "chat template over its limits"
+    assert error_info.value.kind == "chat template over its limits"
 
 
 def test_namespaces_that_hold_each_other_are_not_written_out(rendered):
@@ -152,18 +152,18 @@ def test_namespaces_that_hold_each_other_are_not_written_out(rendered):
 
 
 def test_limits_hold_in_any_thread(rendered):
-    found = []
+    errors = []
 
     def work() -> None:
         try:
             rendered(ENDLESS["loops"], seconds=0.1)
         except DataError as error:
-            found.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=work)
     thread.start()
     thread.join(timeout=10)
-    assert len(found) == 1
+    assert len(errors) == 1
 
 
 def test_size_limit_grows_with_the_messages(rendered):

@@ -1,4 +1,4 @@
-"""A context that is encoded once has the ids that it has in each row."""
+"""A context that is encoded once has the same ids as in each row."""
 
 import copy
 import json
@@ -58,9 +58,9 @@ def test_a_passage_is_encoded_once(tokenizer):
 @pytest.mark.parametrize(
     "token",
     [AddedToken("<x>", rstrip=True), AddedToken("<x>", lstrip=True), AddedToken("\n\n", special=False)],
-    ids=["strips what follows", "strips what stands before", "holds newlines"],
+    ids=["strips the text after it", "strips the text before it", "holds newlines"],
 )
-def test_text_is_not_cut_where_an_added_token_touches_newlines(token):
+def test_text_is_not_cut_if_an_added_token_touches_newlines(token):
     tokenizer = copy.deepcopy(build("chatml"))
     tokenizer.add_tokens([token])
     assert paragraph_cut(tokenizer) is None
@@ -76,7 +76,7 @@ def test_truncation_left_by_another_call_cuts_nothing():
     assert encoder_of(tokenizer).ids("so it is " * 20) == whole
 
 
-def test_added_tokens_are_seen(tokenizer):
+def test_tokens_added_later_are_control_tokens(tokenizer):
     grown = copy.deepcopy(tokenizer)
     assert "<new>" not in encoder_of(grown).control
     grown.add_tokens(["<new>"])
