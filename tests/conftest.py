@@ -28,9 +28,11 @@ from tests.helpers.places import MINILM, ROOT, SAMPLES, SMOLLM
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Models and examples that tests make stay out of the user's cache folder."""
+    """Models and examples that tests make stay out of the user's cache folder; workers share one, so that the real
+    model is converted once."""
+    base = tmp_path_factory.getbasetemp()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("GRAFT_CACHE", str((base.parent if worker else base) / "cache"))
         yield
 
 
