@@ -138,6 +138,7 @@ def _finding_rows(report: DataReport) -> Rows:
 
 def _total_rows(report: DataReport) -> Rows:
     n = {name: number(value) for name, value in vars(report.totals).items()}
+    not_chosen = f", {n['not_chosen']} not chosen" if report.totals.not_chosen else ""
     trained = share(report.totals.trained_tokens, report.totals.tokens)
     duplicates, leaks, repeated = report.duplicates, report.leaks, ""
     if duplicates:
@@ -145,7 +146,7 @@ def _total_rows(report: DataReport) -> Rows:
     leaked = f"{leaks.rows:,} also in the held-out data{_sampled(leaks)}" if leaks.checked else ""
     return [
         ("total", ""),
-        ("rows", f"{n['rows_read']} read, {n['defects']} with defects, {n['left_out']} left out"),
+        ("rows", f"{n['rows_read']} read, {n['defects']} with defects, {n['left_out']} left out{not_chosen}"),
         ("examples", f"{n['examples']} on {n['contexts']} contexts"),
         ("tokens", f"{n['tokens']}, {n['trained_tokens']} of them trained ({trained})"),
         ("longest example", f"{n['longest_example_tokens']} tokens, max_length {number(report.max_length)}"),

@@ -214,6 +214,15 @@ def test_report_in_a_log_is_plain_and_complete() -> None:
     assert "─" not in text
 
 
+def test_rows_that_are_not_chosen_are_in_the_total_only_if_there_are_any() -> None:
+    totals = FULL["totals"]
+    assert "not chosen" not in printed(print_report, FULL)
+    text = printed(print_report, FULL | {"totals": totals | {"not_chosen": 1059}})
+    assert re.search("rows +12,000 read, 7 with defects, 3 left out, 1,059 not chosen", text)
+    unknown = {name: value for name, value in totals.items() if name != "not_chosen"}
+    assert "not chosen" not in printed(print_report, FULL | {"totals": unknown})
+
+
 def test_markup_in_data_is_not_obeyed_in_the_terminal() -> None:
     report = EMPTY | {"stops": ["[bold]x[/bold] [/]"], "sources": [{"name": "[red]a", "defects": {"[/no]": 1}}]}
     text = printed(print_report, report)
