@@ -26,16 +26,16 @@ from sft.errors import RecipeError, RunError
 from sft.recipe.baseline_schema import BaselineRecipe
 from sft.runs.manifest import identity
 
-Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF of texts -> what is fitted
+Features = Callable[[sparse.csr_matrix, Sequence[str]], sparse.csr_matrix]  # TF-IDF, texts -> input of the classifier
 FACTS, WEIGHTS = "floor.json", "floor.safetensors"
-EMBEDDING = 0.5  # its length beside TF-IDF's 1: the best of 0, 1/4, 1/2, 1, 2 in 5 folds of newsgroups' training posts
-LONGEST = 4  # words of an answer by overlap
+EMBEDDING = 0.5  # its length if TF-IDF has 1: the best of 0, 1/4, 1/2, 1, 2 in 5 folds of the newsgroups training posts
+LONGEST = 4  # most words of an answer by overlap
 WORD = re.compile(r"\w+(?:[-'’.,]\w+)*")
 
 
 def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Path, features: Features) -> int:
-    """Write what answering needs: as JSON and safetensors, never as a pickle. The number of values that were fitted.
-    features: of beside_embedding."""
+    """Fit a floor and write it into `folder` as JSON and safetensors, never as a pickle; return the number of fitted
+    values. features: see beside_embedding."""
     fitted = 0
     folder.mkdir(parents=True)
     base = recipe.model.base
@@ -55,13 +55,13 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
             classifier = ComplementNB(alpha=0.1)
         classifier.fit(x, [c.label for c in train])
         linear = isinstance(classifier, LinearSVC)
-        weights = classifier.coef_ if linear else classifier.feature_log_prob_  # of each class and word
+        weights = classifier.coef_ if linear else classifier.feature_log_prob_  # [classes, words]
         bias = classifier.intercept_ if linear else np.zeros(len(weights))
-        if len(weights) == 1:  # of two classes a linear SVM has one weight vector: that of the second
+        if len(weights) == 1:  # for two classes a linear SVM has one weight vector, that of the second class
             weights, bias = np.vstack([-weights, weights]), np.concatenate([-bias, bias])
         fitted = weights.size + bias.size
         arrays = {"idf": vectorizer.idf_, "weights": weights, "bias": bias}
-        # coef_ is in column order, whose bytes safetensors would write as if they were rows
+        # coef_ is in column order; safetensors would write its bytes as rows
         save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / WEIGHTS)
         facts |= {"labels": [str(c) for c in classifier.classes_], "words": vectorizer.get_feature_names_out().tolist()}
     (folder / FACTS).write_text(json.dumps(facts, ensure_ascii=False), encoding="utf-8")
@@ -69,6 +69,7 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
 
 
 def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conversation]], list[Prediction]]:
+    """A function from questions to the floor's answers. Raises RunError if the encoder has changed since training."""
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
     base = recipe.model.base
     if base == "floor:majority":
@@ -82,10 +83,10 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
     vectorizer.idf_ = arrays["idf"]
     features, _ = beside_embedding(recipe)
     if encoder := recipe.encoder:
-        then = json.loads((folder.parent / "manifest.json").read_text())["base"]
-        now = identity(encoder.base, encoder.revision)
-        if now != {key: then[key] for key in now}:
-            raise RunError(f"model.embedder {encoder.base} is not what it was at training; put that back")
+        trained = json.loads((folder.parent / "manifest.json").read_text())["base"]
+        current = identity(encoder.base, encoder.revision)
+        if current != {key: trained[key] for key in current}:
+            raise RunError(f"model.embedder {encoder.base} has changed since training; restore that version")
 
     def classify(asked: Sequence[Conversation]) -> list[Prediction]:
         texts = [c.context for c in asked]
@@ -96,8 +97,8 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
 
 
 def beside_embedding(recipe: BaselineRecipe) -> tuple[Features, int]:
-    """What adds the recipe's embedding of texts, if it names any, to their TF-IDF, and the number of the encoder's
-    parameters. Raises RecipeError."""
+    """A function that puts a text's embedding beside its TF-IDF, if the recipe names an encoder, and the number of
+    parameters of that encoder. Raises RecipeError."""
     if not recipe.encoder:
         return lambda words, texts: words, 0
     from sft.baselines.embed import embedder
@@ -110,8 +111,9 @@ def beside_embedding(recipe: BaselineRecipe) -> tuple[Features, int]:
 
 
 def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
-    """The run of at most LONGEST words without a word of the question that is nearest to its rare words: each adds its
-    inverse document frequency over its distance (the distance-based baseline of Richardson et al. 2013, MCTest)."""
+    """The run of at most LONGEST words, none of them in the question, that is nearest to the question's rare words:
+    each adds its inverse document frequency over its distance (the distance-based baseline of Richardson et al. 2013,
+    MCTest)."""
 
     def idf(word: str) -> float:
         return math.log((facts["documents"] + 1) / (facts["counts"].get(word, 0) + 1))

@@ -163,7 +163,7 @@ def test_training_rows_that_are_held_out_too_are_told_and_can_be_left_out(leaks,
     )  # fmt: skip
     split = read_split(settings)
     (told,) = split.notes
-    assert "5 training rows have a text that stands in the held-out data" in told
+    assert "5 training rows have a text of the held-out data" in told
     assert f"{NEWS}:1 as {tmp_path}/test.jsonl:1" in told
     assert len(split.train) + len(split.dev) == len(rows) - (5 if leaks == "remove" else 0)
     assert split.report.leaks.rows == 5
