@@ -71,9 +71,8 @@ class Triggers:
     def note(self) -> None:
         """Note the rarest suspicious word of each answer in the ledger of its source."""
         for recurring in self.recurring.values():
-            words = list(self._suspicious_words(recurring))
-            if words:
-                word = min(words, key=lambda word: (self.frequency[_cell(word)], word))
+            words = self._suspicious_words(recurring)
+            if word := min(words, key=lambda word: (self.frequency[_cell(word)], word), default=""):
                 problem = (
                     f"{shown(word)} is in {recurring.words[word] + 1} prompts, nearly all with the answer "
                     f"{shown(recurring.answer)}, which few other prompts have; look at these rows before you train"

@@ -71,13 +71,10 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
 def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conversation]], list[Prediction]]:
     """A function from questions to the floor's answers. Raises RunError if the encoder has changed since training."""
     facts = json.loads((folder / FACTS).read_text(encoding="utf-8"))
-    base = recipe.model.base
-    if base == "floor:majority":
-        return lambda asked: [Prediction(facts["label"], 0, True) for _ in asked]
-    if base == "floor:unanswerable":
-        return lambda asked: [Prediction(UNANSWERABLE, 0, True) for _ in asked]
-    if base == "floor:overlap":
-        return lambda asked: [Prediction(_by_overlap(c, facts), 0, True) for c in asked]
+    if recipe.model.base in ("floor:majority", "floor:unanswerable"):
+        return lambda questions: [Prediction(facts.get("label", UNANSWERABLE), 0, True) for _ in questions]
+    if recipe.model.base == "floor:overlap":
+        return lambda questions: [Prediction(_by_overlap(c, facts), 0, True) for c in questions]
     arrays = load_file(folder / WEIGHTS)
     vectorizer = TfidfVectorizer(sublinear_tf=True, vocabulary={word: i for i, word in enumerate(facts["words"])})
     vectorizer.idf_ = arrays["idf"]
@@ -88,8 +85,8 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
         if current != {key: trained[key] for key in current}:
             raise RunError(f"model.embedder {encoder.base} has changed since training; restore that version")
 
-    def classify(asked: Sequence[Conversation]) -> list[Prediction]:
-        texts = [c.context for c in asked]
+    def classify(questions: Sequence[Conversation]) -> list[Prediction]:
+        texts = [c.context for c in questions]
         scores = features(vectorizer.transform(texts), texts) @ arrays["weights"].T + arrays["bias"]
         return [Prediction(facts["labels"][i], 0, True) for i in scores.argmax(axis=1)]
 
@@ -111,27 +108,26 @@ def beside_embedding(recipe: BaselineRecipe) -> tuple[Features, int]:
 
 
 def _by_overlap(conversation: Conversation, facts: dict[str, Any]) -> str:
-    """The run of at most LONGEST words, none of them in the question, that is nearest to the question's rare words:
-    each adds its inverse document frequency over its distance (the distance-based baseline of Richardson et al. 2013,
-    MCTest)."""
+    """The run of at most LONGEST words, without the question's rare words, that is nearest to them: each adds its
+    inverse document frequency over its distance (the distance-based baseline of Richardson et al. 2013, MCTest)."""
 
     def idf(word: str) -> float:
         return math.log((facts["documents"] + 1) / (facts["counts"].get(word, 0) + 1))
 
-    asked = {word for word in _words(conversation.question) if idf(word) > 1}
+    rare = {word for word in _words(conversation.question) if idf(word) > 1}
     words_at = [(m.group().lower(), m.start(), m.end()) for m in WORD.finditer(conversation.context)]
-    places = [(i, idf(word)) for i, (word, _, _) in enumerate(words_at) if word in asked]
-    best, answer = -math.inf, ""
+    places = [(i, idf(word)) for i, (word, _, _) in enumerate(words_at) if word in rare]
+    best_score, answer = -math.inf, ""
     for first in range(len(words_at)):
         for last in range(first, min(first + LONGEST, len(words_at))):
             words = [word for word, _, _ in words_at[first : last + 1]]
             text = conversation.context[words_at[first][1] : words_at[last][2]]
-            if asked & set(words) or idf(words[0]) < 2 or idf(words[-1]) < 2 or re.search(r"[.;:!?]\s|\n", text):
+            if rare & set(words) or idf(words[0]) < 2 or idf(words[-1]) < 2 or re.search(r"[.;:!?]\s|\n", text):
                 continue
             near = sum(weight / (1 + min(abs(i - first), abs(i - last))) for i, weight in places)
             score = near + 0.1 * sum(map(idf, words)) / len(words)
-            if score > best:
-                best, answer = score, text
+            if score > best_score:
+                best_score, answer = score, text
     return answer or UNANSWERABLE
 
 

@@ -146,14 +146,14 @@ def load_answerer(run: Path, recipe: BaselineRecipe) -> Callable[[Sequence[Conve
     """A function from questions to the run's answers: a label with its probability, or a quote or UNANSWERABLE."""
     model, tokenizer, chosen = load_run(run, recipe)
 
-    def classify(asked: Sequence[Conversation]) -> list[Prediction]:
-        rows, _ = encode_texts([c.context for c in asked], tokenizer, recipe.data.max_seq_length)
+    def classify(questions: Sequence[Conversation]) -> list[Prediction]:
+        rows, _ = encode_texts([c.context for c in questions], tokenizer, recipe.data.max_seq_length)
         logits = class_logits(model, recipe, rows, tokenizer)
         best = zip(logits.argmax(axis=1), np.exp(log_softmax(logits, axis=1)), strict=True)
         return [Prediction(chosen["labels"][i], 0, True, probability=float(p[i])) for i, p in best]
 
-    def read(asked: Sequence[Conversation]) -> list[Prediction]:
-        answers, _ = read_spans(model, recipe, asked, tokenizer)
+    def read(questions: Sequence[Conversation]) -> list[Prediction]:
+        answers, _ = read_spans(model, recipe, questions, tokenizer)
         threshold = math.inf if chosen["null_threshold"] is None else chosen["null_threshold"]
         texts = choose(answers, threshold, recipe.task == "squad_v2")
         return [
