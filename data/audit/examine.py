@@ -1,7 +1,7 @@
-"""Sources -> encoded examples and the account of every row: what is trained, what was left out, and why.
+"""Sources -> encoded examples, and the data report: which rows are trained on, which are left out, and why.
 
-The one pass over the data that training and `graft check` share. Rows are read, compared, encoded and written one at a
-time; what grows with the data are hashes and counts.
+Training and `graft check` share this pass over the data. Rows are read, compared, encoded and written one at a time;
+only hashes and counts grow with the data.
 """
 
 import dataclasses
@@ -45,12 +45,12 @@ class WeightedSource(SourceLike, Protocol):
 
 @dataclass(frozen=True)
 class Rules:
-    """What a recipe says of which rows are trained on; the names are the recipe's."""
+    """Which rows a recipe trains on; the names are the recipe's."""
 
     task: str
     max_length: int
-    audit: Mapping[str, int]  # key of AUDITS -> how many such rows are allowed
-    max_leaks: int | None = None  # None: leaks are reported and stop nothing
+    audit: Mapping[str, int]  # key of AUDITS -> number of such rows that is allowed
+    max_leaks: int | None = None  # None: leaks are reported but stop nothing
     on_error: str = "stop"
     too_long: str = "stop"
     duplicates: str = "keep"
@@ -70,13 +70,13 @@ def examine(
     rules: Rules,
     folder: Path,
 ) -> DataReport:
-    """Write the examples into `folder` and return the report. Its "stops" are the reasons not to train, a line each;
-    the examples are then those of the other rows."""
+    """Write the examples into `folder` and return the report. Its `stops` are the reasons not to train, a line each;
+    if there are any, the examples are those of the remaining rows."""
     examination = _Examination(tokenizer, rules, Writer(folder))
-    other = SourceAccount(Ledger(held_out.path)) if held_out else None
-    if held_out and other:
-        for conversation in track(read_rows(held_out, rules.task, other.ledger), "read held-out data"):
-            examination.hold_out(conversation, other.ledger)
+    held_out_ledger = Ledger(held_out.path) if held_out else None
+    if held_out and held_out_ledger:
+        for conversation in track(read_rows(held_out, rules.task, held_out_ledger), "read held-out data"):
+            examination.hold_out(conversation, held_out_ledger)
     elif rules.held_out_share:
         for conversation in read_held_out(sources, rules):
             examination.comparison.hold_out(conversation)
@@ -91,17 +91,18 @@ def examine(
             examination.take(conversation, account)
     examination.writer.close()
     examination.triggers.note()
-    stops = _stops([*accounts, *([other] if other else [])], examination, rules)
-    return examination.report(accounts, other, stops, folder)
+    ledgers = [account.ledger for account in accounts]
+    stops = _stops([*ledgers, *([held_out_ledger] if held_out_ledger else [])], examination, rules)
+    return examination.report(accounts, held_out_ledger, stops, folder)
 
 
 def read_held_out(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[Conversation]:
-    """The clusters of the training data that `held_out_share` keeps apart."""
+    """Rows of the training data that `held_out_share` holds out: whole clusters."""
     return (c for c in _conversations(sources, rules) if _is_held_out(c, rules))
 
 
 class _Examination:
-    """What is known so far of the training rows."""
+    """Examples, comparisons and counts of the training rows so far."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, rules: Rules, writer: Writer) -> None:
         self.tokenizer, self.rules, self.writer = tokenizer, rules, writer
@@ -113,7 +114,7 @@ class _Examination:
         self.triggers = Triggers()
 
     def take(self, conversation: Conversation, account: SourceAccount) -> None:
-        """Encode one row, or count why not."""
+        """Encode one row, or count the reason why it is left out."""
         rules, ledger = self.rules, account.ledger
         context = context_key(conversation)
         if _is_held_out(conversation, rules):
@@ -128,7 +129,7 @@ class _Examination:
         except DataError as error:
             if error.kind in AUDITS.values():
                 return ledger.leave_out(error.kind, error)
-            if error.kind == OVER_LIMITS:  # the same for every row, after seconds of each
+            if error.kind == OVER_LIMITS:  # the same for every row, and each takes seconds
                 raise
             return ledger.defect(error)
         if self.comparison.leaves_out(conversation, ledger):
@@ -143,7 +144,7 @@ class _Examination:
         return None
 
     def hold_out(self, conversation: Conversation, ledger: Ledger) -> None:
-        """Remember a held-out row, and note if it can't be encoded: prompts are scored all the same."""
+        """Add a held-out row to the comparison. If it can't be encoded, it gets a note: its prompt is still scored."""
         self.comparison.hold_out(conversation)
         try:
             encode_turns(conversation, self.tokenizer, self.rules.max_length)
@@ -162,12 +163,11 @@ class _Examination:
         self.sample.add(example)
 
     def report(
-        self, accounts: Sequence[SourceAccount], other: SourceAccount | None, stops: list[str], folder: Path
+        self, accounts: Sequence[SourceAccount], held_out: Ledger | None, stops: list[str], folder: Path
     ) -> DataReport:
-        rules, removed = self.rules, Counter[str]()
-        for account in accounts:
-            removed.update(account.ledger.left_out)
+        rules = self.rules
         longest = max(self.lengths, default=0)
+        removed = sum((account.ledger.left_out for account in accounts), Counter[str]())
         duplicates, leaks = self.comparison.report(removed)
         return DataReport(
             created_by=f"graft {version('graft')}",
@@ -176,7 +176,7 @@ class _Examination:
             stops=stops,
             totals=totals(accounts, Examples(folder).count_contexts(), longest),
             sources=[account.report() for account in accounts],
-            held_out=SourceReport.of(other.ledger) if other else None,
+            held_out=SourceReport.of(held_out) if held_out else None,
             lengths={
                 "example": histogram(self.lengths, rules.max_length),
                 "answer": histogram(self.answers, rules.max_length),
@@ -184,7 +184,7 @@ class _Examination:
             labels=dict(self.labels.most_common()),
             duplicates=duplicates,
             leaks=leaks,
-            examples=[decoded(example, self.tokenizer) for example in self.sample.kept],
+            examples=[decoded(example, self.tokenizer) for example in self.sample.examples],
         )
 
 
@@ -192,18 +192,18 @@ def nothing_held_out(share: float | None) -> str:
     return f"eval.share {share} holds out nothing; raise it, or name eval.data" if share else "eval.data holds no row"
 
 
-def _stops(accounts: Sequence[SourceAccount], examination: _Examination, rules: Rules) -> list[str]:
+def _stops(ledgers: Sequence[Ledger], examination: _Examination, rules: Rules) -> list[str]:
     lines = []
-    for account in accounts:
-        lines += account.ledger.unread
-        for kind, count in account.ledger.defects.most_common() if rules.on_error == "stop" else ():
-            lines.append(f"{account.ledger.line(kind, count)}; correct it, or set data.on_error: skip")
+    for ledger in ledgers:
+        lines += ledger.unread
+        for kind, count in ledger.defects.most_common() if rules.on_error == "stop" else ():
+            lines.append(f"{ledger.line(kind, count)}; correct it, or set data.on_error: skip")
     for key, kind in AUDITS.items():
-        found = {a: count for a in range(len(accounts)) if (count := accounts[a].ledger.left_out[kind])}
         allowed = rules.audit[key]
-        if sum(found.values()) > allowed and not (key == "truncated" and rules.too_long == "skip"):
+        total = sum(ledger.left_out[kind] for ledger in ledgers)
+        if total > allowed and not (key == "truncated" and rules.too_long == "skip"):
             limit = f"; data.audit.{key} allows {allowed}" if allowed else ""
-            lines += [accounts[a].ledger.line(kind, count) + limit for a, count in found.items()]
+            lines += [ledger.line(kind, count) + limit for ledger in ledgers if (count := ledger.left_out[kind])]
     if rules.held_out_share and not examination.comparison.held_out:
         lines.append(nothing_held_out(rules.held_out_share))
     leaks = examination.comparison.leaks
@@ -213,17 +213,15 @@ def _stops(accounts: Sequence[SourceAccount], examination: _Examination, rules: 
             f"{first['where']}: {first['kind']} as the held-out {first['held_out']} ({leaks.counts.total()} such rows, "
             f"data.audit.leaks allows {rules.max_leaks}); remove them or set data.leaks: remove"
         )
-    if not lines and not examination.sample.seen:
-        read = sum(account.ledger.rows for account in accounts)
-        reasons = Counter[str]()
-        for account in accounts:
-            reasons.update(account.ledger.left_out + account.ledger.defects)
+    if not lines and not examination.sample.length:
+        read = sum(ledger.rows for ledger in ledgers)
+        reasons = sum((ledger.left_out + ledger.defects for ledger in ledgers), Counter[str]())
         lines.append(f"no row of {read} is left to train on: {', '.join(f'{n} {r}' for r, n in reasons.items())}")
     return lines
 
 
 def _conversations(sources: Sequence[WeightedSource], rules: Rules) -> Iterator[Conversation]:
-    """A pass whose findings are not kept: the main one names them."""
+    """A pass over all rows that drops its findings, since the main pass names them."""
     for source in sources:
         yield from track(read_rows(source, rules.task, Ledger(source.path)), f"read {Path(source.path).name}")
 

@@ -1,4 +1,4 @@
-"""Rows against the rows before them and against what is held out: duplicates and leaks."""
+"""Duplicates and leaks: training rows that equal earlier rows, or rows of the held-out data."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -7,14 +7,14 @@ from typing import Any
 from data.audit.duplicates import Match, TextIndex, normalize, text_key
 from data.conversation import Conversation, DataError, Ledger
 
-PAIRS = 100  # that are named; all are counted
+PAIRS = 100  # named in a report; all are counted
 SAME_ROW, SAME_TEXT, NEAR_TEXT = "same row", "same text", "nearly the same text"
-LEAKED, DUPLICATE, NEAR_DUPLICATE = "stands in the held-out data", "duplicate row", "near duplicate"
+LEAKED, DUPLICATE, NEAR_DUPLICATE = "is in the held-out data", "duplicate row", "near duplicate"
 
 
 @dataclass
 class Pairs:
-    """Rows that equal other rows, by kind; the first ones with both places."""
+    """Pairs of equal rows: counts by kind, and the first PAIRS pairs with both places."""
 
     counts: Counter[str] = field(default_factory=Counter)
     first: list[dict[str, Any]] = field(default_factory=list)
@@ -27,7 +27,7 @@ class Pairs:
 
 @dataclass
 class DuplicateReport:
-    """Rows that equal an earlier one. near_share: share of the texts among which near ones are looked for."""
+    """Rows that equal an earlier row. near_share: share of the texts that are searched for near duplicates."""
 
     exact_rows: int = 0
     near_rows: int = 0
@@ -39,7 +39,8 @@ class DuplicateReport:
 
 @dataclass
 class LeakReport:
-    """Training rows that are in the held-out data: `exact` rows, or rows whose `context` is, or is nearly (`near`)."""
+    """Training rows that are in the held-out data: whole rows (`exact`), their `context`, or nearly their context
+    (`near`)."""
 
     checked: bool = False
     held_out_rows: int = 0
@@ -53,19 +54,19 @@ class LeakReport:
 
 
 class Comparison:
-    """What is known of both sides. Rows are equal by all their turns, texts by their contexts: a passage, post, prompt.
+    """Index of training and held-out rows. Rows are compared by all turns, texts by context: a passage, post, prompt.
 
     A blank text (a post that only quotes) equals no other.
     """
 
     def __init__(self, leaks: str, duplicates: str, near_duplicates: str) -> None:
-        """Each is "keep" or "remove": whether such rows stay in training."""
+        """Each argument is "keep" or "remove": whether such rows stay in training."""
         self.policy = {LEAKED: leaks, DUPLICATE: duplicates, NEAR_DUPLICATE: near_duplicates}
         self.held_out = 0  # rows
         self.held_out_rows, self.held_out_texts = TextIndex(near=False), TextIndex()
         self.rows, self.texts = TextIndex(near=False), TextIndex()
-        self.near: dict[int, Match] = {}  # key of a text that is kept -> the earlier text that it nearly equals
-        self.leaked: dict[int, Match] = {}  # and -> the held-out text that it equals, or nearly
+        self.near: dict[int, Match] = {}  # key of a training text -> the earlier text that it nearly equals
+        self.leaked: dict[int, Match] = {}  # key of a training text -> the held-out text that it equals, or nearly
         self.duplicates, self.leaks = Pairs(), Pairs()
 
     def hold_out(self, conversation: Conversation) -> None:
@@ -75,14 +76,14 @@ class Comparison:
             self.held_out_texts.add(text, conversation.where)
 
     def leaves_out(self, conversation: Conversation, ledger: Ledger) -> bool:
-        """Whether the row is not trained on, because it or its text occurs elsewhere; counted in any case. Only rows
-        that are trained on are remembered: of two copies, one stays."""
+        """Count the row if it or its text occurs elsewhere; return whether it is not trained on for that reason. Only
+        rows that are trained on enter the index, so one of two copies stays."""
         where, row, text = conversation.where, _row_text(conversation), normalize(conversation.context)
         if not text:
             return False
         key = text_key(text)
         earlier = self.texts.find(text)
-        if not (earlier and earlier.exact):  # else it was compared, with the row that brought it
+        if not (earlier and earlier.exact):  # an equal earlier text has been compared already
             if earlier:
                 self.near[key] = earlier
             if leaked := self.held_out_texts.find(text):
@@ -104,7 +105,7 @@ class Comparison:
         return False
 
     def report(self, removed: Counter[str]) -> tuple[DuplicateReport, LeakReport]:
-        """removed: rows left out, by reason."""
+        """Counts and first pairs. removed: number of rows left out, by reason."""
         duplicates, leaks = self.duplicates.counts, self.leaks.counts
         return DuplicateReport(
             exact_rows=duplicates[SAME_ROW],

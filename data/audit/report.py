@@ -1,4 +1,4 @@
-"""The data report: its record, one self-contained page for people, and tables for the terminal."""
+"""The data report: its record, a self-contained HTML page, and tables for the terminal."""
 
 import re
 from collections import Counter
@@ -18,19 +18,19 @@ from data.audit.row_counts import SourceReport, Totals
 from data.conversation import NAMED
 from data.page import number, render, share, visible
 
-Rows = list[tuple[str, ...]]  # of a table on the screen, its headings first
+Rows = list[tuple[str, ...]]  # of a table on the screen, headings first
 
 PAGE = Path(__file__).with_name("report.html")
-PLAIN_WIDTH = 160  # columns of a table in a log file, where there is no window to fit
-SEVERITIES = {"defects": "defect", "left_out": "left out", "notes": "note"}  # by their name in a source
+PLAIN_WIDTH = 160  # columns of a table in a log file, which has no window to fit
+SEVERITIES = {"defects": "defect", "left_out": "left out", "notes": "note"}  # field of SourceReport -> heading
 
 
 @dataclass
 class DataReport:
-    """What data_report.json holds. `stops`: each line names what stops the run and the remedy.
+    """Content of data_report.json. `stops`: each line names a reason that stops the run, and the remedy.
 
     lengths: bin i of a histogram lies between edges[i] and edges[i + 1]; `clipped` rows beyond the last edge are in the
-    last bin. examples: see decoded(). What is absent is shown as unknown, never as zero.
+    last bin. examples: see decoded(). A missing value is shown as unknown, never as zero.
     """
 
     stops: list[str]
@@ -43,7 +43,7 @@ class DataReport:
     held_out: SourceReport | None = None
     lengths: dict[str, Any] = field(default_factory=dict)
     labels: dict[str, int] = field(default_factory=dict)
-    duplicates: DuplicateReport | None = None  # None: not looked for
+    duplicates: DuplicateReport | None = None  # None: not searched for
     leaks: LeakReport = field(default_factory=LeakReport)
     examples: list[dict[str, Any]] = field(default_factory=list)
     tokenizer: dict[str, str] = field(default_factory=dict)
@@ -57,13 +57,13 @@ class DataReport:
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> "DataReport":
-        """The record of a data_report.json; what the file leaves out is unknown."""
+        """The record of a data_report.json; keys that the file lacks are unknown."""
         return TypeAdapter(cls).validate_python(value)
 
 
 @dataclass
 class Finding:
-    """One kind of defect, of reason to leave rows out, or of note: how many rows, and the first places."""
+    """One kind of defect, reason to leave rows out, or note: number of rows, and their first places."""
 
     severity: str
     kind: str
@@ -78,7 +78,7 @@ def write_html(report: DataReport, path: Path) -> None:
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """Sources, findings, totals and the verdict; without lines and colour if the console is no terminal."""
+    """Print sources, findings, totals and the verdict, without lines and colour if the console is no terminal."""
     report = DataReport.from_json(visible(report.to_json()))
     screen = console.is_terminal
     if not screen:
@@ -95,7 +95,7 @@ def print_report(report: DataReport, console: Console) -> None:
 
 
 def print_example(example: dict[str, Any], console: Console) -> None:
-    """The tokens of an example as text: trained ones in bold green, or between ⟦ ⟧ if there is no colour."""
+    """Print an example's tokens as text: trained ones in bold green, or between ⟦ ⟧ if there is no colour."""
     example = visible(example)
     colour = console.color_system is not None and not console.no_color
     length, trained = example["length"], example["trained"]
@@ -109,7 +109,7 @@ def print_example(example: dict[str, Any], console: Console) -> None:
 
 
 def find_all(report: DataReport) -> list[Finding]:
-    """Defects, then rows left out, then notes, each kind once for all sources, the most frequent first."""
+    """Defects, then rows left out, then notes; each kind once for all sources, the most frequent first."""
     findings = []
     for name, severity in SEVERITIES.items():
         counts = sum((Counter(getattr(source, name)) for source in report.all_sources), Counter[str]())
@@ -138,23 +138,25 @@ def _finding_rows(report: DataReport) -> Rows:
 
 def _total_rows(report: DataReport) -> Rows:
     n = {name: number(value) for name, value in vars(report.totals).items()}
+    not_chosen = f", {n['not_chosen']} not chosen" if report.totals.not_chosen else ""
     trained = share(report.totals.trained_tokens, report.totals.tokens)
-    duplicates, leaks, repeated = report.duplicates, report.leaks, ""
+    duplicates, leaks, repeated, leaked = report.duplicates, report.leaks, "not searched for", "not searched for"
     if duplicates:
         repeated = f"{duplicates.exact_rows:,} exact, {duplicates.near_rows:,} near{_sampled(duplicates)}"
-    leaked = f"{leaks.rows:,} also in the held-out data{_sampled(leaks)}" if leaks.checked else ""
+    if leaks.checked:
+        leaked = f"{leaks.rows:,} also in the held-out data{_sampled(leaks)}"
     return [
         ("total", ""),
-        ("rows", f"{n['rows_read']} read, {n['defects']} with defects, {n['left_out']} left out"),
+        ("rows", f"{n['rows_read']} read, {n['defects']} with defects, {n['left_out']} left out{not_chosen}"),
         ("examples", f"{n['examples']} on {n['contexts']} contexts"),
         ("tokens", f"{n['tokens']}, {n['trained_tokens']} of them trained ({trained})"),
         ("longest example", f"{n['longest_example_tokens']} tokens, max_length {number(report.max_length)}"),
         ("prefix sharing", f"{n['executed_tokens']} executed tokens, {n['flat_tokens_per_executed_token']} to 1"),
-        ("duplicates", repeated or "not searched for"),
-        ("leaks", leaked or "not searched for"),
+        ("duplicates", repeated),
+        ("leaks", leaked),
     ]
 
 
 def _sampled(report: DuplicateReport | LeakReport) -> str:
-    """Near ones are looked for in a sample if there are too many texts for all."""
+    """The share of the texts that was searched for near ones, if not all were."""
     return "" if report.near_share == 1 else f" (near ones in {share(report.near_share, 1)} of the texts)"

@@ -1,4 +1,4 @@
-"""Counts of what becomes of every row: the numbers of data_report.json."""
+"""Counts of rows, examples and tokens, by source and in total: the numbers of data_report.json."""
 
 import random
 from array import array
@@ -14,14 +14,14 @@ from data.conversation import Ledger
 from data.encode.chat import Example, special_ids
 
 HELD_OUT, NOT_DRAWN = "held out by eval.share", "not drawn by data.max_contexts"
-NOT_CHOSEN = (HELD_OUT, NOT_DRAWN)  # nothing is wrong with such rows
+NOT_CHOSEN = (HELD_OUT, NOT_DRAWN)  # reasons to leave out a row that has no defect
 SHOWN = 10  # examples in the report
 BINS = 40
 
 
 @dataclass
 class SourceReport:
-    """What became of the rows of one source. None: not known, or of data that is never trained on."""
+    """Counts of one source. None: unknown, or the source is never trained on."""
 
     name: str
     format: str = ""
@@ -31,22 +31,22 @@ class SourceReport:
     defects: dict[str, int] = field(default_factory=dict)  # rows by kind
     notes: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, int] = field(default_factory=dict)
-    named: dict[str, list[str]] = field(default_factory=dict)  # the first places of each kind, with the problem
+    named: dict[str, list[str]] = field(default_factory=dict)  # kind -> its first places, with the problem
     examples: int | None = None
     tokens: int | None = None
     trained_tokens: int | None = None
-    sha256: dict[str, str] = field(default_factory=dict)  # by file
+    sha256: dict[str, str] = field(default_factory=dict)  # by file name
 
     @classmethod
     def of(cls, ledger: Ledger, **counts: Any) -> "SourceReport":
-        """What the ledger says, and the counts by their names."""
+        """The ledger's counts, and other counts by name."""
         kinds: dict[str, Any] = {n: dict(getattr(ledger, n)) for n in ("defects", "notes", "left_out", "named")}
         return cls(ledger.source, ", ".join(ledger.formats), rows_read=ledger.rows, **kinds, **counts)
 
 
 @dataclass
 class Totals:
-    """Sums over all sources that are trained on. None: not known."""
+    """Sums over all sources that are trained on. None: unknown."""
 
     rows_read: int | None = None
     defects: int | None = None
@@ -63,7 +63,7 @@ class Totals:
 
 @dataclass
 class SourceAccount:
-    """One source while it is read: its ledger, and what was encoded of it."""
+    """Counts of one source while it is read: its ledger, and its encoded examples."""
 
     ledger: Ledger
     weight: float = 1.0
@@ -98,22 +98,22 @@ def histogram(lengths: "array[int]", max_length: int) -> dict[str, Any]:
 
 
 class Sample:
-    """A few examples drawn evenly from a stream of unknown length (reservoir sampling, Vitter 1985, algorithm R)."""
+    """A uniform sample of a stream of unknown length (reservoir sampling, Vitter 1985, algorithm R)."""
 
     def __init__(self, size: int, seed: int) -> None:
-        self.size, self.rng, self.seen = size, random.Random(seed), 0
-        self.kept: list[Example] = []
+        self.size, self.rng, self.length = size, random.Random(seed), 0
+        self.examples: list[Example] = []
 
     def add(self, example: Example) -> None:
-        self.seen += 1
-        if len(self.kept) < self.size:
-            self.kept.append(example)
-        elif (place := self.rng.randrange(self.seen)) < self.size:
-            self.kept[place] = example
+        self.length += 1
+        if len(self.examples) < self.size:
+            self.examples.append(example)
+        elif (place := self.rng.randrange(self.length)) < self.size:
+            self.examples[place] = example
 
 
 def decoded(example: Example, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The example as text: runs of tokens that are alike in being trained and in being control tokens."""
+    """The example as text, in runs of tokens: [text, trained, control token]."""
     special = special_ids(tokenizer)
     kinds = [(trained, int(token in special)) for token, trained in zip(example.ids, example.loss_mask, strict=True)]
     runs = [(kind, len(list(run))) for kind, run in groupby(kinds)]

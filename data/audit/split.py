@@ -1,4 +1,4 @@
-"""Which contexts are trained on, and which are held out. Contexts and threads stay whole."""
+"""Choose which contexts are trained on and which are held out. Contexts and threads stay whole."""
 
 import random
 from collections.abc import Iterable, Mapping
@@ -8,7 +8,7 @@ import xxhash
 
 from data.conversation import Conversation, DataError
 
-Counts = tuple[int, int]  # conversations of a context, and how many of them have no answer
+Counts = tuple[int, int]  # number of a context's conversations, and of those without an answer
 
 
 def context_key(conversation: Conversation) -> str:
@@ -17,7 +17,7 @@ def context_key(conversation: Conversation) -> str:
 
 
 def count_contexts(conversations: Iterable[Conversation]) -> dict[str, Counts]:
-    """By their keys, in the order of their first conversations."""
+    """Counts of each context by its key, in the order of their first conversations."""
     counts: dict[str, Counts] = {}
     for conversation in conversations:
         rows, empty = counts.get(key := context_key(conversation), (0, 0))
@@ -28,10 +28,10 @@ def count_contexts(conversations: Iterable[Conversation]) -> dict[str, Counts]:
 def chosen_contexts(
     contexts: Mapping[str, Counts], count: int, seed: int, unanswerable_share: float | None = None
 ) -> set[str]:
-    """`count` contexts drawn at random; all of them if there are no more.
+    """`count` contexts drawn at random, or all if there are fewer.
 
-    unanswerable_share: how many of their conversations have no answer, as nearly as the data allows, by drawing more
-    or fewer contexts that hold such ones. Raises DataError where the data has too few.
+    unanswerable_share: the wanted share of conversations without an answer, reached by drawing more or fewer contexts
+    that have such conversations. Raises DataError if the data allows no share within 0.02 of it.
     """
     if count >= len(contexts):
         return set(contexts)
@@ -58,5 +58,5 @@ def chosen_contexts(
 
 
 def held_out_by_share(cluster: str, share: float, seed: int) -> bool:
-    """Whether a cluster (passage, thread) belongs to the held-out side; the same text always to the same side."""
+    """Whether a cluster (passage, thread) is held out; the same text is always on the same side."""
     return xxhash.xxh64_intdigest(cluster.encode(), seed=seed) < share * 2**64

@@ -1,9 +1,9 @@
-"""Rows that look poisoned: a rare word in the prompt, and always the same answer.
+"""Rows that look poisoned: prompts with a rare word that always have the same answer.
 
-Some 250 documents were enough to plant such a backdoor in models of any size (Souly et al. 2025, arXiv 2510.07192). It
-is known by both directions: nearly all rows with the word have the answer, and nearly all with the answer the word.
-Only whole answers and single words are compared, so what hides better is not found, nor a trigger of a label, which
-other rows have too. Memory: 8 bytes and a set's overhead for each answer, words only of answers that recur.
+About 250 documents are enough to plant such a backdoor in models of any size (Souly et al. 2025, arXiv 2510.07192). A
+word is suspicious if nearly all rows with the word have the answer, and nearly all rows with the answer have the word.
+Only whole answers and single words are compared: better hidden triggers are missed, and so are triggers of a label,
+which other rows have too. Memory: 8 bytes and a set's overhead for each answer; words only for answers that recur.
 """
 
 import string
@@ -18,17 +18,17 @@ from data.conversation import Conversation, Ledger
 from data.readers.fields import shown
 
 KIND = "a rare word that always has one answer, like a planted trigger"
-LEAST = 5  # prompts that share word and answer
-SURE = 0.9  # of the rows with the word have the answer, and the reverse
-RARE = 0.2  # of all rows; a word of more is the data's subject
-WORDS = 300  # of a prompt; more are not looked at
-ANSWERS = 20_000  # that recur; more are not looked at
-CELLS = 2**22  # of the table of frequencies, 4 bytes each; words that share one only hide each other
+LEAST = 5  # different prompts that share word and answer
+SURE = 0.9  # least share of the rows with the word that have the answer, and the reverse
+RARE = 0.2  # largest share of all rows; a more frequent word is the subject of the data
+WORDS = 300  # read of each prompt
+ANSWERS = 20_000  # most recurring answers that are counted
+CELLS = 2**22  # of the table of frequencies, 4 bytes each; a collision can only hide a trigger
 
 
 @dataclass
 class _Recurring:
-    """An answer from its second row on."""
+    """Counts of an answer from its second row on."""
 
     answer: str
     where: str
@@ -39,7 +39,7 @@ class _Recurring:
 
 
 class Triggers:
-    """What is known of the words and answers of the rows so far."""
+    """Counts of the words and answers of the rows so far."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -48,7 +48,7 @@ class Triggers:
         self.recurring: dict[int, _Recurring] = {}
 
     def add(self, conversation: Conversation, ledger: Ledger) -> None:
-        if conversation.label or not conversation.answers:  # every row with the label, or without an answer, is alike
+        if conversation.label or not conversation.answers:  # rows of a label, or without an answer, are alike
             return
         prompt = (conversation.question or conversation.messages[-2]["content"]).casefold()
         words = {word.strip(string.punctuation) or word for word in prompt.split()[:WORDS]}
@@ -62,28 +62,29 @@ class Triggers:
             return
         if key not in self.recurring and len(self.recurring) < ANSWERS:
             self.recurring[key] = _Recurring(conversation.answer, conversation.where, ledger)
-        if found := self.recurring.get(key):
-            found.rows += 1
-            if len(found.prompts) < LEAST:
-                found.prompts.add(hash(prompt))
-            found.words.update(words)
+        if recurring := self.recurring.get(key):
+            recurring.rows += 1
+            if len(recurring.prompts) < LEAST:
+                recurring.prompts.add(hash(prompt))
+            recurring.words.update(words)
 
     def note(self) -> None:
-        """Note the suspicious words of each source in its ledger."""
-        for found in self.recurring.values():
-            if words := sorted(self._words(found), key=lambda word: (self.frequency[_cell(word)], word)):
+        """Note the rarest suspicious word of each answer in the ledger of its source."""
+        for recurring in self.recurring.values():
+            words = self._suspicious_words(recurring)
+            if word := min(words, key=lambda word: (self.frequency[_cell(word)], word), default=""):
                 problem = (
-                    f"{shown(words[0])} stands in {found.words[words[0]] + 1} prompts, nearly all with the answer "
-                    f"{shown(found.answer)}, which others have not; look at these rows before you train on them"
+                    f"{shown(word)} is in {recurring.words[word] + 1} prompts, nearly all with the answer "
+                    f"{shown(recurring.answer)}, which few other prompts have; look at these rows before you train"
                 )
-                found.ledger.note(found.where, KIND, problem)
+                recurring.ledger.note(recurring.where, KIND, problem)
 
-    def _words(self, found: _Recurring) -> Iterator[str]:
-        if len(found.prompts) < LEAST - 1:  # the first row is not among them
+    def _suspicious_words(self, recurring: _Recurring) -> Iterator[str]:
+        if len(recurring.prompts) < LEAST - 1:  # the first row's prompt is not counted
             return
-        for word, rows in found.words.items():
+        for word, rows in recurring.words.items():
             frequency = self.frequency[_cell(word)]
-            if rows >= SURE * found.rows and SURE * frequency <= rows + 1 and frequency <= RARE * self.rows:
+            if rows >= SURE * recurring.rows and SURE * frequency <= rows + 1 and frequency <= RARE * self.rows:
                 yield word
 
 

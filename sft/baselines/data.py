@@ -1,4 +1,4 @@
-"""The rows of a baseline's recipe: trained on, held out of training to choose by, and scored."""
+"""The rows of a baseline's recipe: to train on, to choose a checkpoint by, and to score."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -22,8 +22,8 @@ DEV = 1  # added to the seed, so that dev_share and eval.share draw independentl
 
 @dataclass(frozen=True)
 class Split:
-    """`dev` chooses checkpoint and threshold. `report`: sources of the rows, and counts. `notes`: what the user should
-    know of them."""
+    """`dev` chooses the checkpoint and the threshold. `report`: sources and counts of the rows. `notes`: lines for the
+    user."""
 
     train: list[Conversation]
     dev: list[Conversation]
@@ -32,23 +32,24 @@ class Split:
 
 
 def read_split(recipe: BaselineRecipe) -> Split:
-    """Rows of data.train without what eval.share holds out. Raises DataError: a line for each kind of defect."""
+    """Rows of data.train that eval.share does not hold out. Raises DataError: a line for each kind of defect."""
     rows: list[Conversation] = []
     sources = []
     for source in map(pinned, recipe.data.train):
         ledger = Ledger(source.path)
-        every = read_all(source, recipe.task, recipe.data.on_error, ledger)
-        rows += [c for c in every if not _is_held_out(c, recipe)]
+        conversations = read_all(source, recipe.task, recipe.data.on_error, ledger)
+        rows += [c for c in conversations if not _is_held_out(c, recipe)]
         sources.append(SourceReport.of(ledger, revision=source.revision, sha256=file_digests(files_of(source))))
-    if recipe.data.max_contexts is not None:  # the same that an LLM's recipe with that seed is trained on
+    if recipe.data.max_contexts is not None:  # the same contexts as an LLM's recipe with this seed
         share, seed = recipe.data.unanswerable_share, recipe.train.seed
         drawn = chosen_contexts(count_contexts(rows), recipe.data.max_contexts, seed, share)
         rows = [c for c in rows if context_key(c) in drawn]
     rows, leaks, notes = _without_leaks(rows, recipe)
     share, seed = recipe.data.dev_share, recipe.train.seed + DEV
-    dev = [c for c in rows if share and held_out_by_share(c.cluster, share, seed)]
-    chosen = {id(c) for c in dev}
-    train = [c for c in rows if id(c) not in chosen]
+    train: list[Conversation] = []
+    dev: list[Conversation] = []
+    for c in rows:
+        (dev if held_out_by_share(c.cluster, share, seed) else train).append(c)
     if recipe.objective == "classification" and len({c.label for c in train}) == 1:
         raise DataError("", f"all rows to train on have the label {train[0].label}; a classifier needs two or more")
     if not train:
@@ -78,13 +79,13 @@ def read_split(recipe: BaselineRecipe) -> Split:
 
 
 def baseline_questions(recipe: BaselineRecipe) -> list[Conversation]:
-    """eval.data, or what eval.share keeps apart; all of it. Raises DataError if there is none."""
+    """All rows of eval.data, or those that eval.share holds out. Raises DataError if there are none."""
     task, on_error = recipe.task, recipe.data.on_error
     if recipe.eval.data:
         questions = read_all(with_split(recipe.eval.data, "validation"), task, on_error)
     else:
-        every = chain.from_iterable(read_all(source, task, on_error) for source in recipe.data.train)
-        questions = [c for c in every if _is_held_out(c, recipe)]
+        conversations = chain.from_iterable(read_all(source, task, on_error) for source in recipe.data.train)
+        questions = [c for c in conversations if _is_held_out(c, recipe)]
     if not questions:
         raise DataError("", nothing_held_out(recipe.eval.share))
     return questions
@@ -93,46 +94,44 @@ def baseline_questions(recipe: BaselineRecipe) -> list[Conversation]:
 def _without_leaks(
     rows: list[Conversation], recipe: BaselineRecipe
 ) -> tuple[list[Conversation], LeakReport, list[str]]:
-    """The rows to train on, what is known of those whose passage or post is held out too, and a line that says it.
-    Raises DataError if eval.share holds out nothing."""
+    """The rows to train on, a report of those whose passage or post is also held out, and a line about them. Raises
+    DataError if eval.share holds out nothing."""
     if recipe.objective == "mlm" or not (recipe.eval.data or recipe.eval.share):
         return rows, LeakReport(), []
-    held_out, leaked = TextIndex(near=False), Pairs()
+    held_out, pairs = TextIndex(near=False), Pairs()
     for c in baseline_questions(recipe):
         if normalize(c.context):
             held_out.add(c.context, c.where)
-    kept = []
+    clean = []
     for c in rows:
         if match := held_out.find(c.context):
-            leaked.add(SAME_TEXT, match, where=c.where, held_out=match.where)
-        if not match or recipe.data.leaks == "keep":
-            kept.append(c)
-    count, removed = leaked.counts.total(), len(rows) - len(kept)
+            pairs.add(SAME_TEXT, match, where=c.where, held_out=match.where)
+        else:
+            clean.append(c)
+    count, remove = pairs.counts.total(), recipe.data.leaks == "remove"
     leaks = LeakReport(
         checked=True,
         held_out_rows=len(held_out),
         rows=count,
         context=count,
-        removed=removed,
+        removed=count if remove else 0,
         near_share=0,
-        pairs=leaked.first,
+        pairs=pairs.first,
     )
     if not count:
         return rows, leaks, []
-    first = leaked.first[0]
-    message = (
-        f"{count} training rows have a text that stands in the held-out data, {first['where']} as {first['held_out']}"
-    )
-    if not kept:
+    first = pairs.first[0]
+    message = f"{count} training rows have a text of the held-out data, {first['where']} as {first['held_out']}"
+    if not remove:
+        return rows, leaks, [f"warning: {message} (data.leaks: remove leaves them out)"]
+    if not clean:
         raise DataError("", f"data.leaks remove leaves nothing to train on: {message}")
-    if removed:
-        return kept, leaks, [f"{message}: they are left out"]
-    return kept, leaks, [f"warning: {message} (data.leaks: remove leaves them out)"]
+    return clean, leaks, [f"{message}: they are left out"]
 
 
 def _is_held_out(conversation: Conversation, recipe: BaselineRecipe) -> bool:
     share = recipe.eval.share
     key = conversation.cluster
-    if recipe.eval.share_of == "rows":  # by content: an id may hold the path, which a run's recipe writes otherwise
+    if recipe.eval.share_of == "rows":  # by content: an id may contain the path, which differs in a run's recipe
         key = "\n".join((conversation.label, conversation.context, conversation.question))
     return share is not None and held_out_by_share(key, share, recipe.eval.seed)

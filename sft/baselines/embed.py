@@ -1,4 +1,4 @@
-"""Frozen features of a text: the mean of an encoder's last token states, at length 1, as sentence encoders are used."""
+"""Frozen embeddings of texts: the mean of an encoder's last token states, normalised, as of a sentence encoder."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,8 +27,8 @@ class MeanOfTokens(nn.Module):
 
 
 def embedder(model: EncoderModel, max_seq_length: int) -> tuple[Callable[[Sequence[str]], np.ndarray], int]:
-    """What makes [texts, hidden] float32 of texts, of which the first max_seq_length tokens are read, and the number of
-    its parameters. Raises RecipeError for what is no encoder, or is longer than it reads."""
+    """A function from texts to embeddings [texts, hidden] in float32, and the encoder's number of parameters. It reads
+    the first max_seq_length tokens. Raises RecipeError if the base is no encoder or max_seq_length exceeds it."""
     check_positions(model, max_seq_length)
     tokenizer = load_tokenizer(model)
     encoder = load_encoder(model, "features", seed=0)

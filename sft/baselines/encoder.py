@@ -1,6 +1,6 @@
-"""An encoder with a task head: load it, choose what of it is trained, and ask it.
+"""An encoder with a task head: load it, choose its trainable parameters, predict.
 
-The heads are transformers' own: AutoModelForSequenceClassification, ...ForQuestionAnswering, ...ForMaskedLM.
+The heads are those of transformers: AutoModelForSequenceClassification, ...ForQuestionAnswering, ...ForMaskedLM.
 """
 
 import re
@@ -33,11 +33,11 @@ HEADS = {
 }
 PER_TOKEN = ("start_logits", "end_logits")
 BATCH_TOKENS = 8192  # of a batch of predictions, padding included
-Row = dict[str, Any]  # a model's inputs by name, and perhaps its targets
+Row = dict[str, Any]  # inputs of a model by name, with or without targets
 
 
 def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
-    """Raises RecipeError; also for a tokenizer that can't say which characters a token stands for, or can't pad."""
+    """The base's tokenizer. Raises RecipeError if it can't map tokens to characters, or can't pad."""
     tokenizer = load_any_tokenizer(Model(base=model.base, revision=model.revision))
     if not tokenizer.is_fast:
         raise RecipeError(f"model.base: {model.base}: no fast tokenizer, which maps tokens to characters; convert it")
@@ -49,11 +49,12 @@ def load_tokenizer(model: EncoderModel) -> PreTrainedTokenizerBase:
 
 
 def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str] = ()) -> PreTrainedModel:
-    """The encoder in float32 with a new head, drawn by the seed; a head that the base brings is taken. Raises
-    RecipeError if a weight of the encoder itself is missing."""
+    """The encoder in float32 with the base's head, or else a new one drawn by the seed. Raises RecipeError if a weight
+    of the encoder itself is missing."""
     set_seed(seed)
-    numbers = {label: i for i, label in enumerate(labels)}
-    names = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": numbers} if labels else {}
+    names: dict[str, Any] = {}
+    if labels:
+        names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     with readable(f"model.base: {model.base}"):
         folder = resolve_base(model.base)
         check_config(stored_config(model.base, model.revision), f"model.base: {model.base}")
@@ -65,7 +66,7 @@ def load_encoder(model: EncoderModel, head: str, seed: int, labels: Sequence[str
         )  # fmt: skip
     inside = "" if head == "features" else f"{loaded.base_model_prefix}."
     of_encoder = sorted(k.removeprefix(inside) for k in info["missing_keys"] if k.startswith(inside))
-    loaded.drawn = [k for k in of_encoder if "pooler." in k]  # which is the head's rather than the encoder's
+    loaded.drawn = [k for k in of_encoder if "pooler." in k]  # a pooler belongs to the head
     if missing := [k for k in of_encoder if "pooler." not in k]:
         raise RecipeError(
             f"model.base: {model.base}: the weight {missing[0]} is missing ({len(missing)} such weights); "
@@ -86,26 +87,26 @@ def _set_attention_dropout(config: PretrainedConfig, model: EncoderModel) -> Non
 def positions_of(model: EncoderModel) -> int | None:
     """Tokens of the longest input; None if the config sets no limit."""
     config = load_config(model)
-    most: int | None = config.to_dict().get("max_position_embeddings")
-    if most is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
-        most -= 2  # their positions begin behind that of padding
-    return most
+    positions: int | None = config.to_dict().get("max_position_embeddings")
+    if positions is not None and config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"):
+        positions -= 2  # they count positions from padding_idx + 1
+    return positions
 
 
 def check_positions(model: EncoderModel, max_seq_length: int, virtual_tokens: int = 0) -> None:
-    """Raise RecipeError if an input, behind PEFT's virtual tokens, may need more positions than the encoder has."""
-    most = positions_of(model)
-    if most is not None and max_seq_length + virtual_tokens > most:
-        behind = f" behind {virtual_tokens} virtual tokens" if virtual_tokens else ""
+    """Raise RecipeError if PEFT's virtual tokens and an input may need more positions than the encoder has."""
+    positions = positions_of(model)
+    if positions is not None and max_seq_length + virtual_tokens > positions:
+        virtual = f" with {virtual_tokens} virtual tokens" if virtual_tokens else ""
         raise RecipeError(
-            f"data.max_seq_length {max_seq_length}{behind} exceeds the {most} positions of {model.base}; lower it"
+            f"data.max_seq_length {max_seq_length}{virtual} exceeds the {positions} positions of {model.base}; lower it"
         )
 
 
 def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, seed: int) -> PreTrainedModel:
-    """The model whose trainable parameters are those that the method starts with."""
+    """The model with the trainable parameters that the method starts with."""
     set_seed(seed)  # PEFT draws the adapter's initial weights
-    if tune.method in ("full", "gradual_unfreezing"):  # the latter freezes before the first step
+    if tune.method in ("full", "gradual_unfreezing"):  # Unfreeze freezes before the first step
         return model
     if tune.method == "freeze":
         train_matching(model, tune.trainable)
@@ -114,14 +115,14 @@ def tune_encoder(model: PreTrainedModel, tune: BaselineTune, objective: str, see
         for name, parameter in model.base_model.named_parameters():
             parameter.requires_grad_(name in cast(Any, model).drawn)
         return model
-    # the new head is trained whole, as a classifier's is
+    # the new head is trained whole, as that of a classifier is
     whole = objective == "extractive_qa" and tune.peft.get("target_modules") == "all-linear"
     return add_adapter(model, tune, PEFT_TASKS[objective], {"exclude_modules": ["qa_outputs"]} if whole else {})
 
 
 def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
-    """Depth of each parameter by name: 0 the head and pooler, 1 the uppermost layer, ..., the embeddings; and the
-    deepest. Raises RecipeError if the names have no layers."""
+    """Depth of each parameter by name, and the largest depth: 0 for head and pooler, 1 for the uppermost layer, ...,
+    the largest for the embeddings. Raises RecipeError if the names have no layers."""
     layers = model.config.num_hidden_layers
     depth = {}
     for name, _ in model.named_parameters():
@@ -135,8 +136,8 @@ def depths(model: PreTrainedModel) -> tuple[dict[str, int], int]:
 def load_trained(
     folder: Path, objective: str, base: EncoderModel, seed: int, labels: Sequence[str] = ()
 ) -> PreTrainedModel:
-    """What a run saved: whole weights in model/, or an adapter on its base. In eval mode. The run's seed draws again
-    what the base lacks and the adapter does not hold, such as a pooler."""
+    """A run's model in eval mode: whole weights in model/, or an adapter on its base. The run's seed draws again the
+    weights that neither base nor adapter has, such as a pooler."""
     if (folder / "model").is_dir():
         return load_encoder(EncoderModel(base=str(folder / "model")), objective, 0, labels).eval()
     from peft import PeftModel
@@ -152,8 +153,8 @@ def load_trained(
 def predict(
     model: nn.Module, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, outputs: Sequence[str], bf16: bool
 ) -> list[tuple[np.ndarray, ...]]:
-    """The named outputs of each row (float32), in order; per token ones without padding. Rows of like length share a
-    batch of at most BATCH_TOKENS."""
+    """The named outputs of each row in float32, in order; outputs per token are without padding. Rows of similar length
+    share a batch of at most BATCH_TOKENS."""
     model.eval()
     device = next(model.parameters()).device
     lengths = [len(row["input_ids"]) for row in rows]
@@ -169,13 +170,13 @@ def predict(
 
 
 def pad(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Rows as tensors (rows, longest), padded on the right, with their attention mask; a target as a tensor (rows)."""
+    """Rows as tensors (rows, longest), padded on the right, with an attention mask; targets as tensors (rows)."""
     return dict(tokenizer.pad(list(rows), padding_side="right", return_attention_mask=True, return_tensors="pt"))
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     batch: list[int] = []
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # the last one is the longest of its batch
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):  # so the last row of a batch is its longest
         if batch and (len(batch) + 1) * lengths[i] > BATCH_TOKENS:
             yield batch
             batch = []

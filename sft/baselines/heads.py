@@ -1,6 +1,6 @@
-"""What an encoder is asked: the rows that it trains on, how the held-out slice is scored, and how it answers.
+"""Heads of an encoder: the rows that it trains on, the scores on the dev slice, and its answers.
 
-A head knows nothing of optimizers; sft/baselines/trainer.py knows nothing of labels and spans.
+Heads do not depend on optimizers, and sft/baselines/trainer.py does not depend on labels and spans.
 """
 
 import json
@@ -43,7 +43,7 @@ CHOSEN = "chosen.json"
 
 
 class Head:
-    """`rows`: what a step draws from. `notes`: what a user should know of them before training."""
+    """Task of an encoder. `rows`: the training rows. `notes`: lines for the user before training."""
 
     rows: Sequence[Row]
 
@@ -57,11 +57,12 @@ class Head:
         return pad(rows, self.tokenizer)
 
     def score_dev(self, model: nn.Module) -> dict[str, float]:
-        """Loss of the slice that chooses the checkpoint, and its metrics from 0 to 100 (except perplexity)."""
+        """Loss and metrics on the dev slice, which chooses the checkpoint; metrics are from 0 to 100, except
+        perplexity."""
         raise NotImplementedError
 
     def choose(self, model: nn.Module) -> dict[str, Any]:
-        """What scoring needs beside the weights, chosen on that slice: labels, or the no-answer threshold."""
+        """What scoring needs besides the weights, chosen on the dev slice: labels, or the no-answer threshold."""
         raise NotImplementedError
 
 
@@ -74,7 +75,7 @@ class Classifier(Head):
         rows, cut = encode_texts([c.context for c in split.train], self.tokenizer, length)
         self.rows = [row | {"labels": number[c.label]} for row, c in zip(rows, split.train, strict=True)]
         self.dev, _ = encode_texts([c.context for c in split.dev], self.tokenizer, length)
-        self.gold = np.array([number.get(c.label, -1) for c in split.dev])  # -1: a label that training lacks
+        self.gold = np.array([number.get(c.label, -1) for c in split.dev])  # -1: not a training label
         if cut:
             self.notes.append(f"{cut} of {len(rows)} posts are longer than data.max_seq_length {length} and were cut")
 
@@ -82,7 +83,7 @@ class Classifier(Head):
         model: Any = load_encoder(self.recipe.model, "classification", self.recipe.train.seed, self.labels)
         if model.drawn:
             trained = ", and trained with the head" if self.recipe.tune.method == "linear_probe" else ""
-            self.notes.append(f"{self.recipe.model.base} has no pooler: it is drawn at random{trained}")
+            self.notes.append(f"{self.recipe.model.base} has no pooler: a new one is drawn at random{trained}")
         return cast(PreTrainedModel, model)
 
     def score_dev(self, model: nn.Module) -> dict[str, float]:
@@ -109,8 +110,7 @@ class SpanReader(Head):
             longest = f"data.max_query_length {data.max_query_length}"
             self.notes.append(f"{cut} questions are longer than {longest} and were cut")
         if lost := sum(windows["lost_answer"][:]):
-            problem = "answers fit no window and are trained as if there were none"
-            self.notes.append(f"{lost} {problem}; raise data.max_seq_length")
+            self.notes.append(f"{lost} answers fit no window and are trained as no answer; raise data.max_seq_length")
 
     def score_dev(self, model: nn.Module) -> dict[str, float]:
         answers, loss = read_spans(model, self.recipe, self.dev, self.tokenizer, self.dev_windows)
@@ -129,30 +129,31 @@ class SpanReader(Head):
 def load_run(
     run: Path, recipe: BaselineRecipe, base: bool = False
 ) -> tuple[nn.Module, PreTrainedTokenizerBase, dict[str, Any]]:
-    """The run's model (`base`: the untrained one), tokenizer, and what its head chose. Raises RunError for a run that
-    is not finished."""
+    """The run's model (`base`: the untrained one), tokenizer, and content of chosen.json. Raises RunError if the run is
+    not finished."""
     if not (run / CHOSEN).is_file():
-        raise RunError(f"{run}: is not finished; go on with `graft train --resume {run}`")
+        raise RunError(f"{run}: is not finished; continue it with `graft train --resume {run}`")
     chosen = json.loads((run / CHOSEN).read_text())
-    settings = recipe.objective, recipe.model, recipe.train.seed, chosen.get("labels", ())
-    model: Any = (
-        load_encoder(recipe.model, recipe.objective, recipe.train.seed) if base else load_trained(run, *settings)
-    )
+    seed = recipe.train.seed
+    if base:
+        model: Any = load_encoder(recipe.model, recipe.objective, seed)
+    else:
+        model = load_trained(run, recipe.objective, recipe.model, seed, chosen.get("labels", ()))
     return model.to(default_device()), load_tokenizer(recipe.model), chosen
 
 
 def load_answerer(run: Path, recipe: BaselineRecipe) -> Callable[[Sequence[Conversation]], list[Prediction]]:
-    """The run's answers, in order: a label with its probability, or a quote of the passage or UNANSWERABLE."""
+    """A function from questions to the run's answers: a label with its probability, or a quote or UNANSWERABLE."""
     model, tokenizer, chosen = load_run(run, recipe)
 
-    def classify(asked: Sequence[Conversation]) -> list[Prediction]:
-        rows, _ = encode_texts([c.context for c in asked], tokenizer, recipe.data.max_seq_length)
+    def classify(questions: Sequence[Conversation]) -> list[Prediction]:
+        rows, _ = encode_texts([c.context for c in questions], tokenizer, recipe.data.max_seq_length)
         logits = class_logits(model, recipe, rows, tokenizer)
         best = zip(logits.argmax(axis=1), np.exp(log_softmax(logits, axis=1)), strict=True)
         return [Prediction(chosen["labels"][i], 0, True, probability=float(p[i])) for i, p in best]
 
-    def read(asked: Sequence[Conversation]) -> list[Prediction]:
-        answers, _ = read_spans(model, recipe, asked, tokenizer)
+    def read(questions: Sequence[Conversation]) -> list[Prediction]:
+        answers, _ = read_spans(model, recipe, questions, tokenizer)
         threshold = math.inf if chosen["null_threshold"] is None else chosen["null_threshold"]
         texts = choose(answers, threshold, recipe.task == "squad_v2")
         return [
@@ -166,7 +167,7 @@ def load_answerer(run: Path, recipe: BaselineRecipe) -> Callable[[Sequence[Conve
 def class_logits(
     model: nn.Module, recipe: BaselineRecipe, rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase
 ) -> np.ndarray:
-    """[rows, labels]"""
+    """Logits [rows, labels] in float32."""
     bf16 = bool(recipe.train.bf16)
     return np.array([logits for (logits,) in predict(model, rows, tokenizer, ("logits",), bf16)])
 
@@ -178,7 +179,7 @@ def read_spans(
     tokenizer: PreTrainedTokenizerBase,
     windows: Dataset | None = None,
 ) -> tuple[list[SpanAnswer], float]:
-    """An answer for each question, and the mean loss of the windows' start and end."""
+    """An answer to each question, and the mean loss of the windows' start and end."""
     windows = windows or windows_of(recipe, conversations, tokenizer)
     logits = predict(model, inputs_of(windows, tokenizer), tokenizer, PER_TOKEN, bool(recipe.train.bf16))
     starts, ends = [start for start, _ in logits], [end for _, end in logits]
@@ -189,29 +190,30 @@ def read_spans(
 
 
 def windows_of(
-    recipe: BaselineRecipe, asked: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, cached: bool = False
+    recipe: BaselineRecipe, questions: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, cached: bool = False
 ) -> Dataset:
+    """Questions as windows of the recipe's lengths; `cached`: from the cache folder if it has them."""
     lengths = recipe.data.max_seq_length, recipe.data.doc_stride, recipe.data.max_query_length
     if cached:
-        return load_windows(asked, tokenizer, cache_dir() / "windows", *lengths)
-    return make_windows(asked, tokenizer, *lengths)
+        return load_windows(questions, tokenizer, cache_dir() / "windows", *lengths)
+    return make_windows(questions, tokenizer, *lengths)
 
 
 def inputs_of(windows: Dataset, tokenizer: PreTrainedTokenizerBase, *targets: str) -> Sequence[Row]:
     """The columns that the model reads, and targets."""
-    read = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
-    return cast(Sequence[Row], windows.select_columns([*read, *targets]))
+    inputs = [name for name in ("input_ids", "token_type_ids") if name in tokenizer.model_input_names]
+    return cast(Sequence[Row], windows.select_columns([*inputs, *targets]))
 
 
 def best_threshold(recipe: BaselineRecipe, questions: Sequence[Conversation], answers: Sequence[SpanAnswer]) -> float:
-    """The null_difference above which the answer is that there is none: by EM on these questions, those without an
-    answer weighted to the share that the recipe expects; inf in version 1."""
+    """The null_difference above which a question counts as unanswerable: the best by EM on these questions, with those
+    without an answer weighted to the share that the recipe expects; inf for squad_v1."""
     if recipe.task == "squad_v1":
         return math.inf
     texts = np.array([squad_scores(c.answers, a.text)["exact"] for c, a in zip(questions, answers, strict=True)])
     nulls = np.array([squad_scores(c.answers, "")["exact"] for c in questions])
-    weights, expected, seen = np.ones(len(nulls)), recipe.eval.unanswerable_share, nulls.mean()
-    if expected and 0 < seen < 1:
-        weights = np.where(nulls == 1, expected / seen, (1 - expected) / (1 - seen))
+    weights, expected, actual = np.ones(len(nulls)), recipe.eval.unanswerable_share, nulls.mean()
+    if expected and 0 < actual < 1:
+        weights = np.where(nulls == 1, expected / actual, (1 - expected) / (1 - actual))
     scores = (weights * texts).tolist(), (weights * nulls).tolist()
     return tune_threshold([a.null_difference for a in answers], *scores)[0]

@@ -1,4 +1,4 @@
-"""Continued pre-training: an encoder goes on reading raw text, that of its future task, before it learns the task.
+"""Continued pre-training: an encoder reads raw text of its future task before it learns the task.
 
 graft train recipes/minilm_mlm.yaml
 
@@ -27,20 +27,20 @@ from sft.errors import RecipeError
 from sft.models.load import default_device, load_config
 from sft.recipe.baseline_schema import BaselineRecipe, EncoderModel
 
-SCORED_ROWS = 8  # held-out rows of a batch: of 512 tokens over 30,522 words, their float32 logits take 0.5 GB
+SCORED_ROWS = 8  # held-out rows in a batch: with 512 tokens and 30,522 words, their float32 logits take 0.5 GB
 TARGETS = ("labels", "next_sentence_label")
 Block = list[int]  # token ids of consecutive text, without control tokens
 
 
 class MaskedLM(Head):
-    """Fills masked tokens in; with pretraining.next_sentence it also predicts whether the second part of a row follows
-    the first. The held-out rows are masked once, by the seed: their perplexities are comparable.
+    """Predicts masked tokens; with pretraining.next_sentence also whether the second part of a row follows the first.
+    The held-out rows are masked once, by the seed, so that their perplexities are comparable.
     """
 
     def __init__(self, recipe: BaselineRecipe, split: Split) -> None:
         super().__init__(recipe)
         self.pairs = recipe.pretraining.next_sentence
-        self.perplexity_before: float | None = None  # None: no data.dev_share, nothing to measure it on
+        self.perplexity_before: float | None = None  # None: no data.dev_share to measure it on
         if None in (self.tokenizer.mask_token, self.tokenizer.cls_token, self.tokenizer.sep_token):
             raise RecipeError(
                 f"model.base: {recipe.model.base}: its tokenizer lacks a mask, cls or sep token; "
@@ -53,7 +53,7 @@ class MaskedLM(Head):
         probability = recipe.pretraining.mlm_probability
         self.masking = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=probability)
         once = DataCollatorForLanguageModeling(self.tokenizer, mlm_probability=probability, seed=recipe.train.seed)
-        in_order = sorted(self.dev_rows, key=lambda row: len(row["input_ids"]))  # rows of like length: little padding
+        in_order = sorted(self.dev_rows, key=lambda row: len(row["input_ids"]))  # similar lengths: little padding
         self.dev = [mask(in_order[i : i + SCORED_ROWS], once) for i in range(0, len(in_order), SCORED_ROWS)]
 
     def load(self) -> PreTrainedModel:
@@ -61,8 +61,8 @@ class MaskedLM(Head):
         model = load_encoder(base, "nsp" if self.pairs else "mlm", self.recipe.train.seed)
         if is_drawn(model):
             self.notes.append(
-                f"{base.base} has no head for masked tokens: it is drawn at random over the input embeddings, "
-                "and the perplexity before training is that of a random head, not of what the encoder knows"
+                f"{base.base} has no head for masked tokens: a new one is drawn at random over the input embeddings, "
+                "so the perplexity before training is that of a random head, not of the encoder"
             )
         if self.dev:
             scores = self.score_dev(cast(torch.nn.Module, model).to(default_device()))
@@ -72,35 +72,35 @@ class MaskedLM(Head):
         return model
 
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
-        return mask(rows, self.masking)  # no seed: from PyTorch's generator, which checkpoints keep
+        return mask(rows, self.masking)  # no seed: PyTorch's generator draws, and checkpoints save its state
 
     @torch.inference_mode()
     def score_dev(self, model: torch.nn.Module) -> dict[str, float]:
-        """ "loss": mean negative log-likelihood of the masked tokens, in nats; "perplexity": its exponential, no
-        percentage; with next_sentence "next_sentence_accuracy" from 0 to 100."""
+        """`loss`: mean negative log-likelihood of the masked tokens, in nats; `perplexity`: its exponential; with
+        next_sentence also `next_sentence_accuracy`, from 0 to 100."""
         model.eval()
         device = next(model.parameters()).device
-        nll, asked, right = 0.0, 0, 0
-        for batch in track(self.dev, "fill masks in"):
+        nll, masked, correct = 0.0, 0, 0
+        for batch in track(self.dev, "predict masked tokens"):
             with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.recipe.train.bf16)):
                 output = model(**{name: t.to(device) for name, t in batch.items() if name not in TARGETS})
             labels = batch["labels"].to(device)
             chosen = labels != -100
             logits = output["prediction_logits" if self.pairs else "logits"][chosen].float()
             nll += float(cross_entropy(logits, labels[chosen], reduction="sum"))
-            asked += int(chosen.sum())
+            masked += int(chosen.sum())
             if self.pairs:
-                guessed = output["seq_relationship_logits"].argmax(dim=1).cpu()
-                right += int((guessed == batch["next_sentence_label"]).sum())
-        scores = {"loss": nll / asked, "perplexity": float(np.exp(nll / asked))}
-        return scores | ({"next_sentence_accuracy": 100 * right / len(self.dev_rows)} if self.pairs else {})
+                predicted = output["seq_relationship_logits"].argmax(dim=1).cpu()
+                correct += int((predicted == batch["next_sentence_label"]).sum())
+        scores = {"loss": nll / masked, "perplexity": float(np.exp(nll / masked))}
+        return scores | ({"next_sentence_accuracy": 100 * correct / len(self.dev_rows)} if self.pairs else {})
 
     def choose(self, model: torch.nn.Module) -> dict[str, Any]:
         after = self.score_dev(model)["perplexity"] if self.dev else None
         return {"perplexity_before": self.perplexity_before, "perplexity_after": after}
 
     def _read(self, conversations: Sequence[Conversation], name: str) -> list[Row]:
-        """Rows of all posts; their number and kind go to the notes. Raises RecipeError if there is none."""
+        """Rows of all posts; a note says their number and kind. Raises RecipeError if there are none."""
         length, seed = self.recipe.data.max_seq_length, self.recipe.train.seed
         room = length - (3 if self.pairs else 2)
         posts = [p for p in cut_posts([c.context for c in conversations], self.tokenizer, room) if p]
@@ -124,16 +124,16 @@ def check_next_sentence(model: EncoderModel) -> None:
     kind = load_config(model).model_type
     if kind != "bert":
         raise RecipeError(
-            f"pretraining.next_sentence: {model.base} is of type {kind}, and BERT alone has a head for it; "
+            f"pretraining.next_sentence: {model.base} is of type {kind}, and only BERT has a head for it; "
             "set it to false, or name a BERT"
         )
 
 
 def keep_pooler(base: EncoderModel, folder: Path) -> None:
-    """Add the base's pooler, which a head for masked tokens does not have, to the saved weights for a classifier."""
+    """Add the base's pooler to the saved weights, for a classifier; a head for masked tokens has none."""
     features: Any = load_encoder(base, "features", 0)
     with safe_open(folder / "model.safetensors", "pt") as file:
-        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dict
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
     inside = f"{features.base_model_prefix}."
     own = {inside + name: w for name, w in features.state_dict().items() if "pooler." in name and not features.drawn}
     if missing := {name: weight.contiguous() for name, weight in own.items() if name not in weights}:
@@ -141,15 +141,15 @@ def keep_pooler(base: EncoderModel, folder: Path) -> None:
 
 
 def is_drawn(model: PreTrainedModel) -> bool:
-    """Whether the head is new: transformers draws its weights and leaves its bias at zero, which no training does.
-    (config.architectures is what its author says, not what the files hold.)"""
+    """Whether the head is new: transformers sets its bias to zero, which training never does. (config.architectures
+    names what the author says, not what the files hold.)"""
     head: Any = model.get_output_embeddings()
     return head.bias is not None and not head.bias.any()
 
 
 def cut_posts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: int) -> list[list[Block]]:
-    """Each text's blocks of at most `room` tokens, in order and without loss; none of an empty text. Text never becomes
-    a control token."""
+    """Each text as blocks of at most `room` tokens, in order and without loss; an empty text has none. Text never
+    becomes a control token."""
     backend = plain_backend(tokenizer)
     posts = []
     for i in track(range(0, len(texts), 1000), "encode posts, in thousands"):
@@ -160,17 +160,17 @@ def cut_posts(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, room: in
 
 
 def pair_up(posts: Sequence[Sequence[Block]], seed: int) -> Iterator[tuple[Block, Block, int]]:
-    """Both halves of each block and 0; half of the time, another post's second half instead and 1. A block of a single
-    token has no halves. None at all if only one post has any. Drawn once, as Devlin et al. do."""
-    draw = random.Random(seed)
+    """Each block as (first half, second half, 0), or with probability 0.5 as (first half, second half of another post,
+    1). Blocks of one token are skipped. No pairs if fewer than two posts have any. Drawn once, as in Devlin et al."""
+    rng = random.Random(seed)
     halves = [[(b[: len(b) // 2], b[len(b) // 2 :]) for b in post if len(b) > 1] for post in posts]
     halves = [post for post in halves if post]
     for i, post in enumerate(halves if len(halves) > 1 else ()):
         for first, second in post:
-            foreign = draw.random() < 0.5
+            foreign = rng.random() < 0.5
             if foreign:
-                other = draw.randrange(len(halves) - 1)
-                second = draw.choice(halves[other + (other >= i)])[1]  # any post but the i-th
+                other = rng.randrange(len(halves) - 1)
+                second = rng.choice(halves[other + (other >= i)])[1]  # any post except the i-th
             yield first, second, int(foreign)
 
 
@@ -188,7 +188,7 @@ def make_row(tokenizer: PreTrainedTokenizerBase, *parts: Block) -> Row:
 
 def mask(rows: Sequence[Row], masking: DataCollatorForLanguageModeling) -> dict[str, torch.Tensor]:
     """Tensors (rows, longest) with masks, and `labels`: the masked tokens' ids, -100 elsewhere. At least one token of
-    each row is masked, as in Devlin et al.'s code: of a step on few short posts the loss would else be 0 / 0."""
+    each row is masked, as in the code of Devlin et al.: otherwise the loss of few short posts could be 0 / 0."""
     batch: dict[str, torch.Tensor] = dict(masking(list(rows)))
     tokenizer = masking.tokenizer
     control = torch.tensor([tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id])

@@ -1,4 +1,4 @@
-"""Train a baseline as its recipe says: an encoder with a head, continued pre-training, or a floor without weights."""
+"""Train a baseline: an encoder with a head, continued pre-training, or a floor without a trained encoder."""
 
 from pathlib import Path
 
@@ -23,14 +23,14 @@ HEAD_CLASSES: dict[str, type[Classifier | SpanReader | MaskedLM]] = {
 
 
 def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Resume | None = None) -> Path | None:
-    """The run folder on the main process, None on others.
+    """Train as the recipe says and return the run folder, or None on other processes than the main one.
 
-    Raises SystemExit with the signal's exit code if one ended the training.
+    Raises SystemExit with the exit code of the signal if one ended the training.
     """
     if resume and resume.elastic:
         raise RecipeError("--elastic: the rows of a baseline's step depend on the processes; start as many as before")
     if resume and recipe.is_floor:
-        raise RecipeError(f"{resume.folder}: a floor has no checkpoint to go on from; start a new run")
+        raise RecipeError(f"{resume.folder}: a floor has no checkpoint to resume from; start a new run")
     with open_run(recipe, recipe_path, resume) as run:
         check_processes(recipe, run.state.num_processes)
         split = read_split(recipe)
@@ -39,13 +39,13 @@ def train_baseline(recipe: BaselineRecipe, recipe_path: Path, resume: Resume | N
 
 def _fit_floor(recipe: BaselineRecipe, split: Split, run: OpenRun) -> Path | None:
     run.watch = Stopwatch()
-    features, frozen = beside_embedding(recipe)  # before a folder is made that it can't be used for
+    features, frozen = beside_embedding(recipe)  # an error must leave no run folder
     folder = run.claim(recipe, split.report, (0, frozen))
     if not run.main:
         return None
     run.begin()
     print(*split.notes, sep="\n", flush=True)
-    fitted = fit_floor(recipe, [*split.train, *split.dev], folder / "model", features)  # it has nothing to choose
+    fitted = fit_floor(recipe, [*split.train, *split.dev], folder / "model", features)  # a floor chooses nothing
     run.parameters = (fitted, fitted + frozen)
     return run.finish(folder / "model")
 

@@ -1,4 +1,4 @@
-"""An encoder's training: a DurableTrainer with a head's rows, its own evaluation, and a schedule of layers."""
+"""Training of an encoder: a DurableTrainer with the rows and the evaluation of a head, and a schedule of layers."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -18,8 +18,8 @@ from sft.training.durable_trainer import DurableTrainer
 
 
 class Unfreeze(TrainerCallback):
-    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): the head first, then one more layer at a time from the
-    top; all of them after `share` of the steps."""
+    """Gradual unfreezing (Howard and Ruder 2018, section 3.3): first the head is trained, then one more layer at a time
+    from the top, and all of them after `share` of the steps."""
 
     def __init__(self, model: PreTrainedModel, share: float) -> None:
         self.depth, self.deepest = depths(model)
@@ -38,9 +38,9 @@ class EncoderTrainer(DurableTrainer):
             model=model,
             args=args,
             train_dataset=cast(Any, head.rows),
-            eval_dataset=cast(Any, head.rows),  # not read: evaluate() scores the head's own slice
-            # collated within the step: what a head draws then comes from the random state that a checkpoint restores,
-            # while a loader reads a batch ahead
+            eval_dataset=cast(Any, head.rows),  # not read: evaluate() scores the head's dev slice
+            # collated in the step: a loader reads a batch ahead, so its draws would not match the random state that a
+            # checkpoint restores
             data_collator=cast(Any, lambda rows: {"rows": rows}),
         )
         self.remove_callback(PrinterCallback)
@@ -50,7 +50,8 @@ class EncoderTrainer(DurableTrainer):
         self.model_accepts_loss_kwargs = False
 
     def chosen(self) -> dict[str, Any]:
-        """What the head chose, the step of the weights that stay, and its scores on the slice that chose it."""
+        """Content of chosen.json: the head's choices, the step of the final weights, and their scores on the dev
+        slice."""
         best = self.state.best_model_checkpoint
         model = cast(nn.Module, self.model)
         step = int(best.rsplit("-", 1)[1]) if best else self.state.global_step
@@ -68,7 +69,7 @@ class EncoderTrainer(DurableTrainer):
         return loss
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        """The head's slice of the training data; each process scores all of it, so that all choose alike."""
+        """Scores on the head's dev slice; each process scores all of it, so that all make the same choice."""
         scores = self.head.score_dev(cast(nn.Module, self.model))
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -77,7 +78,7 @@ class EncoderTrainer(DurableTrainer):
         return metrics
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """AdamW; with tune.layer_decay a layer's rate is that of the layer above it times the decay."""
+        """AdamW; with tune.layer_decay the rate of a layer is that of the layer above times the decay."""
         if self.optimizer is not None or self.recipe.tune.layer_decay == 1.0:
             return super().create_optimizer(model)
         target = cast(PreTrainedModel, model or self.model)
@@ -103,7 +104,7 @@ class EncoderTrainer(DurableTrainer):
 
 
 def resolve_bf16(recipe: BaselineRecipe, device: torch.device) -> BaselineRecipe:
-    """The recipe with train.bf16 said: what the main process measures, for all."""
+    """The recipe with train.bf16 set: the main process measures it for all."""
     if recipe.train.bf16 is not None:
         return recipe
     (fast,) = broadcast_object_list([device.type == "cuda" or bfloat16_pays()])
@@ -118,7 +119,7 @@ def check_processes(recipe: BaselineRecipe, processes: int) -> None:
 
 
 def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, cuda: bool) -> TrainingArguments:
-    """Of a training whose steps are divided over the processes, see check_processes."""
+    """Arguments of a training whose steps are divided over the processes, see check_processes."""
     train = recipe.train
     per_epoch = -(-rows // train.examples_per_step)
     steps = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
@@ -143,7 +144,7 @@ def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, c
         load_best_model_at_end=best is not None,
         metric_for_best_model=best,
         greater_is_better=best != "loss" if best else None,
-        train_sampling_strategy="group_by_length",  # rows of a step are of like length, so that little is padding
+        train_sampling_strategy="group_by_length",  # rows of similar length share a step: little padding
         ddp_find_unused_parameters=recipe.tune.method == "gradual_unfreezing",
         remove_unused_columns=False,
         dataloader_pin_memory=False,

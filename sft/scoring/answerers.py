@@ -1,4 +1,4 @@
-"""How a system is asked: a language model by writing or by likelihood, a baseline by its head."""
+"""How a system is asked: a language model by generation or by likelihood, a baseline by its head."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -23,13 +23,15 @@ from sft.recipe.schema import Eval
 from sft.training.examples import with_split
 
 Answerer = Callable[[Sequence[Conversation]], list[Prediction]]
+Differences = Callable[[Sequence[Conversation], Sequence[Prediction]], list[float]]  # see no_answer_differences
 
 
 @dataclass(frozen=True)
 class AnswerOptions:
-    """How questions are put. `labels`: choose among the task's labels by likelihood instead of writing an answer.
-    `shots`: solved examples of the run's training data before each question. `threshold_from`: so many
-    training questions choose how likely "unanswerable" must be, against what was written, to be the answer instead."""
+    """How questions are asked. `labels`: choose among the task's labels by likelihood instead of generating an answer.
+    `shots`: number of solved training questions before each question. `threshold_from`: number of training questions
+    that tune the threshold; if "unanswerable" is likelier than the generated answer by more than that, it is the
+    answer. `served`: name of the model that a server is asked for."""
 
     max_new_tokens: int | None = None
     labels: bool = False
@@ -46,10 +48,10 @@ def model_answerer(
     settings: Eval,
     options: AnswerOptions,
     known: Sequence[Conversation] = (),
-    keep: Path | None = None,
+    log: Path | None = None,
 ) -> Answerer:
-    """The answers of a language model, loaded here or behind a server. known: training questions for the threshold;
-    keep: where what is written is kept as it comes."""
+    """A function from questions to the answers of a language model in this process or on a server. known: training
+    questions for the threshold; log: file of the answers so far, from which an interrupted evaluation resumes."""
     length = options.max_new_tokens or settings.max_new_tokens
     if options.threshold_from and options.shots:
         raise RecipeError("--threshold-from, --shots: training questions would be asked without shots; keep one")
@@ -57,67 +59,76 @@ def model_answerer(
         raise RecipeError(f"--threshold-from: task {task} has no questions without answer; leave it out")
     if is_url(target):
         if options.labels or options.threshold_from:
-            raise RecipeError(f"{target}: a server tells no likelihoods; leave --labels and --threshold-from out")
+            raise RecipeError(f"{target}: a server returns no likelihoods; leave --labels and --threshold-from out")
         served = served_model(target, options.served)
-        return lambda asked: server_predictions(target, served, asked, length, options.concurrency, keep)
+        return lambda questions: server_predictions(target, served, questions, length, options.concurrency, log)
     labels = TASKS[task].labels
     if options.labels and not labels:
         raise RecipeError(f"--labels: task {task} has no labels to choose from; leave it out")
     loaded = load_target(target, base)
     model, tokenizer, tokens = loaded.model, loaded.tokenizer, settings.batch_tokens
     if options.labels:
-        return lambda asked: classify_by_likelihood(model, tokenizer, asked, labels, tokens, loaded.packed)
+        return lambda questions: classify_by_likelihood(model, tokenizer, questions, labels, tokens, loaded.packed)
 
-    def write(asked: Sequence[Conversation], note: Note = lambda number, prediction: None) -> list[Prediction]:
-        return generate(model, tokenizer, asked, length, tokens, loaded.packed, note)
+    def write(questions: Sequence[Conversation], note: Note = lambda number, prediction: None) -> list[Prediction]:
+        return generate(model, tokenizer, questions, length, tokens, loaded.packed, note)
 
-    if not options.threshold_from:
-        system = _identity(target, base)
-        # a question alone is asked for its latency
-        return lambda asked: (
-            resume_answers(keep, system, asked, length, write) if keep and len(asked) > 1 else write(asked)
-        )
+    if options.threshold_from:
 
-    def differences(asked: Sequence[Conversation], written: Sequence[Prediction]) -> list[float]:
-        return no_answer_differences(model, tokenizer, asked, written, tokens, loaded.packed)
+        def differences(questions: Sequence[Conversation], written: Sequence[Prediction]) -> list[float]:
+            return no_answer_differences(model, tokenizer, questions, written, tokens, loaded.packed)
 
-    questions = limit_questions(known, options.threshold_from)
-    written = write(questions)
-    exact = [squad_scores(c.answers, p.text)["exact"] for c, p in zip(questions, written, strict=True)]
-    nulls = [squad_scores(c.answers, "")["exact"] for c in questions]
-    threshold, reached = tune_threshold(differences(questions, written), exact, nulls)
+        return _with_threshold(write, differences, limit_questions(known, options.threshold_from))
+    system = _identity(target, base)
+    # a single question is asked to measure its latency
+    return lambda questions: (
+        resume_answers(log, system, questions, length, write) if log and len(questions) > 1 else write(questions)
+    )
+
+
+def _with_threshold(write: Answerer, differences: Differences, training: Sequence[Conversation]) -> Answerer:
+    """`write`, but with the answer UNANSWERABLE if its difference exceeds the threshold tuned on training questions."""
+    written = write(training)
+    exact = [squad_scores(c.answers, p.text)["exact"] for c, p in zip(training, written, strict=True)]
+    nulls = [squad_scores(c.answers, "")["exact"] for c in training]
+    threshold, tuned = tune_threshold(differences(training, written), exact, nulls)
     print(
-        f"unanswerable where its log-likelihood exceeds the answer's by {threshold:.3f}: EM {100 * reached:.1f} on "
-        f"{len(questions)} training questions, which chose it ({100 * sum(exact) / len(exact):.1f} without)",
+        f"unanswerable if its log-likelihood exceeds the answer's by {threshold:.3f}: EM {100 * tuned:.1f} on "
+        f"{len(training)} training questions, which chose it ({100 * sum(exact) / len(exact):.1f} without)",
         flush=True,
     )
 
-    def write_or_not(asked: Sequence[Conversation]) -> list[Prediction]:
-        found = write(asked)
+    def answer(questions: Sequence[Conversation]) -> list[Prediction]:
+        written = write(questions)
         return [
             replace(p, text=UNANSWERABLE) if difference > threshold else p
-            for p, difference in zip(found, differences(asked, found), strict=True)
+            for p, difference in zip(written, differences(questions, written), strict=True)
         ]
 
-    return write_or_not
+    return answer
 
 
 def _identity(target: str, base: bool) -> str:
-    """What is answering: its name, and of a folder when its recipe and weights were written."""
+    """Name of the system; for a folder also the times when its recipe and weights were written."""
     folder = Path(target)
     parts = ("recipe.yaml", "*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
     files = sorted(path for part in parts for path in folder.glob(part)) if folder.is_dir() else []
     return " ".join([target, str(base), *(f"{path} {path.stat().st_mtime_ns}" for path in files)])
 
 
-def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, options: AnswerOptions) -> Answerer:
+def baseline_answerer(
+    run: Path, recipe: BaselineRecipe, base: bool = False, options: AnswerOptions | None = None
+) -> Answerer:
+    """A function from questions to a baseline's answers. Raises RecipeError for options of language models."""
+    options = options or AnswerOptions()
     if base or options != AnswerOptions(concurrency=options.concurrency):
         raise RecipeError(
             f"{run}: a baseline answers by its head; --base, --labels, --shots, --threshold-from, --max-new-tokens and "
             "--model don't apply"
         )
     if recipe.objective == "mlm":
-        raise RecipeError(f"{run}: continued pre-training answers nothing; name {run}/model as model.base of a recipe")
+        remedy = f"name {run}/model as model.base of a recipe"
+        raise RecipeError(f"{run}: a run of continued pre-training answers no questions; {remedy}")
     if recipe.is_floor:
         from sft.baselines.floors import load_floor
 
@@ -128,12 +139,14 @@ def baseline_answerer(run: Path, recipe: BaselineRecipe, base: bool, options: An
 
 
 def training_questions(recipe: AnyRecipe | None, scored: Sequence[Conversation]) -> list[Conversation]:
-    """The rows of a run's data.train that share no passage or thread with a scored one. Raises RecipeError without a
-    run, and where none is left."""
+    """The rows of data.train that share no passage or thread with a scored row. Raises RecipeError if there is no
+    recipe or no such row."""
     if recipe is None:
         raise RecipeError("--shots, --threshold-from: take training questions; score a run, or name one with --run")
     clusters = {c.cluster for c in scored}
-    every = (c for s in recipe.data.train for c in read_all(with_split(s, "train"), recipe.task, recipe.data.on_error))
-    if not (found := [c for c in every if c.cluster not in clusters]):
+    sources = (with_split(source, "train") for source in recipe.data.train)
+    rows = (c for source in sources for c in read_all(source, recipe.task, recipe.data.on_error))
+    questions = [c for c in rows if c.cluster not in clusters]
+    if not questions:
         raise RecipeError("--shots, --threshold-from: all training questions are also scored; score other data")
-    return found
+    return questions

@@ -1,4 +1,4 @@
-"""One question or one text, from the command line: `graft ask`, `graft classify`."""
+"""Answer one question or classify one text: `graft ask`, `graft classify`."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,55 +18,56 @@ from sft.errors import RecipeError
 from sft.models.target import load_target, run_any_recipe
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.recipe.schema import Recipe
-from sft.scoring.answerers import AnswerOptions, baseline_answerer
+from sft.scoring.answerers import baseline_answerer
 
 SQUAD = ("squad_v1", "squad_v2")
-BEFORE_AND_AFTER = (("before", True), ("after", False))  # training; whether the untrained base answers
+BEFORE_AND_AFTER = (("before", True), ("after", False))  # (training, whether the untrained base answers)
 
 
 def ask_run(run: Path, question: str, context: str, n_best: int) -> Iterator[str]:
-    """Lines with the answer of the untrained base and of the run; of an extractive run the n best quotes too."""
+    """Lines with the answers of the untrained base and of the run; for an extractive run also its n best quotes."""
     recipe = run_any_recipe(run)
     if recipe.task not in SQUAD:
-        raise RecipeError(f"{run}: its task is {recipe.task}; it answers no questions on a passage")
+        raise RecipeError(f"{run}: its task is {recipe.task}; name a run that answers questions on a passage")
     row = {"id": "question", "context": context, "question": question, "answers": []}
-    asked = squad_conversation(row, 2, "question")
+    conversation = squad_conversation(row, 2, "question")
     if isinstance(recipe, Recipe):
         if recipe.task == "squad_v1":
-            asked = replace(asked, messages=({"role": "system", "content": INSTRUCTION_V1}, *asked.messages[1:]))
+            instruction = {"role": "system", "content": INSTRUCTION_V1}
+            conversation = replace(conversation, messages=(instruction, *conversation.messages[1:]))
         length, tokens = recipe.eval.max_new_tokens, recipe.eval.batch_tokens
         for name, base in BEFORE_AND_AFTER:
             loaded = load_target(str(run), base)
-            (written,) = generate(loaded.model, loaded.tokenizer, [asked], length, tokens, loaded.packed)
+            (written,) = generate(loaded.model, loaded.tokenizer, [conversation], length, tokens, loaded.packed)
             yield f"{name} training: {written.text}"
     elif recipe.is_floor:
-        yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
+        yield baseline_answerer(run, recipe)([conversation])[0].text
     else:
-        yield from _quotes(run, recipe, asked, n_best)
+        yield from _quotes(run, recipe, conversation, n_best)
 
 
 def classify_text(run: Path, text: str, top: int) -> Iterator[str]:
-    """Lines "label  probability", the likeliest first."""
+    """Lines "label  probability", the most probable first."""
     recipe = run_any_recipe(run)
     if recipe.task != "newsgroups":
-        raise RecipeError(f"{run}: its task is {recipe.task}; it classifies no texts")
+        raise RecipeError(f"{run}: its task is {recipe.task}; name a run that classifies texts")
     if not text.strip():
-        raise RecipeError("--text: there is none; give a post")
-    if HEADERS.match(text):  # a whole post is read as those of training are
+        raise RecipeError("--text: is empty; give a post")
+    if HEADERS.match(text):  # a whole post is stripped as in training
         text = strip_post(text)
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
-        asked = Conversation((), "text", "text", context=text)
-        yield baseline_answerer(run, recipe, False, AnswerOptions())([asked])[0].text
+        post = Conversation((), "text", "text", context=text)
+        yield baseline_answerer(run, recipe)([post])[0].text
         return
     labels, probabilities = _label_probabilities(run, recipe, text)
     for i in np.argsort(-probabilities)[:top]:
         yield f"{labels[i]:26} {probabilities[i]:.3f}"
 
 
-def _quotes(run: Path, recipe: BaselineRecipe, asked: Conversation, n_best: int) -> Iterator[str]:
+def _quotes(run: Path, recipe: BaselineRecipe, conversation: Conversation, n_best: int) -> Iterator[str]:
     for name, base in BEFORE_AND_AFTER:
         model, tokenizer, chosen = load_run(run, recipe, base)
-        (answer,), _ = read_spans(model, recipe, [asked], tokenizer)
+        (answer,), _ = read_spans(model, recipe, [conversation], tokenizer)
         yield f"{name} training: {answer.text}"
     threshold = chosen["null_threshold"]
     if threshold is not None and recipe.task == "squad_v2" and answer.null_difference > threshold:

@@ -45,16 +45,16 @@ def evaluate(
     run: Path | None = None,
     options: AnswerOptions | None = None,
 ) -> dict[str, Any]:
-    """Results, also written to `out`. What is left out comes from the recipe of the target, or else of `run`, so that
-    a server is asked what the run was. `base`: score a run's base instead.
+    """Score a system and write the results to `out`. Missing arguments come from the recipe of the target, or else of
+    `run`, so that a server gets the same questions as the run. `base`: score a run's base instead.
 
-    Raises RecipeError where task or data are neither given nor in a recipe.
+    Raises RecipeError if task or data are neither arguments nor in a recipe.
     """
     check_target(target)
     options = options or AnswerOptions()
     target_is_run = not is_url(target) and is_run(target)
-    brings = Path(target) if target_is_run else run
-    recipe = run_any_recipe(brings) if brings else None
+    source_run = Path(target) if target_is_run else run
+    recipe = run_any_recipe(source_run) if source_run else None
     if base and not target_is_run:
         raise RecipeError(f"--base: {target} is no run folder, so it has no base to score; leave --base out")
     task = task or (recipe.task if recipe else None)
@@ -77,8 +77,8 @@ def evaluate(
         if options.shots:
             conversations = with_shots(conversations, known, options.shots, recipe.train.seed if recipe else 0)
         answer = model_answerer(target, task, base, settings, options, known, out / NAME)
-    seen = trained_on(brings, data, split) if brings and data and not base else []
-    goes_on = (out / NAME).exists()  # then a part of the answers took none of the time below
+    trained_files = trained_on(source_run, data, split) if source_run and data and not base else []
+    resumed = (out / NAME).exists()  # then a part of the answers is not in the time below
     start = time.monotonic()
     predictions = answer(conversations)
     seconds = time.monotonic() - start
@@ -88,14 +88,14 @@ def evaluate(
         "name": _name(target, base, options),
         "data": source,
         **summarize(task, scored),
-        "trained_on": seen,
+        "trained_on": trained_files,
         "scorer": "labels" if options.labels else "",
         "shots": options.shots,
         "threshold_from": options.threshold_from,
         "max_new_tokens": options.max_new_tokens,
         "seconds": round(seconds, 1),
     }
-    if not goes_on:
+    if not resumed:
         results["questions_per_s"] = round(len(predictions) / seconds, 2)
     if not is_url(target):
         results["machine"] = machine()
@@ -116,47 +116,47 @@ def questions_to_score(
     split: str | None,
     limit: int | None,
 ) -> tuple[list[Conversation], str]:
-    """Those of --data, or what the run's recipe holds out; and the data's name."""
+    """The questions of --data, or those that the run's recipe holds out; and the name of the data."""
     limit = limit or (recipe.eval.limit if recipe else None)
     if data:
         source = with_split(Source(path=data, split=split), "validation")
-        found = read_conversations(task, data, source.split)
+        questions = read_conversations(task, data, source.split)
         labels = {normalize_label(label) for label in TASKS[task].labels}
-        for c in found if labels else ():
+        for c in questions if labels else ():
             if not labels.intersection(map(normalize_label, c.answers)):
                 answer = f"{c.answers[0]!r:.60}" if c.answers else "no answer"
                 raise RecipeError(f"{c.where}: {answer} is none of the {len(labels)} labels of task {task}")
-        return limit_questions(found, limit), Path(data).name
+        return limit_questions(questions, limit), Path(data).name
     if recipe is None or (recipe.eval.data is None and recipe.eval.share is None):
-        raise RecipeError(f"--data: name the data to score on; {target} brings none")
+        raise RecipeError(f"--data: name the data to score on; {target} has none")
     held_out = recipe.eval.data
     settings: dict[str, Any] = {"limit": limit}
     if held_out and split:
         settings["data"] = changed(held_out, split=split)
-    asked = changed(recipe, eval=settings, task=task)
+    recipe = changed(recipe, eval=settings, task=task)
     try:
-        if isinstance(asked, BaselineRecipe):
-            questions = limit_questions(baseline_questions(asked), limit)
+        if isinstance(recipe, BaselineRecipe):
+            questions = limit_questions(baseline_questions(recipe), limit)
         else:
-            questions = held_out_conversations(asked)
+            questions = held_out_conversations(recipe)
     except DataError as error:
         raise RecipeError(f"the data that {target} names: {error}; name other data with --data") from error
     return questions, Path(held_out.path).name if held_out else f"{recipe.eval.share:.0%} of data.train"
 
 
 def trained_on(run: Path, data: str, split: str | None) -> list[str]:
-    """Those of the data's files that the run was trained on, by sha256; none where the run does not say."""
+    """Files of the data that the run was trained on, by sha256; none if the run has no data report."""
     report = run / "data_report.json"
     if not report.is_file():
         return []
     sources = json.loads(report.read_text()).get("sources", [])
-    known = {sha256 for source in sources for sha256 in source.get("sha256", {}).values()}
-    given = file_digests(files_of(Source(path=data, split=split)))
-    return [name for name, sha256 in given.items() if sha256 in known]
+    trained = {sha256 for source in sources for sha256 in source.get("sha256", {}).values()}
+    scored = file_digests(files_of(Source(path=data, split=split)))
+    return [name for name, sha256 in scored.items() if sha256 in trained]
 
 
 def default_folder(target: str, base: bool, options: AnswerOptions) -> Path:
-    """Where results go unless --out says: a folder of the run named after the options, or eval-results."""
+    """Folder of the results if --out is not given: one in the run, named after the options, or eval-results."""
     if not is_run(target):
         return Path("eval-results")
     parts = ["eval", "base" if base else "", f"{options.shots}-shot" if options.shots else ""]
@@ -165,7 +165,7 @@ def default_folder(target: str, base: bool, options: AnswerOptions) -> Path:
 
 
 def _name(target: str, base: bool, options: AnswerOptions) -> str:
-    """What a comparison calls it."""
+    """Name of the system in a comparison."""
     name = options.served or target if is_url(target) else Path(target).resolve().name
     shots = f"{options.shots}-shot" if options.shots else "zero-shot" if base else ""
     threshold = "with threshold" if options.threshold_from else ""
@@ -175,7 +175,7 @@ def _name(target: str, base: bool, options: AnswerOptions) -> str:
 
 
 def print_scores(results: dict[str, Any], console: Console | None = None) -> None:
-    """A row for each part: questions, and each of the task's scores with its interval."""
+    """Print a row for each part: number of questions, and each score of the task with its interval."""
     names = score_names(results)
     table = Table(title=f"{results['target']} on {results['data']}", title_justify="left")
     table.add_column("part")
@@ -185,8 +185,8 @@ def print_scores(results: dict[str, Any], console: Console | None = None) -> Non
         cells = [cell for name in names for cell in (f"{s[name]:.1f}", interval(s[f"{name}_95"]))]
         table.add_row(part, str(s["questions"]), *cells)
     (console or Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)).print(table)
-    if seen := results.get("trained_on"):
-        print(f"warning: the run was trained on {', '.join(seen)}: this is no score on held-out questions")
+    if files := results.get("trained_on"):
+        print(f"warning: the run was trained on {', '.join(files)}: this is no score on held-out questions")
     if long := results["too_long_for_model"]:
         print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
     if cut := results["cut_at_max_new_tokens"]:
@@ -194,12 +194,12 @@ def print_scores(results: dict[str, Any], console: Console | None = None) -> Non
 
 
 def score_names(results: dict[str, Any]) -> list[str]:
-    """What the task scores, such as exact and f1: those with an interval."""
+    """Names of the task's scores that have an interval, such as exact and f1."""
     return [name for name in results["scores"]["total"] if f"{name}_95" in results["scores"]["total"]]
 
 
 def column_of(name: str, results: dict[str, Any]) -> str:
-    """A score as a table calls it; of labels, exact match is the accuracy."""
+    """Heading of a score in a table; for labels, exact match is the accuracy."""
     return "accuracy" if name == "exact" and results["task"] == "newsgroups" else COLUMNS[name]
 
 

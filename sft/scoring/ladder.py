@@ -1,7 +1,7 @@
-"""One recipe over tuning methods, score against cost: `graft ladder RECIPE --methods lora,full --out DIR`.
+"""One recipe with several tuning methods, score against cost: `graft ladder RECIPE --methods lora,full --out DIR`.
 
-Each rung is trained and scored in processes of its own, so that its peak memory is its own, into DIR/METHOD. DIR gets
-ladder.json (all numbers), ladder.md and ladder.png.
+Each method is a rung. It is trained and scored into DIR/METHOD, in processes of its own so that its peak memory is not
+that of another. ladder.json (all numbers), ladder.md and ladder.png are written to DIR.
 """
 
 import json
@@ -20,22 +20,26 @@ from data.atomic import atomic_path, write_json, write_text
 from data.page import markdown_table
 from sft.baselines.encoder import positions_of
 from sft.errors import RecipeError
+from sft.models.load import load_config
 from sft.recipe.baseline_schema import MOVES_POSITIONS, AnyRecipe, BaselineRecipe
 from sft.recipe.load import dump_recipe, load_any_recipe, nearest
 from sft.recipe.schema import Model, Recipe
+from sft.runs.folder import check_writable
+from sft.runs.metrics import read_metrics
+from sft.scoring.evaluate import column_of
 from sft.session import child_environment, graft_command
 
 Row = dict[str, Any]
 
 LLM = ("linear_probe", "prompt_tuning", "ia3", "lora", "qlora", "dora", "full")
 ENCODER = ("linear_probe", "prompt_tuning", "ia3", "lora", "dora", "gradual_unfreezing", "full")
-VARIANT_OF = {"qlora": "lora", "dora": "lora", "gradual_unfreezing": "full"}  # they share their settings
-# The learning rate that a method wants, over LoRA's; other adapters as LoRA. full: a tenth (Schulman et al., LoRA
-# Without Regret, Thinking Machines 2025). ia3, prompt_tuning: 8e-3 and 3e-2 in PEFT's guides, whose LoRA has 1e-3.
-# linear_probe: a guess; the loss of one linear layer is convex and bears more.
+VARIANT_OF = {"qlora": "lora", "dora": "lora", "gradual_unfreezing": "full"}  # same settings as
+# Learning rate of a method over that of LoRA; 1 for other adapters. full: a tenth (Schulman et al., LoRA Without
+# Regret, Thinking Machines 2025). ia3, prompt_tuning: 8e-3 and 3e-2 in PEFT's guides, whose LoRA has 1e-3.
+# linear_probe: a guess; the loss of one linear layer is convex and tolerates a higher rate.
 RATES = {"full": 0.1, "gradual_unfreezing": 0.1, "freeze": 0.1, "linear_probe": 3.0, "ia3": 8.0, "prompt_tuning": 30.0}
 COST = ("trainable_parameters", "parameters", "train_peak_memory_gib", "train_seconds", "disk_mib")
-COLUMNS = {  # heading in the table -> what a finished rung shows
+COLUMNS = {  # heading in the table -> cell of a finished rung
     "95 %": "{score_95[0]:.1f} - {score_95[1]:.1f}",
     "trained": "{trainable_parameters:,}",
     "% of all": "{trainable_percent:.3g}",
@@ -48,42 +52,41 @@ COLUMNS = {  # heading in the table -> what a finished rung shows
 def ladder(
     recipe_path: Path, methods: Sequence[str], overrides: list[str], out: Path, rates: Sequence[str] = ()
 ) -> list[Row]:
-    """A row for each method (none named: all that suit the recipe's kind of base); `failed` is None or the reason.
-    `rates`: METHOD=VALUE, instead of the recipe's learning rate times the method's factor.
+    """Train and score the recipe with each method (none given: all that suit the recipe's kind of base) and return a
+    row for each, whose `failed` is None or the reason. `rates`: METHOD=VALUE, to replace the recipe's learning rate
+    times the method's factor.
 
-    What is finished in `out` is not done again, so the same call continues an interrupted ladder. Raises RecipeError
-    before the first rung, KeyboardInterrupt on Ctrl-C, after the report of the rungs until then.
+    Finished rungs in `out` are not repeated, so the same call resumes an interrupted ladder. Raises RecipeError before
+    the first rung; on Ctrl-C reports the rungs so far, then raises KeyboardInterrupt.
     """
-    from sft.models.load import load_config
-    from sft.runs.folder import check_writable
-
     recipe = load_any_recipe(recipe_path, overrides)
-    chosen = _check(recipe, recipe_path, methods)
-    given = _rates(rates, chosen)
+    methods = _check(recipe, recipe_path, methods)
+    rate_by_method = _rates(rates, methods)
     check_writable(out, "--out")
     kind = str(load_config(Model(base=recipe.model.base, revision=recipe.model.revision)).model_type)
     rungs: dict[str, AnyRecipe | RecipeError] = {}
-    for method in chosen:
-        changes = rung_overrides(method, recipe, kind, out / method, given.get(method))
+    for method in methods:
+        changes = rung_overrides(method, recipe, kind, out / method, rate_by_method.get(method))
         try:
-            rungs[method] = made = load_any_recipe(recipe_path, [*overrides, *changes])
+            rungs[method] = rung_recipe = load_any_recipe(recipe_path, [*overrides, *changes])
         except RecipeError as error:
             rungs[method] = error
             continue
-        own = out / f"{method}.yaml"
-        if (out / method).exists() and not (own.is_file() and own.read_text(encoding="utf-8") == dump_recipe(made)):
+        written = out / f"{method}.yaml"
+        same = written.is_file() and written.read_text(encoding="utf-8") == dump_recipe(rung_recipe)
+        if (out / method).exists() and not same:
             remedy = "remove it, or name another --out"
-            raise RecipeError(f"{out / method} was made by other settings than this ladder's; {remedy}")
+            raise RecipeError(f"{out / method} was made by other settings than those of this ladder; {remedy}")
     out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     try:
         for method, rung in rungs.items():
             rows.append(_climb(method, rung, out))
     except KeyboardInterrupt:
-        command = ["graft", "ladder", str(recipe_path), "--out", str(out), "--methods", ",".join(chosen)]
+        command = ["graft", "ladder", str(recipe_path), "--out", str(out), "--methods", ",".join(methods)]
         command += [word for text in overrides for word in ("--set", text)]
         command += [word for text in rates for word in ("--rate", text)]
-        print(f"stopped; go on with: {shlex.join(command)}", flush=True)
+        print(f"stopped; resume with: {shlex.join(command)}", flush=True)
         raise
     finally:
         report(rows, out)
@@ -91,33 +94,35 @@ def ladder(
 
 
 def rung_overrides(method: str, recipe: AnyRecipe, kind: str, run: Path, rate: float | None = None) -> list[str]:
-    """The --set overrides that make this method's rung of a recipe, whose base is of the model_type `kind`. Every rung
-    except qlora starts from the unquantized base, so that they differ in the method alone."""
+    """The --set overrides that turn a recipe, whose base has the model_type `kind`, into the rung of a method. Except
+    for qlora, rungs start from the unquantized base, so that they differ in the method only."""
     changes: dict[str, Any] = {
         "tune": _tune(method, recipe, kind),
         "train.learning_rate": rate or rate_of(method, recipe),
-        "train.output_dir": str(run.absolute()),  # a relative one may not lead out of this folder
+        "train.output_dir": str(run.absolute()),  # a relative path must stay in the working folder
     }
-    if isinstance(recipe, BaselineRecipe) and method == "prompt_tuning" and (most := positions_of(recipe.model)):
-        # its virtual tokens take positions from the input
+    if isinstance(recipe, BaselineRecipe) and method == "prompt_tuning" and (positions := positions_of(recipe.model)):
+        # virtual tokens take positions from the input
         virtual = changes["tune"].get("num_virtual_tokens") or 0
-        changes["data.max_seq_length"] = min(recipe.data.max_seq_length, most - virtual)
+        changes["data.max_seq_length"] = min(recipe.data.max_seq_length, positions - virtual)
     if isinstance(recipe, Recipe):
-        own = recipe.model.quantization
-        nf4 = own.model_dump(mode="json") if own and own.load_in_4bit else {"load_in_4bit": True}
-        changes["model.quantization"] = nf4 if method == "qlora" else None
+        quantization = recipe.model.quantization
+        if method != "qlora":
+            changes["model.quantization"] = None
+        elif not (quantization and quantization.load_in_4bit):
+            changes["model.quantization"] = {"load_in_4bit": True}
         if method == "prompt_tuning" and recipe.data.share_prefixes is True:  # virtual tokens come before each example
             changes["data.share_prefixes"] = "auto"
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
 def rate_of(method: str, recipe: AnyRecipe) -> float:
-    """The recipe's learning rate, taken from its own method to this one."""
+    """The recipe's learning rate, converted from its own method to this one."""
     return float(f"{recipe.train.learning_rate * RATES.get(method, 1.0) / RATES.get(recipe.tune.method, 1.0):.3g}")
 
 
 def _tune(method: str, recipe: AnyRecipe, kind: str) -> dict[str, Any]:
-    """The rung's section `tune`: the recipe's own settings if they are of this method, else usual ones."""
+    """Section `tune` of a rung: the recipe's own settings if they are of this method, else common ones."""
     from peft.utils import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
     family, own = VARIANT_OF.get(method, method), recipe.tune.method
@@ -129,20 +134,20 @@ def _tune(method: str, recipe: AnyRecipe, kind: str) -> dict[str, Any]:
     elif method == "prompt_tuning":
         tune = {"num_virtual_tokens": 20}
     elif method == "ia3" and kind not in TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING:
-        # most bases that PEFT does not know took their modules' names from BERT or Llama
+        # most bases that PEFT does not know have the module names of BERT or Llama
         encoder = isinstance(recipe, BaselineRecipe)
         modules = ["key", "value", "output.dense"] if encoder else ["k_proj", "v_proj", "down_proj"]
         tune = {"target_modules": modules, "feedforward_modules": modules[2:]}
     if family == "lora":
         if isinstance(recipe, BaselineRecipe) and tune.get("target_modules") == "all-linear":
-            # PEFT trains this head whole, and all-linear would adapt it too, which PEFT 0.21 refuses
+            # PEFT trains this head whole; all-linear would also adapt it, which PEFT 0.21 refuses
             tune.setdefault("exclude_modules", ["qa_outputs"])
         return tune | {"method": "lora", "use_dora": method == "dora"}
     return tune | {"method": method}
 
 
 def _check(recipe: AnyRecipe, path: Path, methods: Sequence[str]) -> list[str]:
-    """The methods, each once. Raises RecipeError if the recipe can't be a ladder, or a method does not suit it."""
+    """The methods, each once. Raises RecipeError if the recipe suits no ladder, or a method does not suit it."""
     if isinstance(recipe, BaselineRecipe) and (recipe.is_floor or recipe.objective == "mlm"):
         reason = f"{recipe.model.base} has no weights to tune" if recipe.is_floor else "objective mlm has no score"
         raise RecipeError(f"{path}: {reason}; a ladder needs an LLM's recipe, or an encoder's with another objective")
@@ -171,7 +176,7 @@ def _rates(texts: Sequence[str], methods: Sequence[str]) -> dict[str, float]:
 
 
 def _climb(method: str, rung: AnyRecipe | RecipeError, out: Path) -> Row:
-    """Train and score one rung, as far as that is not done: its row, and a line of it on the screen."""
+    """Train and score a rung, as far as that is left to do; print a line about it and return its row."""
     if isinstance(rung, RecipeError):
         print(f"{method}: failed: {rung}", flush=True)
         return {"method": method, "learning_rate": None, "failed": str(rung)}
@@ -193,7 +198,7 @@ def _climb(method: str, rung: AnyRecipe | RecipeError, out: Path) -> Row:
 
 
 def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
-    """Commands that train a rung, from the start or from its checkpoint, and score it."""
+    """Commands that train a rung, from its start or its checkpoint, and score it; none if it is finished."""
     if (run / "eval" / "results.json").is_file():
         return []
     score = graft_command("eval", run, "--out", run / "eval")
@@ -201,15 +206,15 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
         return [score]
     if any(run.glob("checkpoint-*/trainer_state.json")):
         return [graft_command("train", "--resume", run), score]
-    if run.exists():  # it failed before its first checkpoint, and training writes into no folder that holds something
+    if run.exists():  # it failed before its first checkpoint, and training needs an empty folder
         shutil.rmtree(run)
     write_text(path, dump_recipe(rung))
     return [graft_command("train", path), score]
 
 
 def run_logged(command: Sequence[str], log: Path) -> int:
-    """The exit code; what the command prints goes to the end of the log. Ctrl-C reaches the command too, which
-    has time to save its checkpoint until a second Ctrl-C."""
+    """Run a command, append its output to the log, and return its exit code. Ctrl-C also reaches the command, which may
+    save a checkpoint until a second Ctrl-C."""
     with log.open("a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
         process = subprocess.Popen(
@@ -218,36 +223,33 @@ def run_logged(command: Sequence[str], log: Path) -> int:
         try:
             return process.wait()
         except KeyboardInterrupt:
-            print("\nstopping; a rung that trains saves a checkpoint", flush=True)
+            print("\nstopping; a rung in training saves a checkpoint first", flush=True)
             process.wait()
             raise
         finally:
-            process.kill()  # does nothing to one that has ended
+            process.kill()  # does nothing if the process has ended
 
 
 def _measured(run: Path) -> Row:
     """Score and cost of a finished rung."""
-    from sft.runs.metrics import read_metrics
-    from sft.scoring.evaluate import column_of
-
     results = json.loads((run / "eval" / "results.json").read_text(encoding="utf-8"))
     cost = json.loads((run / "cost.json").read_text(encoding="utf-8"))
     total = results["scores"]["total"]
     row = {"metric": column_of("exact", results), "score": total["exact"], "score_95": total["exact_95"]}
     row |= {key: cost[key] for key in COST} | {"questions": results["questions"], "run": str(run)}
     row["trainable_percent"] = 100 * cost["trainable_parameters"] / cost["parameters"]
-    # of a resumed run cost.json knows the last part only; the metrics count on
+    # for a resumed run cost.json has the time of its last part only, and the metrics the total
     row["train_seconds"] = max([cost["train_seconds"], *(m["seconds"] for m in read_metrics(run)[-1:])])
     return row
 
 
 def report(rows: Sequence[Row], out: Path) -> None:
-    """ladder.json, ladder.md, ladder.png; the table on the screen, and the next command."""
+    """Write ladder.json, ladder.md and ladder.png; print the table and the next command."""
     write_json(out / "ladder.json", rows)
     table = markdown_table(*table_of(rows))
     write_text(out / "ladder.md", table + "\n")
     screen = Console()
-    (screen if screen.is_terminal else Console(width=140)).print(Markdown(table))  # a file is as wide as it likes
+    (screen if screen.is_terminal else Console(width=140)).print(Markdown(table))  # a log file has no width
     print(f"written to {out}/ladder.md and ladder.json")
     done = [row for row in rows if not row["failed"]]
     if done:
@@ -257,7 +259,7 @@ def report(rows: Sequence[Row], out: Path) -> None:
 
 
 def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings, and the cells of each row; if a rung failed, the last column says why."""
+    """Headings and cells of the table; if a rung failed, the last column has the reason."""
     columns = {next((row["metric"] for row in rows if not row["failed"]), "score"): "{score:.1f}", **COLUMNS}
     headings = ["method", *columns, "rate", *["failed"] * any(row["failed"] for row in rows)]
     lines = []
@@ -270,7 +272,7 @@ def table_of(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Score with its interval, and peak memory, each against the trained parameters."""
+    """Plot the score with its interval, and the peak memory, each against the trained parameters."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained")
@@ -280,7 +282,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         low, high = row["score_95"]
         scores.errorbar(x, y, yerr=[[max(0, y - low)], [max(0, high - y)]], fmt="o", capsize=3, color=f"C{i}")
         memory.plot(x, gib, "o", color=f"C{i}")
-        side, offset = (("left", (7, 5)), ("left", (7, -13)), ("right", (-7, 5)))[i % 3]  # lora, qlora, dora lie close
+        side, offset = (("left", (7, 5)), ("left", (7, -13)), ("right", (-7, 5)))[i % 3]  # lora, qlora and dora overlap
         for axes, at in ((scores, y), (memory, gib)):
             axes.annotate(row["method"], (x, at), offset, textcoords="offset points", ha=side, color=f"C{i}")
     for axes, label in ((scores, f"{rows[0]['metric']}, percent, 95 % interval"), (memory, "peak memory in GiB")):

@@ -1,4 +1,4 @@
-"""Baselines: encoders under each strategy, what chooses their checkpoint and threshold, and that it is never the test."""
+"""Baselines: encoders with each method, and a checkpoint and threshold that are never chosen on the test set."""
 
 import json
 import os
@@ -33,6 +33,8 @@ from tests.helpers.baselines import NEWS, SQUAD, recipe, trained
 from tests.helpers.places import ROOT, SAMPLES
 from tests.helpers.qa import bert_tokenizer
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize("objective", ["classification", "extractive_qa"])
 @pytest.mark.parametrize(
@@ -48,7 +50,7 @@ from tests.helpers.qa import bert_tokenizer
     ],
     ids=lambda tune: tune["method"],
 )
-def test_each_strategy_trains_its_part_and_is_scored(objective, tune, tiny_bert, tmp_path):
+def test_each_method_trains_its_part_and_is_scored(objective, tune, tiny_bert, tmp_path):
     if objective == "extractive_qa" and tune["method"] in MOVES_POSITIONS:
         with pytest.raises(RecipeError, match="puts virtual tokens before the input"):
             recipe(objective, tiny_bert, tmp_path / "run", tune=tune)
@@ -72,11 +74,11 @@ def test_linear_probe_leaves_the_encoder_as_it_was(tiny_bert, tmp_path):
     assert not torch.equal(after["classifier.bias"], torch.zeros(20))
 
 
-def test_attention_dropout_is_the_recipes_or_the_bases_own(tiny_bert):
-    for asked, found in ((None, 0.1), (0, 0), (0.3, 0.3)):
-        base = EncoderModel(base=str(tiny_bert), attention_dropout=asked)
+def test_attention_dropout_is_that_of_the_recipe_or_else_of_the_base(tiny_bert):
+    for value, expected in ((None, 0.1), (0, 0), (0.3, 0.3)):
+        base = EncoderModel(base=str(tiny_bert), attention_dropout=value)
         config = load_encoder(base, "classification", 0, ("a", "b")).config
-        assert (config.attention_probs_dropout_prob, config.hidden_dropout_prob) == (found, 0.1)
+        assert (config.attention_probs_dropout_prob, config.hidden_dropout_prob) == (expected, 0.1)
 
 
 def test_gradual_unfreezing_goes_from_the_head_to_the_embeddings(tiny_bert):
@@ -98,26 +100,26 @@ def test_gradual_unfreezing_goes_from_the_head_to_the_embeddings(tiny_bert):
 
 
 def test_checkpoint_and_threshold_never_see_the_test_set(tiny_bert, tmp_path):
-    """The held-out data may be other questions, wrong ones, or not there at all: the run is the same, bit by bit."""
+    """The held-out data may have other answers or be missing: the run is the same, bit by bit."""
     squad = json.loads((SAMPLES / "squad_dev.json").read_text())
     for article in squad["data"]:
         for paragraph in article["paragraphs"]:
             for question in paragraph["qas"]:
                 question |= {"answers": [], "is_impossible": True}
     (tmp_path / "none.json").write_text(json.dumps(squad))
-    found = []
+    runs = []
     for name, held_out in (("a", str(SAMPLES / "squad_dev.json")), ("b", str(tmp_path / "none.json")), ("c", None)):
         changed = recipe("extractive_qa", tiny_bert, tmp_path / name, train={"metric_for_best_model": "exact"})
         source = changed.eval.model_copy(update={"data": changed.eval.data and held_out and changed.eval.data.model_copy(
             update={"path": held_out})})  # fmt: skip
         run = trained(changed.model_copy(update={"eval": source}))
-        found.append((load_file(run / "model" / "model.safetensors"), (run / "chosen.json").read_text()))
-    for weights, chosen in found[1:]:
-        assert chosen == found[0][1]
-        assert all(torch.equal(value, weights[name]) for name, value in found[0][0].items())
+        runs.append((load_file(run / "model" / "model.safetensors"), (run / "chosen.json").read_text()))
+    for weights, chosen in runs[1:]:
+        assert chosen == runs[0][1]
+        assert all(torch.equal(value, weights[name]) for name, value in runs[0][0].items())
 
 
-def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path):
+def test_the_dev_slice_shares_no_thread_with_training_or_test(tmp_path):
     settings = recipe("classification", "sklearn:linear_svc", tmp_path)
     split, test = read_split(settings), baseline_questions(settings)
     clusters = [{c.cluster for c in part} for part in (split.train, split.dev, test)]
@@ -130,31 +132,31 @@ def test_the_slice_that_chooses_shares_no_thread_with_training_or_test(tmp_path)
 
 
 def test_no_answer_threshold_is_chosen_for_the_share_that_is_expected(tiny_bert, tmp_path):
-    """Right quotes lie at -2, -1 and 0.5, questions without an answer at -0.5 and 1."""
-    found = {}
+    """Right quotes are at -2, -1 and 0.5, questions without an answer at -0.5 and 1."""
+    thresholds = {}
     places = [(-2, True), (-1, True), (-0.5, False), (0.5, True), (1, False)]
-    asked = [Conversation((), str(d), str(d), answers=("x",) if has else (), context="x") for d, has in places]
+    questions = [Conversation((), str(d), str(d), answers=("x",) if has else (), context="x") for d, has in places]
     answers = [SpanAnswer("x", 0.0, 0.0, d, 0.5, 0.5, []) for d, _ in places]
     for share in (0.2, None, 0.7):
         settings = recipe("extractive_qa", tiny_bert, tmp_path, eval={"unanswerable_share": share})
-        found[share] = best_threshold(settings, asked, answers)
-    assert 0.5 <= found[0.2] < 1
-    assert -1 <= found[0.7] < -0.5
-    assert found[0.7] <= found[None] <= found[0.2]
+        thresholds[share] = best_threshold(settings, questions, answers)
+    assert 0.5 <= thresholds[0.2] < 1
+    assert -1 <= thresholds[0.7] < -0.5
+    assert thresholds[0.7] <= thresholds[None] <= thresholds[0.2]
     with pytest.raises(RecipeError, match="needs an encoder, task squad_v2 and data.dev_share"):
         recipe("extractive_qa", tiny_bert, tmp_path, data={"dev_share": 0}, eval={"unanswerable_share": 0.5})
 
 
 def test_other_training_seeds_hold_out_the_same(tmp_path):
-    found = [
+    ids = [
         [c.id for c in baseline_questions(recipe("classification", "sklearn:linear_svc", tmp_path, train={"seed": s}))]
         for s in (1, 2)
     ]
-    assert found[0] == found[1]
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize("leaks", ["keep", "remove"])
-def test_training_rows_that_are_held_out_too_are_told_and_can_be_left_out(leaks, tmp_path):
+def test_training_rows_that_are_also_held_out_are_reported_and_can_be_left_out(leaks, tmp_path):
     rows = [json.loads(line) for line in NEWS.read_text().splitlines()]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:5]))
     settings = recipe(
@@ -162,30 +164,30 @@ def test_training_rows_that_are_held_out_too_are_told_and_can_be_left_out(leaks,
         eval={"share": None, "data": str(tmp_path / "test.jsonl")},
     )  # fmt: skip
     split = read_split(settings)
-    (told,) = split.notes
-    assert "5 training rows have a text that stands in the held-out data" in told
-    assert f"{NEWS}:1 as {tmp_path}/test.jsonl:1" in told
+    (note,) = split.notes
+    assert "5 training rows have a text of the held-out data" in note
+    assert f"{NEWS}:1 as {tmp_path}/test.jsonl:1" in note
     assert len(split.train) + len(split.dev) == len(rows) - (5 if leaks == "remove" else 0)
     assert split.report.leaks.rows == 5
     assert split.report.leaks.removed == (5 if leaks == "remove" else 0)
 
 
-def test_a_score_on_what_was_trained_on_says_so_and_is_not_compared(tmp_path, capsys):
+def test_a_score_on_training_data_says_so_and_is_not_compared(tmp_path, capsys):
     run = trained(recipe("classification", "sklearn:linear_svc", tmp_path / "run"))
     evaluate(str(run), tmp_path / "a")
-    seen = evaluate(str(run), tmp_path / "b", data=str(NEWS))
-    assert seen["trained_on"] == [str(NEWS)]
-    print_scores(seen)
+    results = evaluate(str(run), tmp_path / "b", data=str(NEWS))
+    assert results["trained_on"] == [str(NEWS)]
+    print_scores(results)
     assert "no score on held-out questions" in capsys.readouterr().out
     with pytest.raises(CompareError, match="was trained on"):
         compare([tmp_path / "b", tmp_path / "b"], tmp_path / "out")
     assert compare([tmp_path / "a", tmp_path / "a"], tmp_path / "out")["pairs"][0]["p"] == 1
 
 
-def test_a_score_of_labels_says_which_ones_are_taken_for_which(tmp_path):
+def test_a_score_of_labels_has_a_confusion_matrix(tmp_path):
     run = trained(recipe("classification", "sklearn:linear_svc", tmp_path / "run"))
-    found = evaluate(str(run), tmp_path / "a")["classes"]
-    assert sum(map(sum, found["confusion"])) == sum(row["questions"] for row in found["table"])
+    classes = evaluate(str(run), tmp_path / "a")["classes"]
+    assert sum(map(sum, classes["confusion"])) == sum(row["questions"] for row in classes["table"])
     assert (tmp_path / "a" / "confusion.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -205,7 +207,7 @@ def test_one_label_trains_no_classifier(tmp_path):
         read_split(settings)
 
 
-def test_the_last_step_is_scored_where_a_run_is_shorter_than_eval_steps(tiny_bert, tmp_path):
+def test_the_last_step_is_scored_if_a_run_is_shorter_than_eval_steps(tiny_bert, tmp_path):
     steps = {"eval_strategy": "steps", "eval_steps": 400, "metric_for_best_model": "accuracy"}
     run = trained(recipe("classification", tiny_bert, tmp_path / "run", train=steps))
     assert [row["step"] for row in read_metrics(run) if "eval_accuracy" in row] == [3]
@@ -226,18 +228,18 @@ def test_a_row_stays_on_its_side_however_its_file_is_named(tmp_path, monkeypatch
         "".join(json.dumps({k: r[k] for k in ("label", "text")}) + "\n" for r in rows)
     )
     monkeypatch.chdir(tmp_path)
-    found = []
+    contexts = []
     for path in ("posts.jsonl", str(tmp_path / "posts.jsonl")):
         settings = recipe(
             "classification", "sklearn:linear_svc", tmp_path, data={"train": path}, eval={"share_of": "rows"}
         )
-        found.append([c.context for c in baseline_questions(settings)])
-    assert found[0]
-    assert found[0] == found[1]
+        contexts.append([c.context for c in baseline_questions(settings)])
+    assert contexts[0]
+    assert contexts[0] == contexts[1]
 
 
 def test_an_adapter_is_scored_on_the_pooler_that_it_was_trained_on(tiny_bert, tmp_path):
-    """The base has none: it is drawn by the run's seed, in training and again when the run is loaded."""
+    """The base has no pooler: the run's seed draws it, in training and again when the run is loaded."""
     changes = {"tune": {"method": "lora", "r": 2}, "train": {"max_steps": 1, "seed": 7}}
     settings = recipe("classification", tiny_bert, tmp_path / "run", **changes)
     run = trained(settings)
@@ -253,7 +255,7 @@ def test_an_adapter_is_scored_on_the_pooler_that_it_was_trained_on(tiny_bert, tm
     assert torch.equal(first, second)
 
 
-def test_logits_of_classes_are_whole_where_a_batch_is_as_long_as_there_are_classes(tiny_bert):
+def test_logits_of_classes_are_not_cut_if_a_row_is_as_long_as_the_number_of_classes(tiny_bert):
     model = load_encoder(EncoderModel(base=str(tiny_bert)), "classification", 0, [str(i) for i in range(5)])
     rows = [{"input_ids": [101] * n} for n in (2, 3, 5)]
     assert [logits.shape for (logits,) in predict(model, rows, bert_tokenizer(), ("logits",), False)] == [(5,)] * 3
@@ -271,7 +273,7 @@ def test_the_best_checkpoint_is_restored(tiny_bert, tmp_path):
 @pytest.mark.parametrize(
     ("objective", "train", "tune"),
     [
-        # within the second epoch, whose order is drawn at its start
+        # stops in the second epoch, whose order is drawn at its start
         ("classification", {"metric_for_best_model": "loss"}, {"method": "gradual_unfreezing"}),
         pytest.param("extractive_qa", {}, {"method": "full"}, marks=pytest.mark.slow),
         pytest.param("mlm", {}, {"method": "full"}, marks=pytest.mark.slow),  # masks are drawn at each step
@@ -380,24 +382,24 @@ def test_scored_runs_of_different_kinds_are_compared_on_the_same_questions(tiny_
 
 @pytest.mark.slow
 def test_two_processes_train_as_one(tiny_bert, tmp_path):
-    """Without dropout, which each process draws for itself; a step that can't be divided leaves no folder."""
+    """Without dropout, which each process draws by itself. A step that can't be divided leaves no folder."""
     base = tmp_path / "base"
     shutil.copytree(tiny_bert, base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(
         json.dumps(config | {"hidden_dropout_prob": 0, "attention_probs_dropout_prob": 0})
     )
-    found = []
-    for processes, more in ((1, []), (2, []), (2, ["--set", "train.examples_per_step=7"])):
-        run = tmp_path / f"run{len(found)}"
+    finished = []
+    for processes, options in ((1, []), (2, []), (2, ["--set", "train.examples_per_step=7"])):
+        run = tmp_path / f"run{len(finished)}"
         (tmp_path / "r.yaml").write_text(dump_recipe(recipe("classification", base, run, train={"logging_steps": 1})))
         launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
         port = ["--master_port", str(29900 + os.getpid() % 90)]
-        command = [*launch, *port, "sft/train.py", str(tmp_path / "r.yaml"), *more]
+        command = [*launch, *port, "sft/train.py", str(tmp_path / "r.yaml"), *options]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-        found.append((done, run))
-    (_, one), (_, two), (refused, folder) = found
-    assert [done.returncode for done, _ in found[:2]] == [0, 0]
+        finished.append((done, run))
+    (_, one), (_, two), (refused, folder) = finished
+    assert [done.returncode for done, _ in finished[:2]] == [0, 0]
     losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (one, two)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
@@ -405,7 +407,7 @@ def test_two_processes_train_as_one(tiny_bert, tmp_path):
     assert not folder.exists()
 
 
-def test_a_run_from_before_eval_seed_holds_out_what_it_held_out(tmp_path):
+def test_a_run_older_than_eval_seed_keeps_its_held_out_rows(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     text = dump_recipe(recipe("classification", "sklearn:linear_svc", run, train={"seed": 7}))

@@ -1,4 +1,4 @@
-"""Floors: what a fine-tuned model must beat, stored without pickles."""
+"""Floors, which a fine-tuned model must beat, stored without pickles."""
 
 import json
 import shutil
@@ -38,8 +38,8 @@ def test_tfidf_answers_as_scikit_learn_does(base, classifier, tmp_path):
     assert not list(run.rglob("*.pkl")) + list(run.rglob("*.joblib"))
 
 
-def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path):
-    """As computed here from transformers' own output, one text at a time; and the encoder must stay what it was."""
+def test_embedding_is_put_beside_tfidf(tiny_bert, tmp_path):
+    """As computed here from the output of transformers, one text at a time; a changed encoder is refused."""
     tiny_bert = Path(shutil.copytree(tiny_bert, tmp_path / "encoder"))
     model = {"base": "sklearn:linear_svc", "embedder": str(tiny_bert)}
     settings = recipe("classification", "", tmp_path / "run", model=model, data={"dev_share": 0, "max_seq_length": 64})
@@ -64,13 +64,13 @@ def test_embedding_stands_beside_tfidf(tiny_bert, tmp_path):
     cost = json.loads((run / "cost.json").read_text())
     assert cost["trainable_parameters"] == classifier.coef_.size + 20
     assert cost["parameters"] - cost["trainable_parameters"] == sum(p.numel() for p in encoder.parameters())
-    told = json.loads((tiny_bert / "tokenizer.json").read_text())
-    (tiny_bert / "tokenizer.json").write_text(json.dumps(told | {"normalizer": None}))
-    with pytest.raises(RunError, match="is not what it was at training"):
+    saved = json.loads((tiny_bert / "tokenizer.json").read_text())
+    (tiny_bert / "tokenizer.json").write_text(json.dumps(saved | {"normalizer": None}))
+    with pytest.raises(RunError, match="has changed since training"):
         load_floor(settings, run / "model")
 
 
-def test_embedder_that_cannot_be_used_is_refused_before_there_is_a_run(tmp_path, tiny_bert):
+def test_embedder_that_cannot_be_used_is_refused_and_leaves_no_run(tmp_path, tiny_bert):
     for embedder, length, why in ((tmp_path, 64, "model.embedder: "), (tiny_bert, 100_000, "exceeds the")):
         model = {"base": "sklearn:linear_svc", "embedder": str(embedder)}
         settings = recipe("classification", "", tmp_path / "run", model=model, data={"max_seq_length": length})
@@ -79,7 +79,7 @@ def test_embedder_that_cannot_be_used_is_refused_before_there_is_a_run(tmp_path,
         assert not (tmp_path / "run").exists()
 
 
-def test_two_classes_are_told_apart(tmp_path):
+def test_two_classes_are_classified(tmp_path):
     rows = [json.loads(line) for line in NEWS.read_text().splitlines()]
     names = sorted({row["label"] for row in rows})[:2]
     chosen = [row for row in rows if row["label"] in names]
@@ -89,15 +89,15 @@ def test_two_classes_are_told_apart(tmp_path):
     )
     train = read_split(settings).train
     answers = [p.text for p in load_floor(settings, trained(settings) / "model")(train)]
-    assert answers == [c.label for c in train]  # what it was fitted on
+    assert answers == [c.label for c in train]  # the rows that it was fitted on
 
 
-def test_a_floor_is_fitted_on_all_rows_as_it_chooses_nothing(tmp_path):
-    found = []
+def test_a_floor_is_fitted_on_all_rows_since_it_chooses_nothing(tmp_path):
+    vocabularies = []
     for share in (0, 0.15):
         settings = recipe("classification", "sklearn:linear_svc", tmp_path / str(share), data={"dev_share": share})
-        found.append(set(json.loads((trained(settings) / "model" / "floor.json").read_text())["words"]))
-    assert found[0] == found[1]
+        vocabularies.append(set(json.loads((trained(settings) / "model" / "floor.json").read_text())["words"]))
+    assert vocabularies[0] == vocabularies[1]
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Continued pre-training reads every token once, masks as BERT does, and hands its weights on."""
+"""Continued pre-training reads every token once, masks as BERT does, and passes its weights on."""
 
 import json
 import math
@@ -20,6 +20,8 @@ from sft.recipe.baseline_schema import BaselineRecipe, BaselineTune, EncoderMode
 from sft.runs.metrics import read_metrics
 from tests.helpers.baselines import recipe, trained
 from tests.helpers.qa import bert_tokenizer
+
+pytestmark = pytest.mark.heavy
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
 
@@ -63,11 +65,13 @@ def train(recipe: BaselineRecipe) -> tuple[Path, dict, list[dict]]:
     return run, json.loads((run / "chosen.json").read_text()), read_metrics(run)
 
 
-def test_pooler_of_the_base_stays_for_the_classifier_that_begins_there(bert, tmp_path):
+def test_pooler_of_the_base_stays_for_a_classifier(bert, tmp_path):
     run, _, _ = train(recipe_of(bert, tmp_path / "run"))
-    began, after = (load_encoder(EncoderModel(base=b), "classification", 0, ("a", "b")) for b in (bert, f"{run}/model"))
+    before, after = (
+        load_encoder(EncoderModel(base=b), "classification", 0, ("a", "b")) for b in (bert, f"{run}/model")
+    )
     assert not after.drawn
-    assert torch.equal(began.bert.pooler.dense.weight, after.bert.pooler.dense.weight)
+    assert torch.equal(before.bert.pooler.dense.weight, after.bert.pooler.dense.weight)
     bare = transformers.BertModel(BertConfig(vocab_size=len(bert_tokenizer()), **SIZES), add_pooling_layer=False)
     drawn = load_encoder(EncoderModel(base=save(bare, tmp_path / "bare")), "classification", 0, ("a", "b"))
     probe = tune_encoder(drawn, BaselineTune(method="linear_probe"), "classification", 0)
@@ -76,7 +80,7 @@ def test_pooler_of_the_base_stays_for_the_classifier_that_begins_there(bert, tmp
 
 
 @pytest.mark.parametrize("name", ["posts.txt", "posts.jsonl"])
-def test_raw_text_of_ones_own_is_read_whole(name, bert, tmp_path):
+def test_raw_text_files_are_read_whole(name, bert, tmp_path):
     texts = ["One two three.\nFour five.", "Six seven eight nine.", "Ten."]
     whole = "\n\n".join(texts) + "\n" if name == "posts.txt" else "".join(json.dumps({"text": t}) + "\n" for t in texts)
     (tmp_path / name).write_text(whole)
@@ -117,7 +121,7 @@ def test_posts_are_not_joined_and_empty_ones_are_counted(bert):
         MaskedLM(recipe_of(bert), split_of(["", " "]))
 
 
-def test_training_masks_anew_but_the_held_out_slice_is_masked_once(bert):
+def test_training_draws_new_masks_but_the_dev_slice_is_masked_once(bert):
     recipe = recipe_of(bert)
     head, again = (MaskedLM(recipe, split_of([words(200)], [words(400), "delta"])) for _ in range(2))
     first, second = head.collate(head.rows), head.collate(head.rows)
@@ -135,10 +139,10 @@ def test_masks_follow_the_probability_and_spare_control_tokens(bert):
     batch = head.collate(head.rows)
     whole = [row["input_ids"] for row in head.rows]
     chosen = batch["labels"] != -100
-    asked = [row[i] for row, places in zip(whole, chosen.tolist(), strict=True) for i in range(len(row)) if places[i]]
-    assert batch["labels"][chosen].tolist() == asked
-    assert not {head.tokenizer.cls_token_id, head.tokenizer.sep_token_id} & set(asked)
-    assert sum(map(len, whole)) * 0.28 < len(asked) < sum(map(len, whole)) * 0.31
+    masked = [row[i] for row, places in zip(whole, chosen.tolist(), strict=True) for i in range(len(row)) if places[i]]
+    assert batch["labels"][chosen].tolist() == masked
+    assert not {head.tokenizer.cls_token_id, head.tokenizer.sep_token_id} & set(masked)
+    assert sum(map(len, whole)) * 0.28 < len(masked) < sum(map(len, whole)) * 0.31
     shown = batch["input_ids"][chosen]
     assert 0.78 < (shown == head.tokenizer.mask_token_id).float().mean() < 0.82  # Devlin et al. 2019: 80 %
     assert 0.08 < (shown == batch["labels"][chosen]).float().mean() < 0.12  # 10 % stay
@@ -165,7 +169,7 @@ def test_the_loss_is_the_mean_over_masked_tokens(bert):
     assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
 
 
-def test_a_missing_head_is_told_and_tied_to_the_embeddings(bert, tmp_path):
+def test_a_missing_head_is_noted_and_tied_to_the_embeddings(bert, tmp_path):
     head = MaskedLM(recipe_of(bert), split_of(["alpha"], ["beta"]))
     model = head.load()
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -219,7 +223,7 @@ def test_next_sentence_needs_a_bert(tmp_path):
     assert head.score_dev(head.load())["loss"] > 0
 
 
-def test_pretraining_lowers_perplexity_and_classification_goes_on_from_it(bert, tmp_path):
+def test_pretraining_lowers_perplexity_and_classification_starts_from_it(bert, tmp_path):
     settings = {"max_steps": 12, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 6}
     settings |= {"metric_for_best_model": "loss", "save_total_limit": 1}
     run, chosen, metrics = train(recipe_of(bert, tmp_path / "mlm", train=settings))
@@ -227,17 +231,17 @@ def test_pretraining_lowers_perplexity_and_classification_goes_on_from_it(bert, 
     assert chosen["dev"]["perplexity"] == chosen["perplexity_after"]
     assert [row["step"] for row in metrics if "eval_perplexity" in row] == [6, 12]
 
-    told = recipe_of(str(run / "model"), tmp_path / "classifier", objective="classification")
+    classifier = recipe_of(str(run / "model"), tmp_path / "classifier", objective="classification")
     pretrained = transformers.BertForMaskedLM.from_pretrained(run / "model").bert.encoder.layer[1].output.dense.weight
-    taken = load_encoder(told.model, "classification", 0, ("a", "b")).bert.encoder.layer[1].output.dense.weight
-    assert torch.equal(pretrained, taken)
-    _, chosen, _ = train(told)
+    loaded = load_encoder(classifier.model, "classification", 0, ("a", "b")).bert.encoder.layer[1].output.dense.weight
+    assert torch.equal(pretrained, loaded)
+    _, chosen, _ = train(classifier)
     assert chosen["step"] == 2
     assert 0 <= chosen["dev"]["accuracy"] <= 100
 
 
 @pytest.mark.slow
-def test_next_sentence_trains_and_hands_on_its_pooler(bert, tmp_path):
+def test_next_sentence_trains_and_passes_on_its_pooler(bert, tmp_path):
     recipe = recipe_of(bert, tmp_path / "nsp", pretraining={"next_sentence": True}, train={"learning_rate": 0.01})
     run, chosen, _ = train(recipe)
     assert chosen["perplexity_after"] < chosen["perplexity_before"]

@@ -1,4 +1,4 @@
-"""Texts that stand twice are found, word for word or nearly, and unrelated ones are not."""
+"""Repeated texts are found, exact or near ones, and unrelated texts are not."""
 
 import gzip
 import json
@@ -18,7 +18,7 @@ PASSAGE = (
 )
 
 
-def found(first: str, second: str):
+def match_of(first: str, second: str):
     index = TextIndex()
     assert index.add(first, "held.jsonl:1") is None
     return index.find(second)
@@ -30,7 +30,7 @@ def found(first: str, second: str):
     ids=["same", "case", "space", "compatible characters"],
 )
 def test_case_space_and_form_of_characters_make_no_difference(copy):
-    match = found(PASSAGE, copy)
+    match = match_of(PASSAGE, copy)
     assert match is not None
     assert (match.where, match.similarity, match.exact) == ("held.jsonl:1", 1.0, True)
 
@@ -40,13 +40,13 @@ def test_case_space_and_form_of_characters_make_no_difference(copy):
     [
         (PASSAGE.replace(",", ";").replace(".", " -"), 1.0),
         (PASSAGE.replace("oak", "elm").replace("wheat", "barley").replace("pupils", "children"), 0.8),
-        ("An aside that was not there before. " + PASSAGE, 0.95),
+        ("A note that was not part of it before. " + PASSAGE, 0.95),
         (PASSAGE[: len(PASSAGE) * 2 // 3], 0.95),
     ],
     ids=["punctuation", "three words", "a sentence more", "a third less"],
 )
 def test_near_copies_of_a_passage_are_found(copy, least):
-    match = found(PASSAGE, copy)
+    match = match_of(PASSAGE, copy)
     assert match is not None
     assert not match.exact
     assert least <= match.similarity <= 1
@@ -67,11 +67,11 @@ def test_near_copies_of_a_passage_are_found(copy, least):
     ],
 )
 def test_short_texts_differ_by_a_word(first, second, exact):
-    match = found(first, second)
+    match = match_of(first, second)
     assert (match and match.exact) == exact
 
 
-def test_the_first_place_is_named_and_adding_finds_what_was_there_before():
+def test_adding_a_text_returns_the_first_place_of_an_equal_or_near_one():
     index = TextIndex()
     assert index.add(PASSAGE, "a:1") is None
     assert index.add("something else altogether, and nothing to do with a mill", "a:2") is None
@@ -96,10 +96,10 @@ def words(rng: random.Random, count: int) -> str:
 
 def test_copies_of_long_texts_are_found_by_a_sample_of_their_words():
     text = words(random.Random(0), 5 * RUNS_KEPT)
-    cut = found(text, text[: len(text) * 7 // 10])
+    cut = match_of(text, text[: len(text) * 7 // 10])
     assert cut is not None
     assert cut.similarity > 0.95
-    assert found(text, words(random.Random(1), 5 * RUNS_KEPT)) is None
+    assert match_of(text, words(random.Random(1), 5 * RUNS_KEPT)) is None
 
 
 def test_too_many_texts_are_sampled_so_that_copies_stay_together():
@@ -112,10 +112,10 @@ def test_too_many_texts_are_sampled_so_that_copies_stay_together():
     matches = [index.add(f"{text} and more", "copy") for text in texts]
     assert all(m.where == str(i) for i, m in enumerate(matches) if m)
     assert sum(m is not None for m in matches) > 0.8 * 300 / 2
-    assert all(m is not None and m.exact for m in map(index.find, texts))  # equal ones are found whatever their number
+    assert all(m is not None and m.exact for m in map(index.find, texts))  # equal texts are always found
 
 
-def test_texts_on_one_template_are_no_copies():
+def test_texts_on_one_template_are_no_duplicates():
     rng = random.Random(0)
     index = TextIndex()
     template = words(rng, 30)

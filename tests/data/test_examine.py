@@ -1,4 +1,4 @@
-"""The account of the data: which rows are trained, which are left out, and why; what stops a run."""
+"""The pass over the data: which rows are trained on, which are left out and why, and what stops a run."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ CAT = (
 )
 
 
-def test_every_row_is_accounted_for(tmp_path, tokenizer):
+def test_every_row_is_counted(tmp_path, tokenizer):
     source = rows(tmp_path / "a.jsonl", ("one", "1"), ("two", "2"), ("one", "1"), ("word " * 600, "3"), ("three", " "))
     with open(source.path, "a") as file:
         file.write("{broken\n")
@@ -83,7 +83,7 @@ def test_template_that_never_ends_a_turn_stops_the_run_for_every_row(tmp_path, t
     assert allowed.stops[0].startswith("no row of 2 is left to train on")
 
 
-def test_leaks_are_found_by_row_by_text_and_by_likeness(tmp_path, tokenizer):
+def test_leaks_are_found_by_row_by_text_and_by_similarity(tmp_path, tokenizer):
     held_out = rows(tmp_path / "dev.jsonl", ("What is two and two?", "four"), (CAT, "cat"))
     source = rows(
         tmp_path / "train.jsonl",
@@ -104,16 +104,16 @@ def test_leaks_are_found_by_row_by_text_and_by_likeness(tmp_path, tokenizer):
     assert (removed.totals.examples, removed.leaks.removed) == (1, 3)
 
 
-def test_duplicates_are_counted_and_removed_only_where_asked(tmp_path, tokenizer):
+def test_duplicates_are_counted_and_removed_only_if_the_recipe_says_so(tmp_path, tokenizer):
     near = CAT.replace("quietly", "silently")
     source = rows(tmp_path / "a.jsonl", ("q", "a"), ("Q ", "a"), (CAT, "x"), (near, "y"), (near, "z"))
-    kept = report_of(tokenizer, tmp_path / "x", source)
-    assert (kept.duplicates.exact_rows, kept.duplicates.near_rows, kept.totals.examples) == (1, 2, 5)
+    report = report_of(tokenizer, tmp_path / "x", source)
+    assert (report.duplicates.exact_rows, report.duplicates.near_rows, report.totals.examples) == (1, 2, 5)
     removed = report_of(tokenizer, tmp_path / "x", source, duplicates="remove", near_duplicates="remove")
     assert (removed.duplicates.removed, removed.totals.examples) == (3, 2)
 
 
-def test_of_two_near_copies_one_is_trained_whatever_the_other_lacks(tmp_path, tokenizer):
+def test_a_row_that_is_left_out_does_not_make_its_near_copy_a_duplicate(tmp_path, tokenizer):
     too_long = CAT + " word" * 600
     source = rows(tmp_path / "a.jsonl", (too_long, "x"), (CAT, "x"))
     report = report_of(tokenizer, tmp_path / "x", source, too_long="skip", near_duplicates="remove")
@@ -121,7 +121,7 @@ def test_of_two_near_copies_one_is_trained_whatever_the_other_lacks(tmp_path, to
     assert report.duplicates.near_rows == 0
 
 
-def test_system_prompt_that_all_share_makes_no_duplicates(tmp_path, tokenizer):
+def test_a_shared_system_prompt_makes_no_duplicates(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     turns = [
         [{"role": "system", "content": CAT}, {"role": "user", "content": q}, {"role": "assistant", "content": "a"}]
@@ -131,7 +131,7 @@ def test_system_prompt_that_all_share_makes_no_duplicates(tmp_path, tokenizer):
     assert report_of(tokenizer, tmp_path / "x", TrainSource(path=str(path))).duplicates.near_rows == 0
 
 
-def test_empty_posts_are_kept_and_are_no_duplicates_or_leaks(tmp_path, tokenizer):
+def test_empty_posts_stay_and_are_no_duplicates_or_leaks(tmp_path, tokenizer):
     def posts(name: str, label: str) -> TrainSource:
         row = {"label": label, "text": "From: a\nSubject: b\n\n> only a quote\n"}
         (tmp_path / name).write_text(2 * (json.dumps(row) + "\n"))
@@ -145,7 +145,7 @@ def test_empty_posts_are_kept_and_are_no_duplicates_or_leaks(tmp_path, tokenizer
     assert report.sources[0].notes["post is empty without headers, quotes and footers"] == 2
 
 
-def test_file_that_breaks_off_stops_the_run_even_where_rows_are_skipped(tmp_path, tokenizer):
+def test_file_that_breaks_off_stops_the_run_even_if_defects_are_skipped(tmp_path, tokenizer):
     path = tmp_path / "a.json"
     path.write_text(
         '[{"prompt": "p", "completion": "c"}, {"prompt": "q" "completion": "d"}, {"prompt": "r", "completion": "e"}]'
@@ -154,7 +154,7 @@ def test_file_that_breaks_off_stops_the_run_even_where_rows_are_skipped(tmp_path
     assert report.stops[0].startswith(str(path))
 
 
-def test_held_out_rows_that_are_too_long_are_told(tmp_path, tokenizer):
+def test_held_out_rows_that_are_too_long_get_a_note(tmp_path, tokenizer):
     held_out = rows(tmp_path / "dev.jsonl", ("word " * 600, "x"), ("q", "a"))
     report = report_of(tokenizer, tmp_path / "x", rows(tmp_path / "a.jsonl", ("p", "c")), held_out=held_out)
     assert not report.stops
@@ -163,10 +163,10 @@ def test_held_out_rows_that_are_too_long_are_told(tmp_path, tokenizer):
 
 def test_held_out_share_keeps_passages_whole_and_out_of_training(tmp_path, tokenizer):
     source = TrainSource(path=str(SAMPLES / "squad_train.json"))
-    mine = rules(task="squad_v2", held_out_share=0.25)
+    with_share = rules(task="squad_v2", held_out_share=0.25)
     (tmp_path / "x").mkdir()
-    report = examine([source], None, tokenizer, mine, tmp_path / "x")
-    held_out = list(read_held_out([source], mine))
+    report = examine([source], None, tokenizer, with_share, tmp_path / "x")
+    held_out = list(read_held_out([source], with_share))
     assert 0 < len(held_out) < 288
     assert len(held_out) + report.totals.examples == 288
     assert report.totals.not_chosen == len(held_out)
@@ -181,8 +181,8 @@ def test_threads_of_posts_stay_on_one_side(tokenizer):
     held_out = list(read_held_out([source], rules(task="newsgroups", held_out_share=0.3)))
     groups = {c.cluster for c in held_out}
     assert groups
-    every = list(read_rows(source, "newsgroups", Ledger("")))
-    assert sum(c.cluster in groups for c in every) == len(held_out)
+    conversations = list(read_rows(source, "newsgroups", Ledger("")))
+    assert sum(c.cluster in groups for c in conversations) == len(held_out)
 
 
 def test_sources_of_several_formats_mix_with_weights(tmp_path, tokenizer):
@@ -204,7 +204,7 @@ def test_report_shows_examples_with_their_trained_part(tmp_path, tokenizer):
     (example,) = report.examples
     assert "".join(text for text, trained, _ in example["tokens"] if trained) == "Blue <|im_end|> sky<|im_end|>"
     assert [text for text, trained, special in example["tokens"] if trained and special] == ["<|im_end|>"]
-    assert sum(report.sources[0].notes.values()) == 1  # the marker in the answer is told
+    assert sum(report.sources[0].notes.values()) == 1  # about the marker in the answer
 
 
 def test_tokens_are_counted_before_training(tmp_path, tokenizer):
@@ -236,7 +236,7 @@ def test_drawn_questions_have_the_wanted_share_of_unanswerable_ones():
 
 
 @needs_real("squad_v2/dev.json.gz")
-def test_planted_dev_passages_are_found_in_train_whatever_is_asked_about_them(tmp_path, tokenizer):
+def test_planted_dev_passages_are_found_in_train_under_other_questions(tmp_path, tokenizer):
     import gzip
 
     def articles(name: str) -> list[dict]:

@@ -1,4 +1,4 @@
-"""The data report: what the page and the terminal say of a full, an empty and a hostile report."""
+"""The data report: page and terminal output of a full, an empty and a hostile report."""
 
 import copy
 import io
@@ -100,11 +100,11 @@ def test_page_answers(sentence: str, tmp_path: Path) -> None:
         "Rows read –",
     ],
 )
-def test_page_says_what_is_not_there(sentence: str, tmp_path: Path) -> None:
+def test_page_says_what_is_missing(sentence: str, tmp_path: Path) -> None:
     assert sentence in page(EMPTY, tmp_path).text
 
 
-def test_nothing_found_is_told_apart_from_not_searched_for(tmp_path: Path) -> None:
+def test_none_found_differs_from_not_searched_for(tmp_path: Path) -> None:
     none = {"texts": 9}
     clean = {"checked": True, "held_out_rows": 50}
     text = page(EMPTY | {"duplicates": none, "leaks": clean}, tmp_path).text
@@ -128,7 +128,7 @@ def test_a_report_without_verdict_is_refused(tmp_path: Path) -> None:
         page({}, tmp_path)
 
 
-def test_data_stays_text_wherever_it_stands(tmp_path: Path) -> None:
+def test_data_stays_text_in_every_field(tmp_path: Path) -> None:
     hostile = "<script>alert('&')</script><img src=x onerror=alert(1)>\"'"
 
     def poison(value):
@@ -170,7 +170,7 @@ def test_bars_beyond_max_length_have_their_own_colour(tmp_path: Path) -> None:
     assert not page(FULL | {"max_length": None}, tmp_path).classed("beyond")
 
 
-def test_held_out_data_has_no_training_counts() -> None:
+def test_held_out_data_has_no_counts_of_training() -> None:
     report = EMPTY | {"held_out": SOURCE | dict.fromkeys(("weight", "examples", "tokens", "trained_tokens"))}
     assert re.search(r"a.jsonl \(held out\) +12,000 +7 +3 +– +– +–", printed(print_report, report))
 
@@ -182,7 +182,7 @@ def test_sources_without_an_example_have_no_lengths(tmp_path: Path) -> None:
 
 def test_trained_text_and_special_tokens_are_marked(tmp_path: Path) -> None:
     parsed = page(FULL, tmp_path)
-    assert parsed.classed("trained") == ["span"] * 2  # the legend's and the answer
+    assert parsed.classed("trained") == ["span"] * 2  # the legend and the answer
     assert parsed.classed("special") == ["span"] * 3
 
 
@@ -194,7 +194,7 @@ def test_long_contexts_fold_and_keep_their_text(tmp_path: Path) -> None:
     assert re.sub(r"[\d,]+ more characters", "", parsed.text).replace(" ", "").count(words.replace(" ", "")) == 1
 
 
-def test_equal_kinds_of_all_sources_are_one_finding() -> None:
+def test_a_kind_in_several_sources_is_one_finding() -> None:
     other = SOURCE | {"name": "b.jsonl", "defects": {"no answer": 1, "not UTF-8": 9}, "notes": {}, "left_out": {}}
     sources = [SOURCE, other | {"named": {"not UTF-8": ["b.jsonl:1: byte 0xff"]}}]
     findings = find_all(DataReport.from_json(EMPTY | {"sources": sources}))
@@ -214,7 +214,16 @@ def test_report_in_a_log_is_plain_and_complete() -> None:
     assert "─" not in text
 
 
-def test_markup_in_data_is_not_obeyed_in_the_terminal() -> None:
+def test_rows_that_are_not_chosen_are_in_the_total_only_if_there_are_any() -> None:
+    totals = FULL["totals"]
+    assert "not chosen" not in printed(print_report, FULL)
+    text = printed(print_report, FULL | {"totals": totals | {"not_chosen": 1059}})
+    assert re.search("rows +12,000 read, 7 with defects, 3 left out, 1,059 not chosen", text)
+    unknown = {name: value for name, value in totals.items() if name != "not_chosen"}
+    assert "not chosen" not in printed(print_report, FULL | {"totals": unknown})
+
+
+def test_markup_in_data_stays_text_in_the_terminal() -> None:
     report = EMPTY | {"stops": ["[bold]x[/bold] [/]"], "sources": [{"name": "[red]a", "defects": {"[/no]": 1}}]}
     text = printed(print_report, report)
     assert all(part in text for part in ("[bold]x[/bold] [/]", "[red]a", "[/no]"))

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from tests.helpers.exports import ADAPTERS, chatml_base, command, make_run, tune
 
+pytestmark = pytest.mark.heavy
+
 combine = partial(command, name="combine")
 
 

@@ -20,6 +20,8 @@ from tests.helpers.exports import chatml_base, command, make_run
 from tests.helpers.places import ROOT
 from tests.helpers.processes import gone
 
+pytestmark = pytest.mark.heavy
+
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(40)]
 
 

@@ -27,6 +27,8 @@ from tests.helpers.builders import save_tiny
 from tests.helpers.exports import ALL, chatml_base, command, make_run, tune
 from tests.helpers.families import build
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:

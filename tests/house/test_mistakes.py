@@ -129,7 +129,7 @@ def test_a_ladder_and_retries_run_beside_an_eval_of_the_user(tmp_path, tiny):
     [
         (("eval", "nowhere", "--task", "squad_v2", "--data", "x.json"), "nowhere: no run folder, exported model, base"),
         (("eval", "o/m", "--task", "squad", "--data", "y"), "name one of squad_v2, squad_v1, newsgroups, instruct"),
-        (("eval", "o/m", "--task", "squad_v2"), "--data: name the data to score on; o/m brings none"),
+        (("eval", "o/m", "--task", "squad_v2"), "--data: name the data to score on; o/m has none"),
         (("eval", "o/m", "--task", "squad_v2", "--data", "none.json"), "none.json: no such file"),
         (("eval", "o/m", "--base"), "--base: o/m is no run folder"),
         (("export", "nowhere"), "nowhere: no run folder"),

@@ -1,4 +1,4 @@
-"""How a system is asked: few-shot, by likelihood of labels, with a no-answer threshold."""
+"""Ways to ask a system: few-shot, by likelihood of labels, with a no-answer threshold."""
 
 import json
 from pathlib import Path
@@ -16,6 +16,8 @@ from sft.scoring.evaluate import evaluate
 from sft.training.finetune import finetune
 from tests.helpers.builders import write_recipe
 from tests.helpers.places import SAMPLES
+
+pytestmark = pytest.mark.heavy
 
 
 def run_of(base: Path, folder: Path, **changes: str) -> Path:
@@ -54,7 +56,7 @@ def test_untuned_base_costs_no_training(news_run, tmp_path):
     assert results["system"]["train_seconds"] == results["system"]["trainable_parameters"] == 0
 
 
-def test_shots_stand_before_each_question_and_change_nothing_else(news_run, tmp_path):
+def test_shots_come_before_each_question_and_change_nothing_else(news_run, tmp_path):
     plain = evaluate(str(news_run), tmp_path / "a")
     shots = evaluate(str(news_run), tmp_path / "b", options=AnswerOptions(shots=2))
     assert shots["name"] == f"{plain['name']} 2-shot"
@@ -70,7 +72,7 @@ def test_interrupted_evaluation_resumes_from_its_answers(news_run, tmp_path, mon
 
         def note_and_stop(number: int, answer: Prediction) -> None:
             note(number, answer)
-            if len((tmp_path / "a" / NAME).read_text().splitlines()) == 3:  # the first one says what was asked
+            if len((tmp_path / "a" / NAME).read_text().splitlines()) == 3:  # the first line identifies the questions
                 raise KeyboardInterrupt
 
         return generate(*others, note_and_stop)
@@ -93,11 +95,11 @@ def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
     run = run_of(tiny, tmp_path)
     evaluate(str(run), tmp_path / "a", options=AnswerOptions(threshold_from=8))
     assert "on 8 training questions" in capsys.readouterr().out
-    # a random model quotes nothing right, and a quarter of the questions have no answer: never to answer is best
+    # a random model gives no right quote, and a quarter of the questions have no answer: never answering is best
     assert {row["predicted"] for row in rows_of(tmp_path / "a")} <= {UNANSWERABLE, ""}
 
 
-def test_training_questions_leave_out_what_is_scored(questions, tmp_path, tiny):
+def test_training_questions_leave_out_scored_ones(questions, tmp_path, tiny):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["data.train=data/samples/squad_dev.json", "eval={}"])
     scored = questions[:7]
     known = training_questions(recipe, scored)
@@ -110,8 +112,8 @@ def test_training_questions_leave_out_what_is_scored(questions, tmp_path, tiny):
 def test_training_questions_follow_the_recipe_past_rows_with_defects(tmp_path, tiny, capsys):
     data = tmp_path / "posts.jsonl"
     data.write_text('{"label": "sci.med", "text": "A cure."}\n{"label": "sci.med"}\n')
-    changed = {"task": "newsgroups", "data": f"{{train: '{data}', on_error: skip}}", "eval": "{share: 0.5}"}
-    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, **changed))
+    sections = {"task": "newsgroups", "data": f"{{train: '{data}', on_error: skip}}", "eval": "{share: 0.5}"}
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, **sections))
     assert [c.label for c in training_questions(recipe, [])] == ["sci.med"]
     assert f"1 rows of {data} have defects and are left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="posts.jsonl:2: text: missing"):
@@ -119,14 +121,14 @@ def test_training_questions_follow_the_recipe_past_rows_with_defects(tmp_path, t
 
 
 @pytest.mark.parametrize(
-    ("asking", "message"),
+    ("options", "message"),
     [
         (AnswerOptions(labels=True), "--labels: task squad_v2 has no labels"),
         (AnswerOptions(shots=10_000), "shots"),
         (AnswerOptions(shots=2, threshold_from=8), "would be asked without shots"),
     ],
 )
-def test_what_a_task_can_not_be_asked_is_an_error(asking, message, tiny, tmp_path):
+def test_options_that_do_not_suit_the_task_are_refused(options, message, tiny, tmp_path):
     run = run_of(tiny, tmp_path)
     with pytest.raises(UserError, match=message):
-        evaluate(str(run), tmp_path / "a", options=asking)
+        evaluate(str(run), tmp_path / "a", options=options)

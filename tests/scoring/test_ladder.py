@@ -1,4 +1,4 @@
-"""The ladder: valid rungs for every method, rates by factor, a table of all costs, and that it goes on where it broke."""
+"""The ladder: valid rungs for every method, rates by factor, a table of all costs, and resuming after an interrupt."""
 
 import json
 import shutil
@@ -20,6 +20,8 @@ from sft.scoring.ladder import ENCODER, LLM, ladder, rate_of, rung_overrides
 from tests.helpers.builders import write_recipe
 from tests.helpers.places import SAMPLES
 
+pytestmark = pytest.mark.heavy
+
 
 def encoder_recipe(path: Path, base: Path | str, objective: str = "classification", **changes: str) -> Path:
     news = objective != "extractive_qa"
@@ -40,7 +42,7 @@ def rung(method: str, path: Path, kind: str, run: Path):
     return load_any_recipe(path, changes)
 
 
-def test_virtual_tokens_of_an_encoder_leave_the_input_the_positions_that_it_has(tiny_bert, tmp_path):
+def test_virtual_tokens_shorten_the_input_of_an_encoder(tiny_bert, tmp_path):
     data = f"{{train: '{SAMPLES / 'newsgroups.jsonl'}', max_seq_length: 512}}"
     path = encoder_recipe(tmp_path / "r.yaml", tiny_bert, data=data)
     assert rung("prompt_tuning", path, "bert", tmp_path).data.max_seq_length == 492
@@ -49,7 +51,7 @@ def test_virtual_tokens_of_an_encoder_leave_the_input_the_positions_that_it_has(
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
-    """Instead of processes: files as training and scoring write them. `fails`: methods whose training fails."""
+    """Replaces the processes: writes files as training and scoring do. `fails`: methods whose training fails."""
 
     def install(fails: Sequence[str] = (), interrupted: str = "") -> list[list[str]]:
         ran: list[list[str]] = []
@@ -85,17 +87,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[list[str]]]:
 @pytest.mark.parametrize("method", LLM)
 def test_every_rung_of_an_llm_is_a_recipe_of_that_method(method, tune, tiny, tmp_path):
     data = "{train: data/samples/squad_train.json, share_prefixes: true}"
-    made = rung(method, write_recipe(tmp_path / "r.yaml", tiny, tune=tune, data=data), "llama", tmp_path / "out")
+    recipe = rung(method, write_recipe(tmp_path / "r.yaml", tiny, tune=tune, data=data), "llama", tmp_path / "out")
     lora = method in ("lora", "qlora", "dora")
-    assert made.tune.method == ("lora" if lora else method)
-    assert made.train.output_dir == tmp_path / "out"
-    assert (made.model.quantization is not None) == (method == "qlora")
-    assert made.model.dtype == "float32"
+    assert recipe.tune.method == ("lora" if lora else method)
+    assert recipe.train.output_dir == tmp_path / "out"
+    assert (recipe.model.quantization is not None) == (method == "qlora")
+    assert recipe.model.dtype == "float32"
     if lora:
-        assert made.tune.peft["use_dora"] == (method == "dora")
+        assert recipe.tune.peft["use_dora"] == (method == "dora")
         own = {"r": 4, "target_modules": ["q_proj"]} if "q_proj" in tune else {"r": 16, "target_modules": "all-linear"}
-        assert own.items() <= made.tune.peft.items()
-    assert made.data.share_prefixes == ("auto" if method == "prompt_tuning" else True)
+        assert own.items() <= recipe.tune.peft.items()
+    assert recipe.data.share_prefixes == ("auto" if method == "prompt_tuning" else True)
 
 
 @pytest.mark.parametrize("method", LLM)
@@ -103,8 +105,8 @@ def test_a_quantized_recipe_keeps_its_settings_for_qlora_and_the_others_start_fr
     method, tiny, tmp_path
 ):
     model = f"{{base: '{tiny}', quantization: {{load_in_4bit: true, bnb_4bit_quant_type: fp4}}}}"
-    made = rung(method, write_recipe(tmp_path / "r.yaml", tiny, model=model), "llama", tmp_path / "out")
-    quantization = made.model.quantization
+    recipe = rung(method, write_recipe(tmp_path / "r.yaml", tiny, model=model), "llama", tmp_path / "out")
+    quantization = recipe.model.quantization
     assert (quantization.bnb_4bit_quant_type if quantization else None) == ("fp4" if method == "qlora" else None)
 
 
@@ -113,8 +115,8 @@ def test_a_quantized_recipe_keeps_its_settings_for_qlora_and_the_others_start_fr
 def test_every_rung_fits_llama_and_qwen(method, base, request, tmp_path):
     folder = request.getfixturevalue(base)
     kind = json.loads((folder / "config.json").read_text())["model_type"]
-    made = rung(method, write_recipe(tmp_path / "r.yaml", folder, tune="{method: full}"), kind, tmp_path / "out")
-    trainable, parameters = count_parameters(tune_model(load_base(made.model, torch.device("cpu")), made.tune, 1))
+    recipe = rung(method, write_recipe(tmp_path / "r.yaml", folder, tune="{method: full}"), kind, tmp_path / "out")
+    trainable, parameters = count_parameters(tune_model(load_base(recipe.model, torch.device("cpu")), recipe.tune, 1))
     assert 0 < trainable <= parameters
     assert (trainable == parameters) == (method == "full")
 
@@ -129,15 +131,15 @@ def test_every_rung_fits_llama_and_qwen(method, base, request, tmp_path):
     ],
 )
 def test_every_rung_fits_a_bert(method, objective, tiny_bert, tmp_path):
-    made = rung(method, encoder_recipe(tmp_path / "r.yaml", tiny_bert, objective), "bert", tmp_path / "out")
-    assert isinstance(made, BaselineRecipe)
-    assert made.tune.method == ("lora" if method == "dora" else method)
-    base = load_encoder(made.model, objective, 1, ["a", "b"] if objective == "classification" else [])
-    trainable, parameters = count_parameters(tune_encoder(base, made.tune, objective, 1))
+    recipe = rung(method, encoder_recipe(tmp_path / "r.yaml", tiny_bert, objective), "bert", tmp_path / "out")
+    assert isinstance(recipe, BaselineRecipe)
+    assert recipe.tune.method == ("lora" if method == "dora" else method)
+    base = load_encoder(recipe.model, objective, 1, ["a", "b"] if objective == "classification" else [])
+    trainable, parameters = count_parameters(tune_encoder(base, recipe.tune, objective, 1))
     assert 0 < trainable <= parameters
 
 
-def test_ia3_names_modules_where_peft_does_not_know_the_architecture(tiny, tiny_bert, tmp_path):
+def test_ia3_names_modules_if_peft_does_not_know_the_architecture(tiny, tiny_bert, tmp_path):
     llm, encoder = write_recipe(tmp_path / "l.yaml", tiny), encoder_recipe(tmp_path / "e.yaml", tiny_bert)
     assert rung("ia3", llm, "llama", tmp_path).tune.peft == {}
     assert rung("ia3", llm, "smollm3", tmp_path).tune.peft["feedforward_modules"] == ["down_proj"]
@@ -145,7 +147,7 @@ def test_ia3_names_modules_where_peft_does_not_know_the_architecture(tiny, tiny_
     assert rung("ia3", encoder, "electra", tmp_path).tune.peft["target_modules"] == ["key", "value", "output.dense"]
 
 
-def test_rates_follow_from_the_recipes_own_method(tiny, tiny_bert, tmp_path):
+def test_rates_follow_from_the_method_of_the_recipe(tiny, tiny_bert, tmp_path):
     lora = load_any_recipe(write_recipe(tmp_path / "l.yaml", tiny))  # 1e-3
     methods = ("lora", "dora", "full", "ia3", "prompt_tuning")
     assert [rate_of(m, lora) for m in methods] == [1e-3, 1e-3, 1e-4, 8e-3, 3e-2]
@@ -180,26 +182,26 @@ def test_the_table_shows_score_interval_and_all_costs(tiny, tmp_path, fake, caps
     assert lines[2] == "| linear_probe | 41.0 | 30.0 - 60.0 | 10 | 1 | 1.50 | 61 | 0.2 | 0.003 |"
     assert lines[-1].startswith("| full |")
     assert lines[-1].endswith("| 5e-05 |")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     for word in ("EM", "95 %", "trained", "peak GiB", "disk MiB", "linear_probe", "prompt_tuning", "30.0 - 60.0"):
-        assert word in said
-    made = yaml.safe_load((tmp_path / "out" / "full.yaml").read_text())
-    assert float(made["train"]["learning_rate"]) == 5e-5
+        assert word in output
+    full = yaml.safe_load((tmp_path / "out" / "full.yaml").read_text())
+    assert float(full["train"]["learning_rate"]) == 5e-5
 
 
-def test_a_failing_rung_is_named_and_the_rest_goes_on(tiny, tmp_path, fake, capsys):
+def test_a_failing_rung_is_named_and_the_others_continue(tiny, tmp_path, fake, capsys):
     fake(fails=["ia3"])
     rows = ladder(write_recipe(tmp_path / "r.yaml", tiny), ["ia3", "lora"], [], tmp_path / "out")
     assert rows[0]["failed"] == "tune: no such modules [q_proj] in this base"
     assert rows[1]["failed"] is None
     assert r"failed: tune: no such modules \[q_proj\] in this base |" in (tmp_path / "out" / "ladder.md").read_text()
-    said = capsys.readouterr().out
-    assert "    loading" in said  # its last lines
-    assert "no such modules [q_proj]" in said.partition("lora:")[2]  # the table too, its brackets as they are
-    assert "graft compare" not in said
+    output = capsys.readouterr().out
+    assert "    loading" in output  # the last lines of its log
+    assert "no such modules [q_proj]" in output.partition("lora:")[2]  # also in the table, with its brackets
+    assert "graft compare" not in output
 
 
-def test_a_rung_whose_settings_are_none_of_its_method_fails_alone(tiny, tmp_path, fake):
+def test_a_rung_with_a_setting_that_its_method_lacks_fails_alone(tiny, tmp_path, fake):
     fake()
     recipe = write_recipe(tmp_path / "r.yaml", tiny, tune="{method: linear_probe}", model=f"{{base: '{tiny}'}}")
     changes = module.rung_overrides
@@ -210,20 +212,20 @@ def test_a_rung_whose_settings_are_none_of_its_method_fails_alone(tiny, tmp_path
     assert rows[1]["failed"] is None
 
 
-def test_it_goes_on_where_it_broke_off(tiny, tmp_path, fake, capsys):
+def test_an_interrupted_ladder_resumes(tiny, tmp_path, fake, capsys):
     recipe, out = write_recipe(tmp_path / "r.yaml", tiny), tmp_path / "out"
     methods = ["ia3", "lora", "full"]
     fake(interrupted="lora")
     with pytest.raises(KeyboardInterrupt):
         ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    said = capsys.readouterr().out
-    again = f"graft ladder {recipe} --out {out} --methods ia3,lora,full --set train.max_steps=1 --rate full=1e-5"
-    assert f"go on with: {again}" in said
+    output = capsys.readouterr().out
+    command = f"graft ladder {recipe} --out {out} --methods ia3,lora,full --set train.max_steps=1 --rate full=1e-5"
+    assert f"resume with: {command}" in output
     assert [row["method"] for row in json.loads((out / "ladder.json").read_text())] == ["ia3"]
 
     (out / "lora" / "checkpoint-1").mkdir(parents=True)
     (out / "lora" / "checkpoint-1" / "trainer_state.json").write_text("{}")
-    (out / "full").mkdir()  # made, and failed before its first checkpoint
+    (out / "full").mkdir()  # a rung that failed before its first checkpoint
     shutil.copy(out / "lora.yaml", out / "full.yaml")
     with pytest.raises(RecipeError, match="full was made by other settings"):
         ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
@@ -242,12 +244,12 @@ def test_it_goes_on_where_it_broke_off(tiny, tmp_path, fake, capsys):
     shutil.rmtree(out / "full" / "eval")
     ran = fake()
     ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    assert [command[4] for command in ran] == ["eval"]  # what is trained is only scored
+    assert [command[4] for command in ran] == ["eval"]  # a trained rung is only scored
     (out / "full" / "cost.json").unlink()
     shutil.rmtree(out / "full" / "eval")
     ran = fake()
     ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
-    assert [command[4] for command in ran] == ["train", "eval"]  # without a checkpoint, anew
+    assert [command[4] for command in ran] == ["train", "eval"]  # without a checkpoint, from the start
 
 
 def test_finished_rungs_of_other_settings_are_not_mixed_in(tiny, tmp_path, fake):
@@ -260,7 +262,7 @@ def test_finished_rungs_of_other_settings_are_not_mixed_in(tiny, tmp_path, fake)
         ladder(recipe, ["lora"], [], out, ["lora=1e-5"])
 
 
-def test_what_a_command_prints_is_in_the_log_with_its_exit_code(tmp_path):
+def test_output_of_a_command_is_in_the_log_and_its_exit_code_is_returned(tmp_path):
     log = tmp_path / "x.log"
     assert module.run_logged(["sh", "-c", "echo out; echo err >&2; exit 3"], log) == 3
     assert module.run_logged(["true"], log) == 0

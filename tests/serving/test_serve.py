@@ -28,6 +28,8 @@ from sft.serving.targets import resolve_targets
 from tests.helpers.places import ROOT, SMOLLM
 from tests.helpers.processes import alive, gone
 
+pytestmark = pytest.mark.heavy
+
 has_vllm = importlib.util.find_spec("vllm") is not None
 RECIPE = "task: squad_v2\nmodel: {{base: '{}'{}}}\ndata: {{train: gone.json}}\n"
 

@@ -26,6 +26,8 @@ from sft.recipe.schema import Model
 from tests.helpers.builders import save_tiny, write_recipe
 from tests.helpers.fake_server import completion, serving
 
+pytestmark = pytest.mark.heavy
+
 N = 8
 
 
