@@ -36,19 +36,26 @@ from tests.helpers.qa import bert_tokenizer
 pytestmark = pytest.mark.heavy
 
 
-@pytest.mark.parametrize("objective", ["classification", "extractive_qa"])
+METHODS = (
+    {"method": "full"}, {"method": "gradual_unfreezing", "layer_decay": 0.9},
+    {"method": "lora", "r": 2, "target_modules": "all-linear"}, {"method": "linear_probe"}, {"method": "ia3"},
+    {"method": "prompt_tuning", "num_virtual_tokens": 2}, {"method": "prefix_tuning", "num_virtual_tokens": 2},
+)  # fmt: skip
+QUICK = {("classification", "full"), ("extractive_qa", "lora")}  # the others are slow
+
+
 @pytest.mark.parametrize(
-    "tune",
+    ("objective", "tune"),
     [
-        {"method": "full"},
-        {"method": "gradual_unfreezing", "layer_decay": 0.9},
-        {"method": "lora", "r": 2, "target_modules": "all-linear"},
-        pytest.param({"method": "linear_probe"}, marks=pytest.mark.slow),
-        pytest.param({"method": "ia3"}, marks=pytest.mark.slow),
-        pytest.param({"method": "prompt_tuning", "num_virtual_tokens": 2}, marks=pytest.mark.slow),
-        pytest.param({"method": "prefix_tuning", "num_virtual_tokens": 2}, marks=pytest.mark.slow),
+        pytest.param(
+            objective,
+            tune,
+            id=f"{objective}-{tune['method']}",
+            marks=[] if (objective, tune["method"]) in QUICK else [pytest.mark.slow],
+        )
+        for objective in ("classification", "extractive_qa")
+        for tune in METHODS
     ],
-    ids=lambda tune: tune["method"],
 )
 def test_each_method_trains_its_part_and_is_scored(objective, tune, tiny_bert, tmp_path):
     if objective == "extractive_qa" and tune["method"] in MOVES_POSITIONS:

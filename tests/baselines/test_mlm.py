@@ -223,6 +223,7 @@ def test_next_sentence_needs_a_bert(tmp_path):
     assert head.score_dev(head.load())["loss"] > 0
 
 
+@pytest.mark.slow
 def test_pretraining_lowers_perplexity_and_classification_starts_from_it(bert, tmp_path):
     settings = {"max_steps": 12, "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 6}
     settings |= {"metric_for_best_model": "loss", "save_total_limit": 1}

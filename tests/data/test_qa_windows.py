@@ -69,7 +69,11 @@ def test_every_answer_of_real_data_is_whole_in_a_window():
     assert inexact(conversations, make_windows(conversations, bert_tokenizer())) <= 0.01 * len(conversations)
 
 
-@pytest.mark.parametrize(("length", "doc_stride"), [(512, 128), (80, 20), (80, 31), (80, 500)])
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("length", "doc_stride"),
+    [(512, 128), (80, 20), *(pytest.param(80, stride, marks=pytest.mark.slow) for stride in (31, 500))],
+)
 @pytest.mark.parametrize("tokenizer", [bert_tokenizer, roberta_tokenizer, lambda: roberta_tokenizer(False)])
 def test_rows_are_what_the_tokenizer_makes_of_question_and_passage(tokenizer, length, doc_stride, questions):
     tokenizer = tokenizer()

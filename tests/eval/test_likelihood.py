@@ -59,7 +59,7 @@ def turns(content: str, system: str | None = None):
     return (*first, {"role": "user", "content": content})
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 600, 20_000])
+@pytest.mark.parametrize("batch_tokens", [600, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 20_000))])
 def test_packed_is_one_by_one_and_plain_for_any_batch_tokens(model, tokenizer, questions, batch_tokens):
     prompts = [q.prompt for q in questions[:14]][::-1]
     answers = [[q.answer, UNANSWERABLE, "the " + q.answer, q.answer] for q in questions[:14]][::-1]

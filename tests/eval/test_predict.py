@@ -13,6 +13,7 @@ from sft.recipe.schema import Model
 pytestmark = pytest.mark.heavy
 
 
+@pytest.mark.slow
 def test_packed_answers_equal_transformers_own_generate(smollm, tokenizer, questions):
     model = load_base(Model(base=str(smollm), dtype="float32"), torch.device("cpu"))
     chosen = questions[:10]

@@ -92,6 +92,7 @@ def test_export_is_a_plain_model_with_proof(trained, tmp_path):
     assert "is not empty" in again.stderr
 
 
+@pytest.mark.slow
 def test_export_into_an_empty_folder_that_is_there(trained, tmp_path, monkeypatch):
     """A mounted folder can't be replaced, nor can the current one without losing its user's shell."""
     (tmp_path / "here").mkdir()
@@ -103,6 +104,7 @@ def test_export_into_an_empty_folder_that_is_there(trained, tmp_path, monkeypatc
     assert not list(Path().glob(".*"))
 
 
+@pytest.mark.slow
 def test_export_onto_the_original_base_says_so_and_needs_leave_to_differ(trained, tmp_path, monkeypatch):
     copy = tmp_path / "run"
     shutil.copytree(trained, copy)
@@ -121,6 +123,7 @@ def test_export_onto_the_original_base_says_so_and_needs_leave_to_differ(trained
     assert parity["max_logit_difference"] > 0.001  # the weights that NF4 has rounded away
 
 
+@pytest.mark.slow
 def test_export_counts_held_out_rows_that_are_too_long(trained, tmp_path):
     rows = [{"prompt": "p", "completion": "c"}, {"prompt": "word " * 1100, "completion": "c"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

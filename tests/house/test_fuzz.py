@@ -9,6 +9,7 @@ from tests.faults import fuzz
 pytestmark = pytest.mark.heavy
 
 
+@pytest.mark.slow
 def test_damaged_recipes_and_data_are_taken_or_refused_and_touch_nothing(tmp_path: Path):
     counts, failures = fuzz.fuzz(160, 1, tmp_path / "fuzz")
     assert not failures, "\n".join(failures[:3])

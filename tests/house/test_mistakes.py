@@ -78,6 +78,7 @@ def test_mistake_ends_with_one_line_and_code_2_and_leaves_nothing(mistake, tmp_p
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+@pytest.mark.slow
 def test_works_from_another_folder_whatever_packages_are_installed(tmp_path, tiny):
     """A package `data` elsewhere, or `sft/` first on the path, must not hide ours."""
     (tmp_path / "site" / "data").mkdir(parents=True)
@@ -92,6 +93,7 @@ def test_works_from_another_folder_whatever_packages_are_installed(tmp_path, tin
     assert "no such file" in done.stderr
 
 
+@pytest.mark.slow
 def test_children_are_graft_whatever_modules_lie_in_the_users_folder(tmp_path, tiny):
     """--retries and a ladder start `graft` again, from a folder that may hold an eval.py or data.py of the user's."""
     for name in ("eval", "data", "sft"):

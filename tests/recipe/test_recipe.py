@@ -179,7 +179,17 @@ def test_shipped_baseline_loads(path: Path):
     assert path.name in path.read_text().splitlines()[0]
 
 
-@pytest.mark.parametrize("path", [path for path in SHIPPED if path not in BASELINES], ids=lambda p: p.stem)
+@pytest.mark.heavy
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(
+            path, marks=[pytest.mark.slow] if path.stem not in ("qwen_lora", "smollm_mixed") else [], id=path.stem
+        )
+        for path in SHIPPED
+        if path not in BASELINES
+    ],
+)
 def test_shipped_recipe_loads_and_dry_runs(path: Path, tiny_qwen, capsys):
     from sft.training.dry_run import print_plan
 

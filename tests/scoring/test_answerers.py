@@ -32,6 +32,11 @@ def rows_of(folder: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
+def squad_run(tiny, tmp_path_factory):
+    return run_of(tiny, tmp_path_factory.mktemp("squad"))
+
+
+@pytest.fixture(scope="module")
 def news_run(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("news")
     return run_of(
@@ -64,6 +69,7 @@ def test_shots_come_before_each_question_and_change_nothing_else(news_run, tmp_p
     assert [row["id"] for row in rows_of(tmp_path / "a")] == [row["id"] for row in rows_of(tmp_path / "b")]
 
 
+@pytest.mark.slow
 def test_interrupted_evaluation_resumes_from_its_answers(news_run, tmp_path, monkeypatch, capsys):
     evaluate(str(news_run), tmp_path / "whole")
 
@@ -91,9 +97,8 @@ def test_interrupted_evaluation_resumes_from_its_answers(news_run, tmp_path, mon
     assert rows_of(tmp_path / "a") == rows_of(tmp_path / "whole")
 
 
-def test_threshold_comes_from_training_questions(tiny, tmp_path, capsys):
-    run = run_of(tiny, tmp_path)
-    evaluate(str(run), tmp_path / "a", options=AnswerOptions(threshold_from=8))
+def test_threshold_comes_from_training_questions(squad_run, tmp_path, capsys):
+    evaluate(str(squad_run), tmp_path / "a", options=AnswerOptions(threshold_from=8))
     assert "on 8 training questions" in capsys.readouterr().out
     # a random model gives no right quote, and a quarter of the questions have no answer: never answering is best
     assert {row["predicted"] for row in rows_of(tmp_path / "a")} <= {UNANSWERABLE, ""}
@@ -128,7 +133,6 @@ def test_training_questions_follow_the_recipe_past_rows_with_defects(tmp_path, t
         (AnswerOptions(shots=2, threshold_from=8), "would be asked without shots"),
     ],
 )
-def test_options_that_do_not_suit_the_task_are_refused(options, message, tiny, tmp_path):
-    run = run_of(tiny, tmp_path)
+def test_options_that_do_not_suit_the_task_are_refused(options, message, squad_run, tmp_path):
     with pytest.raises(UserError, match=message):
-        evaluate(str(run), tmp_path / "a", options=options)
+        evaluate(str(squad_run), tmp_path / "a", options=options)

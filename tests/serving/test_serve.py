@@ -123,6 +123,7 @@ def test_run_is_served_as_an_adapter_on_its_base(tmp_path, tiny, tokenizer):
         command_of(run)
 
 
+@pytest.mark.slow
 def test_adapter_of_a_quantized_run_is_served_on_the_base_that_training_saw(tmp_path, tiny):
     run, recipe = make_run(tmp_path / "run", tiny), RECIPE.format(tiny, ", quantization: {load_in_4bit: true}")
     (run / "recipe.yaml").write_text(recipe)
@@ -341,6 +342,7 @@ def test_server_that_crashes_is_restarted_up_to_retries_times(fake_vllm, tmp_pat
     assert gone(processes(fake_vllm), 0)
 
 
+@pytest.mark.slow
 def test_kill_9_of_the_parent_leaves_no_process(fake_vllm, tmp_path, tiny):
     script = (
         "import importlib.util, sys; from pathlib import Path; from sft.serving.serve import server, free_port\n"

@@ -130,6 +130,7 @@ def test_bfloat16_on_a_cpu_is_for_lora(tiny, tmp_path, tune, dtype, monkeypatch)
             resolve_dtype(recipe.model_copy(update={"model": Model(base=str(tiny), dtype="bfloat16")}), CPU)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_from_end_to_end_as_float32_does_up_to_rounding(tiny, tmp_path):
     curves = []
     for dtype in ("float32", "bfloat16"):
@@ -202,6 +203,7 @@ def test_a_disabled_adapter_is_off_in_fused_layers_too(tiny, squad):
         assert torch.allclose(before, model(ids).logits, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_layers_give_the_same_loss_and_gradients(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=eager"])
     packs = make_packs(squad[:12])

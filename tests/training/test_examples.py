@@ -1,8 +1,6 @@
 """Examples are encoded once and read from the cache, unless anything that they depend on has changed."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,7 @@ from sft.recipe.load import load_recipe
 from sft.training import examples as module
 from sft.training.examples import examined, held_out_conversations, load_examples
 from tests.helpers.builders import stored, write_recipe
-from tests.helpers.places import ROOT
+from tests.helpers.graft import run as graft
 
 pytestmark = pytest.mark.heavy
 
@@ -161,14 +159,9 @@ def test_check_writes_report_and_page_and_says_by_its_code_what_stops(tmp_path, 
     data = f"{{train: '{tmp_path}/rows.jsonl', max_length: 64}}"
     recipe = write_recipe(tmp_path / "r.yaml", tiny, task="instruct", data=data, eval="{limit: 5}")
 
-    def run(*options: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sft.cli", "check", str(recipe), "--out", str(tmp_path / "report"), *options]
-        return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-
-    stopped = run()
-    assert stopped.returncode == 1, stopped.stderr
-    assert "rows.jsonl:2: completion: empty text" in " ".join(stopped.stdout.split())
-    assert run("--set", "data.on_error=skip").returncode == 0
+    command = "check", recipe, "--out", tmp_path / "report"
+    assert "rows.jsonl:2: completion: empty text" in " ".join(graft(*command, code=1).output.split())
+    graft(*command, "--set", "data.on_error=skip")
     report = json.loads((tmp_path / "report" / "data_report.json").read_text())
     assert report["totals"]["examples"] == 1
     assert list(report["sources"][0]["sha256"]) == [f"{tmp_path}/rows.jsonl"]
