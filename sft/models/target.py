@@ -49,16 +49,18 @@ def check_target(target: str) -> None:
 
 def run_recipe(run: Path) -> Recipe:
     """The recipe of a language model's run. Raises RunError if the folder is no run."""
-    if not (run / "recipe.yaml").is_file():
-        raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
-    return load_recipe(run / "recipe.yaml", check_files=False)
+    return load_recipe(_recipe_file(run), check_files=False)
 
 
 def run_any_recipe(run: Path) -> AnyRecipe:
-    """The recipe of any run, a baseline's too."""
+    """The recipe of any run, a baseline's too. Raises RunError if the folder is no run."""
+    return load_any_recipe(_recipe_file(run), check_files=False)
+
+
+def _recipe_file(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
-    return load_any_recipe(run / "recipe.yaml", check_files=False)
+    return run / "recipe.yaml"
 
 
 def load_target(target: str, base: bool = False) -> Loaded:

@@ -117,6 +117,12 @@ class Tune(BaseModel):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 
+    @model_validator(mode="after")
+    def _trainable_is_for_freeze(self) -> "Tune":
+        if (self.method == "freeze") != bool(self.trainable):
+            raise ValueError(f"method {self.method}: freeze needs trainable, and no other method reads it")
+        return self
+
     @property
     def peft(self) -> dict[str, Any]:
         """Arguments of the PEFT config."""
@@ -281,10 +287,6 @@ class Recipe(Section):
         check_rows(self.task, self.data, self.eval)
         if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
-        if self.tune.method == "freeze" and not self.tune.trainable:
-            raise ValueError("tune.method freeze needs tune.trainable: which parameters are trained")
-        if self.tune.method != "freeze" and self.tune.trainable:
-            raise ValueError("tune.trainable is read by tune.method freeze only")
         return self
 
 
