@@ -1,5 +1,6 @@
 """The whole `graft` command: the options of each verb; its work is done in the room that it imports."""
 
+import contextlib
 import json
 import os
 import sys
@@ -333,14 +334,15 @@ def verify_command(
         option = f"--{given[0].replace('_', '-')}"
         remedy = f"leave out the server's address {url}" if url else "add the server's /v1 address"
         raise RecipeError(f"{option} is for {'an export' if url else 'a server'}; leave it out, or {remedy}")
-    if url:
-        from sft.serving.verify import print_record, verify
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        if url:
+            from sft.serving.verify import print_record, verify
 
-        record = verify(target, url, model, data, n, concurrency, margin)
-    else:
-        from sft.export.pipeline import verify_export
+            record = verify(target, url, model, data, n, concurrency, margin)
+        else:
+            from sft.export.pipeline import verify_export
 
-        record = verify_export(target, run, data, allow_mismatch)
+            record = verify_export(target, run, data, allow_mismatch)
     if as_json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
     elif url:

@@ -119,8 +119,10 @@ class Tune(BaseModel):
 
     @model_validator(mode="after")
     def _trainable_is_for_freeze(self) -> "Tune":
-        if (self.method == "freeze") != bool(self.trainable):
-            raise ValueError(f"method {self.method}: freeze needs trainable, and no other method reads it")
+        if self.method == "freeze" and not self.trainable:
+            raise ValueError("method freeze needs trainable: which parameters are trained")
+        if self.method != "freeze" and self.trainable:
+            raise ValueError(f"trainable works only with method freeze, not {self.method}; leave it out")
         return self
 
     @property
