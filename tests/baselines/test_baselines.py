@@ -173,7 +173,7 @@ def test_training_rows_that_are_also_held_out_are_reported_and_can_be_left_out(l
     split = read_split(settings)
     (note,) = split.notes
     assert "5 training rows repeat" in note
-    assert f"{NEWS}:1 as {tmp_path}/test.jsonl:1" in note
+    assert f"{NEWS}:1 repeats {tmp_path}/test.jsonl:1" in note
     assert len(split.train) + len(split.dev) == len(rows) - (5 if leaks == "remove" else 0)
     assert split.report.leaks.rows == 5
     assert split.report.leaks.removed == (5 if leaks == "remove" else 0)
