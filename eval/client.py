@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
+from data.terminal import print
 from eval.answer_log import Note, resume_answers
 from eval.prediction import NOT_ASKED, Prediction
 

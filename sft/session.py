@@ -11,6 +11,7 @@ from typing import ParamSpec, TypeVar
 
 from data.errors import ExitCode, UserError, is_disk_full
 from data.redact import print_scrubbed, scrub, secret_line
+from data.terminal import print
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 VISIBLE = (
@@ -33,7 +34,7 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         quiet_libraries()
         sys.excepthook = print_scrubbed
         try:
-            if any(secret_line(argument) for argument in sys.argv[1:]):
+            if any(secret_line(argument.lstrip("-")) for argument in sys.argv[1:]):
                 raise UserError(VISIBLE)
             return command(*args, **kwargs)
         except KeyboardInterrupt:

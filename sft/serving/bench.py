@@ -19,10 +19,10 @@ from typing import Any
 
 import httpx
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 
 from data.progress import track
+from data.terminal import Console
 from eval.client import ServerError, api_key, on_this_machine, served_models
 
 WORDS = (

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -22,6 +21,7 @@ from urllib.request import getproxies
 import httpx
 
 from data.errors import ExitCode
+from data.terminal import print, quoted
 from eval.client import ServerError, api_key, openai_client
 from sft.child_process import supervised
 from sft.models.load import default_device, is_quantized
@@ -95,9 +95,8 @@ def _serve_once(
             running.wait(seconds=10)  # if the question crashed it, report that instead
             raise
         print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
-        print(
-            f"{curl_line(url, name)}\n\nverify it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True
-        )
+        verify = f"graft verify RUN {quoted(url)} --model {quoted(name)}"
+        print(f"{curl_line(url, name)}\n\nverify it: {verify}\nCtrl-C stops it", flush=True)
         try:
             running.wait()
         except KeyboardInterrupt:
@@ -179,7 +178,7 @@ def precision_note(served: Served, run: Path) -> str:
         return ""
     return (
         f"note: {run} was trained on a quantized base; on the original one, as here, its adapter answers "
-        f"differently; `graft serve {run}` serves it on the base of training"
+        f"differently; `graft serve {quoted(run)}` serves it on the base of training"
     )
 
 
@@ -201,7 +200,7 @@ def curl_line(url: str, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}]})
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
     direct = " --noproxy '*'" if getproxies() else ""
-    return f"curl{direct} {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    return f"curl{direct} {quoted(url)}/chat/completions -H 'Content-Type: application/json'{key} -d {quoted(body)}"
 
 
 def _environment() -> dict[str, str]:

@@ -270,3 +270,26 @@ def test_nothing_of_the_openai_account_reaches_another_server_and_no_proxy_sees_
     assert len(seen) >= 6
     assert {headers["authorization"] for headers in seen} == {f"Bearer {VLLM}"}
     assert OPENAI not in str(seen)
+
+
+def test_text_of_a_server_does_not_act_on_the_terminal(questions, capsys):
+    """Its answers, its errors and the names of its models."""
+    sequence = "\x1b]0;owned\x07\x9b2J\u202e"
+
+    def streams(request: dict):
+        for part in ("a\tb\n", *sequence):
+            yield {"choices": [{"delta": {"content": part}}]}
+
+    with serving(streams, "m") as url:
+        chat = CliRunner().invoke(app, ["chat", url], input="Hello\n\n", catch_exceptions=False).output
+    with serving(streams, f"m{sequence}", "other") as url:
+        names = CliRunner().invoke(app, ["chat", url], input="Hello\n\n", catch_exceptions=False).output
+    with (
+        serving(lambda request: (503, {"error": {"message": sequence}}), "m") as url,
+        pytest.raises(ServerError) as error,
+    ):
+        server_predictions(url, "m", questions[:1], 9)
+    printed = (chat, names, str(error.value), *capsys.readouterr())
+    assert "a\tb\n␛]0;owned␇⟨U+009B⟩2J" in chat
+    assert "owned" in names
+    assert not set("".join(printed)) & set("\x1b\x07\x9b\u202e")
