@@ -61,6 +61,11 @@ def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
         return ExitCode.DISK_FULL, f"{first}: the disk is full; make room, then start the command again"
     if isinstance(error, OSError):  # such as a file that can't be read, a model that is not on the Hub
         return ExitCode.MISTAKE, first
+    if lost_a_process(error):
+        return ExitCode.FAILED, (
+            f"process {os.environ.get('RANK', 0)}: another process of this training has ended or can't be reached, see "
+            f"what it printed; start all of them again with: graft train --resume RUN ({first})"
+        )
     if is_out_of_memory(error):
         return ExitCode.OUT_OF_MEMORY, (
             f"{first} Lower data.pack_tokens or data.max_length (eval.batch_tokens when answering), "
@@ -79,6 +84,15 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|bitsandbytes|trl")
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether one of several processes no longer hears from another."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
