@@ -13,9 +13,7 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-# Control characters, lone surrogates and marks that reorder text. A terminal acts on some of them, a browser hides the
-# rest, and UTF-8 has no surrogates; so a report shows their names.
-INVISIBLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u202a-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+from data.terminal import printable
 
 
 def render(template: Path, **values: Any) -> str:
@@ -35,7 +33,7 @@ def render(template: Path, **values: Any) -> str:
 def visible(value: Any) -> Any:
     """The same JSON value with invisible and dangerous characters written as ␛ or ⟨U+202E⟩."""
     if isinstance(value, str) and not isinstance(value, Markup):
-        return INVISIBLE.sub(lambda m: chr(0x2400 + ord(m[0])) if m[0] < " " else f"⟨U+{ord(m[0]):04X}⟩", value)
+        return printable(value)
     if isinstance(value, dict):
         return {visible(key): visible(item) for key, item in value.items()}
     return [visible(item) for item in value] if isinstance(value, list | tuple) else value

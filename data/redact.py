@@ -10,6 +10,8 @@ import traceback
 from types import TracebackType
 from typing import Any
 
+from data.terminal import printable
+
 VARIABLE = re.compile(r"(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
 SHORTEST = 8  # characters of a variable's value; shorter values occur in ordinary text too
 # tokens of Hugging Face, OpenAI and similar, GitHub, Slack, AWS, JSON web tokens; also after \n as repr() writes it
@@ -60,7 +62,7 @@ def secret_line(text: str) -> int | None:
 
 def print_scrubbed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """A sys.excepthook: the traceback of an unexpected error, without secrets."""
-    sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
+    sys.stderr.write(printable(scrub("".join(traceback.format_exception(kind, error, trace)))))
 
 
 def _environment_secrets() -> list[str]:

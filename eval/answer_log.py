@@ -11,6 +11,7 @@ from pathlib import Path
 
 from data.atomic import write_text
 from data.conversation import Conversation
+from data.terminal import print
 from eval.prediction import Prediction
 
 NAME = "answers.partial.jsonl"

@@ -1,9 +1,15 @@
-"""Prompts -> replies of an OpenAI-compatible server: bounded concurrency, reported retries, progress."""
+"""Prompts -> replies of an OpenAI-compatible server: bounded concurrency, reported retries, progress.
+
+The key of the OpenAI account goes to api.openai.com, or to the address of OPENAI_BASE_URL, and nowhere else.
+Requests to this machine go past any proxy of the environment, which would read the key and could not reach the server.
+"""
 
 import asyncio
 import contextlib
+import ipaddress
 import os
 import random
+import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 from data.conversation import Conversation
 from data.errors import UserError
 from data.progress import Bar
+from data.terminal import print
 from eval.answer_log import Note, resume_answers
 from eval.prediction import NOT_ASKED, Prediction
 
@@ -20,6 +27,7 @@ if TYPE_CHECKING:  # importing openai takes a second, which commands without a s
     from openai.types.chat import ChatCompletion
 
 TRIES = 7
+OPENAI_URL = "https://api.openai.com/v1"
 CHECK_URL = "is the server up, and is the address its /v1?"
 FIRST_WAIT_S = 0.5  # doubled after each try: 32 s in all, enough for a server to restart or a queue to empty
 
@@ -46,20 +54,61 @@ def served_models(url: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def openai_client(url: str, remedy: str = CHECK_URL, **options: Any) -> "Iterator[OpenAI]":
-    """A client of the server; its errors become a ServerError with the remedy."""
+def openai_client(url: str, remedy: str = CHECK_URL, direct: bool = False, **options: Any) -> "Iterator[OpenAI]":
+    """A client of the server; its errors become a ServerError with the remedy. direct: past any proxy."""
     import openai
 
+    transport = openai.DefaultHttpxClient(trust_env=not direct and not on_this_machine(url))
     try:
-        with openai.OpenAI(base_url=url, **{"api_key": api_key(), **options}) as client:
+        with openai.OpenAI(http_client=transport, **_identity(url) | options) as client:
             yield client
     except openai.OpenAIError as error:
         raise ServerError(f"{url}: {_first_line(error)}; {remedy}") from error
 
 
-def api_key() -> str:
-    """The key to send: OPENAI_API_KEY, or the VLLM_API_KEY that the server was started with, or "none"."""
-    return os.environ.get("OPENAI_API_KEY") or os.environ.get("VLLM_API_KEY") or "none"
+def api_key(url: str) -> str:
+    """The key to send: OPENAI_API_KEY to OpenAI and to OPENAI_BASE_URL, VLLM_API_KEY to other addresses; or "none"."""
+    own, account = (os.environ.get(name, "") for name in ("VLLM_API_KEY", "OPENAI_API_KEY"))
+    if _origin(url) == _origin(OPENAI_URL):
+        return account or "none"
+    if not _takes_account(url):
+        return own or "none"
+    return (own or account if on_this_machine(url) else account or own) or "none"
+
+
+def on_this_machine(url: str) -> bool:
+    """Whether the address is a loopback one, or 0.0.0.0; names other than localhost are not looked up."""
+    host = _origin(url)[1]
+    try:
+        address = ipaddress.ip_address(host if ":" in host else socket.inet_aton(host))  # inet_aton knows 127.1 too
+    except (ValueError, OSError):
+        return host == "localhost" or host.endswith(".localhost")
+    return address.is_loopback or address.is_unspecified
+
+
+def _identity(url: str) -> dict[str, Any]:
+    """Options of an OpenAI client, which by itself sends the account's ids in the environment to any address."""
+    import openai
+
+    ids = {} if _takes_account(url) else dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.omit)
+    key = api_key(url)
+    return {"base_url": url, "api_key": key, "default_headers": {"Authorization": f"Bearer {key}", **ids}}
+
+
+def _takes_account(url: str) -> bool:
+    """Whether the user has named the address as one for the OpenAI account."""
+    return _origin(url) in (_origin(OPENAI_URL), _origin(os.environ.get("OPENAI_BASE_URL") or OPENAI_URL))
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    """Scheme, host and port as the HTTP client reads them."""
+    import httpx
+
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise ServerError(f"{url}: is no address: {error}; name a server's /v1") from error
+    return parsed.scheme, parsed.host, parsed.port
 
 
 def server_predictions(
@@ -151,7 +200,8 @@ def chat_completions(
 
     async def ask_all() -> "list[ChatCompletion | None]":
         # openai's own retries are not reported
-        client = openai.AsyncOpenAI(base_url=url, api_key=api_key(), timeout=600, max_retries=0)
+        transport = openai.DefaultAsyncHttpxClient(trust_env=not on_this_machine(url))
+        client = openai.AsyncOpenAI(http_client=transport, timeout=600, max_retries=0, **_identity(url))
         async with client, asyncio.TaskGroup() as group:
             tasks = [group.create_task(ask(client, i, c)) for i, c in enumerate(conversations)]
         return [task.result() for task in tasks]

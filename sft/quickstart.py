@@ -5,10 +5,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Column, Table
 
 from data.errors import UserError
+from data.terminal import Console, print, quoted
 from sft.errors import RecipeError
 from sft.export.pipeline import export
 from sft.recipe.load import load_recipe
@@ -42,7 +42,7 @@ def quickstart(recipe_path: Path) -> None:
     console.print(
         f"training {trained_s:.0f} s, peak memory {memory:.1f} GiB; merged and adapter agree on "
         f"{parity['answer_argmax_agreement']:.1%} of answer tokens; {time.monotonic() - start:.0f} s in all\n"
-        f"\nnext:\n  graft chat {run}\n  graft serve {run / 'export'}\n"
+        f"\nnext:\n  graft chat {quoted(run)}\n  graft serve {quoted(run / 'export')}\n"
         "  graft check recipes/smollm_newsgroups.yaml",
         highlight=False,
         soft_wrap=True,  # a command stays in one line, to be copied

@@ -7,10 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+from typer import BadParameter
+from typer.core import TyperGroup
 
 from data.errors import ExitCode, UserError, is_disk_full
 from data.redact import print_scrubbed, scrub, secret_line
+from data.terminal import print, printable
 
 TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 VISIBLE = (
@@ -20,6 +24,18 @@ VISIBLE = (
 ROOT = Path(__file__).parents[1]
 P = ParamSpec("P")
 R = TypeVar("R")
+UsageError: Any = BadParameter.__mro__[1]  # typer exports its subclass only
+
+
+class Commands(TyperGroup):
+    """All commands; the parser's errors, which show what was typed, hold no password and no control characters."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            error.message = printable(scrub(error.message))
+            raise
 
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -33,7 +49,7 @@ def user_errors(command: Callable[P, R]) -> Callable[P, R]:
         quiet_libraries()
         sys.excepthook = print_scrubbed
         try:
-            if any(secret_line(argument) for argument in sys.argv[1:]):
+            if any(secret_line(argument.lstrip("-")) for argument in sys.argv[1:]):
                 raise UserError(VISIBLE)
             return command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -60,6 +76,11 @@ def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
         return ExitCode.DISK_FULL, f"{first}: the disk is full; make room, then start the command again"
     if isinstance(error, OSError):  # such as a file that can't be read, a model that is not on the Hub
         return ExitCode.MISTAKE, first
+    if lost_a_process(error):
+        return ExitCode.FAILED, (
+            f"process {os.environ.get('RANK', 0)}: another process of this training has ended or can't be reached, see "
+            f"what it printed; start all of them again with: graft train --resume RUN ({first})"
+        )
     if is_out_of_memory(error):
         return ExitCode.OUT_OF_MEMORY, (
             f"{first} Lower data.pack_tokens or data.max_length (eval.batch_tokens when answering), "
@@ -78,6 +99,15 @@ def quiet_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch|bitsandbytes|trl")
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether one of several processes no longer hears from another."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

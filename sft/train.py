@@ -14,6 +14,7 @@ if not __package__:  # started as a file: put the repository root, not sft/, fir
 
 import typer
 
+from data.terminal import print, quoted
 from sft.errors import RecipeError
 from sft.recipe.load import load_any_recipe
 from sft.recipe.schema import Recipe
@@ -79,9 +80,9 @@ def main(
 
 def _print_next(run: Path | None, step: str) -> None:
     if run:  # the main process
-        print(f"\nrun folder: {run}\nnext: {step.format(run=run)}")
+        print(f"\nrun folder: {run}\nnext: {step.format(run=quoted(run))}")
 
 
 if __name__ == "__main__":
     tune_allocator()
-    typer.run(main)
+    user_errors(typer.run)(main)  # refuses a secret before the parser, whose error would show it

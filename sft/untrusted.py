@@ -20,16 +20,16 @@ PLAIN = re.compile(r"[a-z0-9_|]+")
 # keys of a config whose value PEFT imports, unpickles or loads from elsewhere
 OPENED = ("megatron_config", "adapters", "cache_file", "covariance_file", "tokenizer_kwargs")
 # a shell or a terminal would act on it when a user copies the name from a printed line
-UNSAFE = re.compile(r"""[\x00-\x1f\x7f-\x9f;&|$`<>*?"'!#\\~]""")
+UNSAFE = re.compile(r"""[;&|$`<>*?"'!#\\~(){}\[\]]""")
 
 
 def check_run_folder(folder: Path, key: str) -> None:
     """Raise RecipeError if a shell would act on the run folder's name, or if it leads out of the current folder."""
     text = str(folder)
-    if odd := UNSAFE.search(text):
-        why = f"holds {odd[0]!r}, which a shell or terminal would act on; use letters, digits, . _ - and spaces"
-    elif any(part.startswith("-") for part in folder.parts):
-        why = "has a part that begins with -, like an option; name it otherwise"
+    if odd := [character for character in text if UNSAFE.match(character) or not character.isprintable()]:
+        why = f"holds {odd[0]!a}, which a shell or terminal would act on; use letters, digits, . _ - and spaces"
+    elif any(word.startswith("-") for part in folder.parts for word in part.split(" ")):
+        why = "has a word that begins with -, like an option; name it otherwise"
     elif re.match("[A-Za-z]:", text) and not folder.is_absolute():
         why = "is a Windows path; write it as a path of this machine"
     elif not folder.is_absolute() and not folder.resolve().is_relative_to(Path.cwd()):

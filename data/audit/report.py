@@ -8,7 +8,6 @@ from typing import Any
 
 from pydantic import TypeAdapter
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from data.audit.leaks import DuplicateReport, LeakReport
 from data.audit.row_counts import SourceReport, Totals
 from data.conversation import NAMED
 from data.page import number, render, share, visible
+from data.terminal import Console
 
 Rows = list[tuple[str, ...]]  # of a table on the screen, headings first
 

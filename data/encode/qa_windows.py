@@ -24,6 +24,7 @@ from data.conversation import Conversation, DataError
 from data.encode.tokens import fast_backend, plain_backend
 from data.errors import UserError
 from data.progress import track
+from data.terminal import print
 
 FILE = "windows.arrow"
 NO_PASSAGE = -1  # offset of a token outside the passage

@@ -22,6 +22,7 @@ from data.readers.row_formats import check_names, refuse_absent_columns, renamed
 from data.readers.squad import read_articles
 from data.readers.strict_json import json_layout, read_jsonl, read_list
 from data.readers.tables import read_csv, read_hub, read_parquet
+from data.terminal import print
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")

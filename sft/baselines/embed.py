@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from data.encode.tokens import encode_texts
+from data.terminal import print
 from sft.baselines.encoder import check_positions, load_encoder, load_tokenizer, predict
 from sft.errors import RecipeError
 from sft.models.load import default_device

@@ -21,6 +21,7 @@ from data.conversation import Conversation
 from data.encode.qa_windows import load_windows, make_windows
 from data.encode.tokens import encode_texts
 from data.readers.squad import UNANSWERABLE
+from data.terminal import quoted
 from eval.metrics import squad_scores
 from eval.prediction import Prediction
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
@@ -132,7 +133,7 @@ def load_run(
     """The run's model (`base`: the untrained one), tokenizer, and content of chosen.json. Raises RunError if the run is
     not finished."""
     if not (run / CHOSEN).is_file():
-        raise RunError(f"{run}: is not finished; continue it with `graft train --resume {run}`")
+        raise RunError(f"{run}: is not finished; continue it with `graft train --resume {quoted(run)}`")
     chosen = json.loads((run / CHOSEN).read_text())
     seed = recipe.train.seed
     if base:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from data.atomic import write_json
+from data.terminal import print
 from sft.baselines.data import Split, read_split
 from sft.baselines.encoder import check_positions, tune_encoder
 from sft.baselines.floors import beside_embedding, fit_floor

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from data.encode.chat import stop_tokens
+from data.terminal import print
 from sft.errors import ParityError
 from sft.export.integrity import text_faults
 from sft.export.merge import Merge, read_merge, write_merge

@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.encode.chat import end_of_turn
+from data.terminal import print, quoted
 from sft.child_process import run_tool
 from sft.errors import ParityError, RecipeError, RunError
 from sft.export.candidate import Trained
@@ -93,7 +94,7 @@ def load_format(name: str, folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 def next_step(folder: Path) -> str:
     """The command that serves an export."""
     gguf = folder / GGUF
-    return f"llama-server --jinja -m {gguf}" if gguf.is_file() else f"graft serve {folder}"
+    return f"llama-server --jinja -m {quoted(gguf)}" if gguf.is_file() else f"graft serve {quoted(folder)}"
 
 
 def _weight_bytes(folder: Path) -> int:

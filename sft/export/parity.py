@@ -12,6 +12,7 @@ from data.conversation import Conversation
 from data.encode.chat import Example
 from data.encode.pack import build_pack
 from data.progress import track
+from data.terminal import print
 from eval.predict import generate
 from eval.prediction import Prediction
 from eval.results import limit_questions, score, summarize

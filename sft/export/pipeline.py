@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from data.atomic import flush, write_json
+from data.terminal import print
 from sft.errors import ParityError, RunError
 from sft.export.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
 from sft.export.combine import Combination, combine

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.encode.chat import check_template
+from data.terminal import print, quoted
 from sft.errors import RunError
 from sft.models.capabilities import has_virtual_tokens, takes_packs
 from sft.models.load import default_device, fit_vocabulary, load_base, load_tokenizer, load_weights
@@ -107,7 +108,7 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
 def adapter_folder(run: Path) -> Path:
     adapter = run / "adapter"
     if not (adapter / "adapter_config.json").is_file():
-        raise RunError(f"{run}: holds no finished adapter; resume it: graft train --resume {run}")
+        raise RunError(f"{run}: holds no finished adapter; resume it: graft train --resume {quoted(run)}")
     base = run_any_recipe(run).model.base
     check_adapter(adapter, (base, resolve_base(base)))  # PEFT stores the folder that the base was loaded from
     return adapter

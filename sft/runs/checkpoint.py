@@ -19,6 +19,7 @@ from torch import nn
 from data.atomic import flush, replace_folder, write_text
 from data.cache import file_sha256, text_sha256
 from data.errors import DiskFull, UserError, is_disk_full
+from data.terminal import quoted
 from sft.errors import RunError
 
 MANIFEST = "manifest.json"
@@ -108,7 +109,7 @@ def last_checkpoint(run: Path, pickles: bool = False) -> tuple[Path | None, dict
         if problem is None:
             return path, damaged
         damaged[path] = problem
-    restart = f"start a new run: graft train {run}/recipe.yaml --set train.output_dir=NEW-FOLDER"
+    restart = f"start a new run: graft train {quoted(run / 'recipe.yaml')} --set train.output_dir=NEW-FOLDER"
     if damaged:
         lines = "".join(f"\n  {path.name}: {problem}" for path, problem in damaged.items())
         raise RunError(f"{run}: no checkpoint is whole, so the run can't be resumed; {restart}{lines}")
@@ -172,7 +173,7 @@ def explain_full_disk(run: Path) -> Iterator[None]:
         raise DiskFull(
             f"{run}: the disk is full ({str(error).splitlines()[0]}); "
             f"{f'{whole[-1].name} is whole' if whole else 'no checkpoint was saved yet'}. Make room "
-            f"(train.save_total_limit keeps fewer checkpoints), then: graft train --resume {run}"
+            f"(train.save_total_limit keeps fewer checkpoints), then: graft train --resume {quoted(run)}"
         ) from error
 
 

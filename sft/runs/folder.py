@@ -16,6 +16,7 @@ from data.atomic import write_json, write_text
 from data.audit.report import DataReport, write_html
 from data.audit.triggers import KIND as TRIGGER
 from data.readers.source import files_of
+from data.terminal import quoted
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import dump_recipe
@@ -38,7 +39,8 @@ def choose_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
         folder = next(name for name in names if not name.exists())
     elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):  # such as the lock
         raise RecipeError(
-            f"train.output_dir: {folder} is not empty; resume it with `graft train --resume {folder}`, or name another"
+            f"train.output_dir: {folder} is not empty; resume it with `graft train --resume {quoted(folder)}`, "
+            "or name another"
         )
     check_writable(folder, "train.output_dir")
     return folder

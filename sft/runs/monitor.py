@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState
 
 from data.errors import is_disk_full
 from data.progress import Bar
+from data.terminal import print
 from sft.runs.cost import peak_memory_gib
 
 # a spike is SPIKE_SIGMA standard deviations above the mean of the last rows (OLMo-core's SkipStepOptimizer)

@@ -8,6 +8,7 @@ from typing import Any
 
 from data.atomic import write_json
 from data.cache import file_sha256
+from data.terminal import print
 from sft.errors import RecipeError, RunError
 from sft.recipe.load import load_any_recipe
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from data.conversation import Conversation
 from data.readers.source import read_all
 from data.readers.squad import UNANSWERABLE
+from data.terminal import print
 from eval.answer_log import Note, resume_answers
 from eval.client import served_model, server_predictions
 from eval.likelihood import classify_by_likelihood, no_answer_differences

@@ -7,12 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from data.cache import file_digests
 from data.conversation import Conversation, DataError
 from data.readers.source import files_of
+from data.terminal import Console, print
 from eval.answer_log import NAME
 from eval.few_shot import with_shots
 from eval.metrics import normalize_label

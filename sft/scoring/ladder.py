@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.markdown import Markdown
 
 from data.atomic import atomic_path, write_json, write_text
 from data.page import markdown_table
+from data.terminal import Console, print
 from sft.baselines.encoder import positions_of
 from sft.errors import RecipeError
 from sft.models.load import load_config

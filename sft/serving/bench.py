@@ -19,11 +19,11 @@ from typing import Any
 
 import httpx
 import numpy as np
-from rich.console import Console
 from rich.table import Column, Table
 
 from data.progress import track
-from eval.client import ServerError, api_key, served_models
+from data.terminal import Console
+from eval.client import ServerError, api_key, on_this_machine, served_models
 
 WORDS = (
     "river", "stone", "market", "window", "letter", "garden", "winter", "engine", "paper", "bridge", "summer", "island",
@@ -97,8 +97,11 @@ async def _load(target: Target, clients: int, prompts: Sequence[str], new_tokens
     """All prompts, `clients` at a time: each client sends its next one once it has its answer."""
     waiting, answers = iter(prompts), list[Answer]()
     # httpx, since openai's client takes 100 us of processor time for each token
-    headers, limits = {"Authorization": f"Bearer {api_key()}"}, httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=target.url, headers=headers, timeout=600, limits=limits) as http:
+    headers, limits = {"Authorization": f"Bearer {api_key(target.url)}"}, httpx.Limits(max_connections=clients)
+    proxied = not on_this_machine(target.url)
+    async with httpx.AsyncClient(
+        base_url=target.url, headers=headers, timeout=600, limits=limits, trust_env=proxied
+    ) as http:
 
         async def client() -> None:
             for prompt in waiting:

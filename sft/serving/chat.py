@@ -4,11 +4,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
-from rich.console import Console
+from rich.text import Text
 
 from data.conversation import Message
 from data.encode.chat import encode_prompt, stop_tokens
 from data.errors import UserError
+from data.terminal import Console, print
 from sft.models.target import is_url, load_target
 
 Reply = Callable[[list[Message]], str]
@@ -20,7 +21,7 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
     reply = _server(target, served_model, max_new_tokens) if is_url(target) else _local(target, max_new_tokens)
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
-    console.print("[dim]/reset starts over, an empty line or Ctrl-D ends[/dim]")
+    console.print("/reset starts over, an empty line or Ctrl-D ends", style="dim", highlight=False)
     for line in _lines(console):
         if line == "/reset":
             messages = list(start)
@@ -30,12 +31,12 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
             messages.append({"role": "assistant", "content": reply(messages)})
         except UserError as error:  # too long, or the server is down: drop this line and go on
             messages.pop()
-            console.print(f"error: {error}; /reset starts over", style="red", markup=False, highlight=False)
+            console.print(f"error: {error}; /reset starts over", style="red", highlight=False)
 
 
 def _lines(console: Console) -> Iterator[str]:
     with contextlib.suppress(EOFError):
-        while line := console.input("[bold]you[/bold] ").strip():
+        while line := console.input(Text("you ", "bold")).strip():
             yield line
 
 
@@ -48,7 +49,12 @@ def _local(target: str, max_new_tokens: int) -> Reply:
     loaded = load_target(target)
     model, tokenizer = loaded.model, loaded.tokenizer
     stop = set(stop_tokens(model.generation_config.eos_token_id, tokenizer))
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(text, end="\n" if stream_end else "", flush=True)
+
+    streamer = Streamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
     def reply(messages: list[Message]) -> str:
         prompt = encode_prompt(messages, tokenizer)

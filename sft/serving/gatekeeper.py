@@ -2,7 +2,8 @@
 
 vLLM demands its key on /v1 only; /tokenize, /invocations, /metrics and others are open, and it takes a body of any
 size. The gatekeeper demands the key of VLLM_API_KEY on every route. Without a key the server listens on loopback only.
-A web page that the user has open can still reach it; its requests name another Host or an Origin, and are refused.
+A web page that the user has open can still reach it; its requests name another Host, an Origin or, as an image's or a
+script's, another site in Sec-Fetch-Site, and are refused. No page gets in: a preflight request has no key.
 """
 
 import hmac
@@ -13,6 +14,9 @@ from typing import Any
 
 MAX_BODY_BYTES = 4 * 2**20  # over a million tokens; parsing and tokenizing 10 MB stalls all other requests
 LOOPBACK = ("127.0.0.1", "[::1]", "localhost")
+OWN_SITE = ("none", "same-origin")  # Sec-Fetch-Site of an address that the user typed, and of the server's own pages
+# headers that decide; of two with one name, the gatekeeper and the server behind it could read different ones
+DECIDING = ("host", "origin", "authorization", "content-length", "sec-fetch-site")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,7 +25,8 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 
 class Gatekeeper:
-    """ASGI middleware. 401: no key or a wrong one; 403: a foreign Host or Origin; 413: body too large."""
+    """ASGI middleware. 400: a doubled header; 401: no key or a wrong one; 403: a foreign Host, Origin or site; 413: a
+    body too large."""
 
     def __init__(self, app: App) -> None:
         self.app = app
@@ -32,8 +37,9 @@ class Gatekeeper:
             return await self.app(scope, receive, send)
         if scope["type"] != "http":  # vLLM's websockets are for speech
             return await send({"type": "websocket.close", "code": 1008})
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if refused := self._refusal(scope["method"], headers):
+        pairs = [(name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in scope["headers"]]
+        headers = dict(pairs)
+        if refused := _doubled([name for name, _ in pairs]) or self._refusal(headers):
             return await _reply(send, *refused)
         body = await _body(receive, headers.get("content-length", ""))
         if body is None:
@@ -46,10 +52,8 @@ class Gatekeeper:
 
         return await self.app(scope, replay, send)
 
-    def _refusal(self, method: str, headers: dict[str, str]) -> tuple[int, str] | None:
+    def _refusal(self, headers: dict[str, str]) -> tuple[int, str] | None:
         if self.key:
-            if method == "OPTIONS":  # a browser's preflight request has no key and gets no data
-                return None
             scheme, _, given = headers.get("authorization", "").partition(" ")
             if scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self.key.encode()):
                 return None
@@ -58,8 +62,15 @@ class Gatekeeper:
         if host.rsplit(":", 1)[0] not in LOOPBACK and host not in LOOPBACK:
             return 403, f"Host {host!r} is not this machine's loopback address"
         if origin is not None and origin.partition("://")[2] != host:
-            return 403, f"web page {origin} may not use this server; start it with VLLM_API_KEY set to allow that"
+            return 403, f"a page of {origin} may not use this server; let that page's own server ask it"
+        if (site := headers.get("sec-fetch-site", "none")) not in OWN_SITE:
+            return 403, f"a page of another site may not use this server (Sec-Fetch-Site {site})"
         return None
+
+
+def _doubled(names: list[str]) -> tuple[int, str] | None:
+    twice = [name for name in DECIDING if names.count(name) > 1]
+    return (400, f"the header {twice[0]} is doubled; send it once") if twice else None
 
 
 async def _body(receive: Receive, declared: str) -> bytes | None:

@@ -7,7 +7,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shlex
 import signal
 import socket
 import subprocess
@@ -17,11 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from urllib.request import getproxies
 
 import httpx
 
 from data.errors import ExitCode
-from eval.client import ServerError, openai_client
+from data.terminal import print, quoted
+from eval.client import ServerError, api_key, openai_client
 from sft.child_process import supervised
 from sft.models.load import default_device, is_quantized
 from sft.models.resolve import resolve_base
@@ -38,6 +39,7 @@ OURS = {
     "--host": "use --host of graft serve",
     "--port": "use --port of graft serve",
     "--api-key": "a command line can be read by other users; use --api-key-file or VLLM_API_KEY",
+    "--allowed-origins": "no web page may use the server; let the page's own server ask it",
     "--config": "a file could hold any of these; pass options one by one",
     "--trust-remote-code": "no code from a model repository is run",
     "--trust-request-chat-template": "a request's template is a program; the model's own is served",
@@ -93,9 +95,8 @@ def _serve_once(
             running.wait(seconds=10)  # if the question crashed it, report that instead
             raise
         print(f"ready: {url}   (models: {', '.join(running.names)}; log: {log})\nit answers: {answer!r}\n")
-        print(
-            f"{curl_line(url, name)}\n\nverify it: graft verify RUN {url} --model {name}\nCtrl-C stops it", flush=True
-        )
+        verify = f"graft verify RUN {quoted(url)} --model {quoted(name)}"
+        print(f"{curl_line(url, name)}\n\nverify it: {verify}\nCtrl-C stops it", flush=True)
         try:
             running.wait()
         except KeyboardInterrupt:
@@ -177,7 +178,7 @@ def precision_note(served: Served, run: Path) -> str:
         return ""
     return (
         f"note: {run} was trained on a quantized base; on the original one, as here, its adapter answers "
-        f"differently; `graft serve {run}` serves it on the base of training"
+        f"differently; `graft serve {quoted(run)}` serves it on the base of training"
     )
 
 
@@ -190,7 +191,7 @@ def free_port() -> int:
 def check_completion(url: str, model: str) -> str:
     """The answer to one real question. Raises ServerError if the server gives none."""
     messages = [{"role": "user", "content": QUESTION}]
-    with openai_client(url, "see the server's log", api_key=_key(), timeout=300, max_retries=0) as client:
+    with openai_client(url, "see the server's log", direct=True, timeout=300, max_retries=0) as client:
         reply = cast(Any, client.chat.completions).create(model=model, messages=messages, temperature=0, max_tokens=16)
     return str(reply.choices[0].message.content)
 
@@ -198,7 +199,8 @@ def check_completion(url: str, model: str) -> str:
 def curl_line(url: str, model: str) -> str:
     body = json.dumps({"model": model, "messages": [{"role": "user", "content": QUESTION}]})
     key = ' -H "Authorization: Bearer $VLLM_API_KEY"' if os.environ.get("VLLM_API_KEY") else ""
-    return f"curl {url}/chat/completions -H 'Content-Type: application/json'{key} -d {shlex.quote(body)}"
+    direct = " --noproxy '*'" if getproxies() else ""
+    return f"curl{direct} {quoted(url)}/chat/completions -H 'Content-Type: application/json'{key} -d {quoted(body)}"
 
 
 def _environment() -> dict[str, str]:
@@ -224,18 +226,16 @@ def _taken(host: str, port: int) -> bool:
 
 def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, log: Path) -> None:
     start = shown = time.monotonic()
+    headers = {"Authorization": f"Bearer {api_key(url)}"}
     while time.monotonic() - start < READY_WITHIN_S:
         if process.poll() is not None:
             raise ServerDied(why_it_stopped(log, process.returncode))
         with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/health", headers={"Authorization": f"Bearer {_key()}"}, timeout=5).status_code == 200:
+            # trust_env: a proxy of the environment would get the key and could not reach the server
+            if httpx.get(f"{url}/health", headers=headers, timeout=5, trust_env=False).status_code == 200:
                 return
         if time.monotonic() - shown > 15:
             shown = time.monotonic()
             print(f"waiting for vLLM, {shown - start:.0f} s; log: {log}", file=sys.stderr, flush=True)
         time.sleep(0.5)
     raise ServerError(f"vLLM was not ready after {READY_WITHIN_S} s; see {log}")
-
-
-def _key() -> str:
-    return os.environ.get("VLLM_API_KEY") or "none"  # not OPENAI_API_KEY, which another server wants

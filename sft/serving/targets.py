@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.cache import build_once, file_sha256, text_sha256
 from data.encode.chat import stop_tokens
+from data.terminal import print
 from eval.client import ServerError
 from sft.models.load import default_device, generation_config, is_quantized, load_base, load_tokenizer
 from sft.models.resolve import cache_dir, readable, resolve_base

@@ -8,15 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from data.atomic import write_json
 from data.conversation import Conversation
 from data.encode.chat import encode_prompt
 from data.encode.pack import common_prefix
+from data.terminal import Console, printable
 from eval.client import chat_completions, prediction_of, served_model, served_models
 from eval.likelihood import next_logprobs
 from eval.predict import generate
@@ -161,7 +161,7 @@ def _difference(
 def print_record(record: dict[str, Any], console: Console) -> None:
     title = f"{record['model']} at {record['url']} against {record['run']}"
     table = Table("check", "", f"{record['prompts']} prompts of {record['data']}", title=title, title_justify="left")
-    words = {True: "[green]passed", False: "[red]FAILED", None: "[red]NOT CHECKED"}
+    words = {True: Text("passed", "green"), False: Text("FAILED", "red"), None: Text("NOT CHECKED", "red")}
     for name, check in record["checks"].items():
         table.add_row(name, words[check["passed"]], check["text"])
     console.print(table)
@@ -175,7 +175,7 @@ def print_record(record: dict[str, Any], console: Console) -> None:
             column.overflow = "fold"
         for part in ("prompt", "answer"):
             own, served = difference[part]["in_process"], difference[part]["server"]
-            sides.add_row(part, escape(own["text"]), "(the same)" if own == served else escape(served["text"]))
+            sides.add_row(part, printable(own["text"]), "(the same)" if own == served else printable(served["text"]))
             if own != served and difference[part]["equal_tokens"] is not None:
                 sides.add_row(f"ids from {difference[part]['equal_tokens']}", str(own["ids"]), str(served["ids"]))
         console.print(sides)

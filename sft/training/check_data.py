@@ -7,13 +7,12 @@ graft show FILE --n 5       print a few examples, with the trained tokens colour
 from itertools import islice
 from pathlib import Path
 
-from rich.console import Console
-
 from data.audit.report import print_example, print_report
 from data.audit.row_counts import decoded
 from data.conversation import DataError, Ledger
 from data.encode.chat import encode_turns
 from data.readers.source import SourceLike, read_rows
+from data.terminal import Console, print
 from eval.tasks import TASKS
 from sft.errors import RecipeError
 from sft.models.load import load_tokenizer
@@ -60,4 +59,4 @@ def show(source: SourceLike, count: int, base: str, task: str) -> None:
     if not shown:
         raise DataError("", "\n".join(ledger.explain()) or f"{source.path}: holds no row")
     for line in ledger.explain():
-        console.print(f"not shown: {line}", style="red", markup=False, highlight=False)
+        console.print(f"not shown: {line}", style="red", highlight=False)

@@ -1,10 +1,10 @@
 """What a run would do and need, without training: `graft train RECIPE --dry-run`."""
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from data.terminal import Console, print
 from sft.models.capabilities import has_virtual_tokens
 from sft.models.load import check_length, compute_dtype, default_device, load_config, load_tokenizer
 from sft.models.resolve import readable

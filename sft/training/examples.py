@@ -22,6 +22,7 @@ from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
+from data.terminal import print
 from eval.results import limit_questions
 from sft.models.resolve import cache_dir
 from sft.recipe.schema import Recipe, Source, changed

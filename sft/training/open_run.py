@@ -10,6 +10,7 @@ from accelerate import PartialState
 
 from data.atomic import write_json
 from data.audit.report import DataReport
+from data.terminal import print, quoted
 from sft.errors import RunError
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.runs.checkpoint import (
@@ -102,7 +103,7 @@ class OpenRun:
                 self.monitor.close()
         if interrupt.stopped:
             if self.main:
-                print(f"stopped and saved; resume with: graft train --resume {self.folder}", flush=True)
+                print(f"stopped and saved; resume with: graft train --resume {quoted(self.folder)}", flush=True)
             raise SystemExit(CODES[interrupt.stopped])
         trainer.check_finite()
 

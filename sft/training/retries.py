@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import ExitCode
+from data.terminal import print, quoted
 from sft.errors import RecipeError
 from sft.runs.interrupt import handle_signals
 from sft.session import child_environment, graft_command
@@ -30,7 +31,7 @@ def supervise(first: Sequence[str], run: Path, again: Sequence[str], retries: in
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else "failed"
         if attempt < retries:
             print(f"the training {how}; trying again, {attempt + 1} of {retries}", file=sys.stderr, flush=True)
-    print(f"the training {how}, {retries + 1} times; resume with: graft train --resume {run}", file=sys.stderr)
+    print(f"the training {how}, {retries + 1} times; resume with: graft train --resume {quoted(run)}", file=sys.stderr)
     return ExitCode.FAILED
 
 

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallba
 from trl import SFTConfig, SFTTrainer
 
 from data.encode.pack import Pack
+from data.terminal import print
 from sft.recipe.schema import Train
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory

@@ -198,3 +198,98 @@ def test_web_server_without_a_model_is_a_clear_error():
 def test_server_that_does_not_run_is_a_clear_error(questions):
     with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*is the server up"):
         server_predictions("http://127.0.0.1:9/v1", "m", questions[:2], 5)
+
+
+OPENAI, VLLM = "sk-of-the-account", "key-of-a-server"
+
+
+@pytest.mark.parametrize(
+    ("url", "base_url", "key"),
+    [
+        ("http://127.0.0.1:8000/v1", "", VLLM),
+        ("https://models.example/v1", "", VLLM),
+        ("https://api.openai.com/v1", "", OPENAI),
+        ("https://API.OpenAI.com:443/v1/", "", OPENAI),
+        ("http://api.openai.com/v1", "", VLLM),  # in the clear
+        ("https://api.openai.com.evil.example/v1", "", VLLM),
+        ("https://api.openai.com@evil.example/v1", "", VLLM),
+        ("https://models.example/v1", "https://models.example/v1", OPENAI),
+        ("https://models.example:81/v1", "https://models.example/v1", VLLM),
+        ("http://localhost:8000/v1", "http://localhost:8000/v1", VLLM),  # ours wants its own
+    ],
+)
+def test_key_of_the_openai_account_goes_to_openai_and_where_the_user_names(url, base_url, key, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", OPENAI)
+    monkeypatch.setenv("VLLM_API_KEY", VLLM)
+    monkeypatch.setenv("OPENAI_BASE_URL", base_url)
+    assert client.api_key(url) == key
+    monkeypatch.delenv("VLLM_API_KEY")
+    assert client.api_key(url) == (OPENAI if key == OPENAI or url == base_url else "none")
+    monkeypatch.setenv("VLLM_API_KEY", VLLM)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    assert client.api_key(url) == (
+        "none" if url.lower().startswith(("https://api.openai.com/", "https://api.openai.com:")) else VLLM
+    )
+
+
+@pytest.mark.parametrize(
+    ("url", "here"),
+    [
+        ("http://127.0.0.1:8000/v1", True),
+        ("http://127.9.9.9/v1", True),
+        ("http://127.1:8000/v1", True),
+        ("http://[::1]:8000/v1", True),
+        ("http://LOCALHOST/v1", True),
+        ("http://graft.localhost/v1", True),
+        ("http://0.0.0.0:8000/v1", True),
+        ("http://127.0.0.1.evil.example/v1", False),
+        ("http://localhost.evil.example/v1", False),
+        ("http://10.0.0.1/v1", False),
+    ],
+)
+def test_addresses_of_this_machine(url, here):
+    assert client.on_this_machine(url) is here
+
+
+def test_nothing_of_the_openai_account_reaches_another_server_and_no_proxy_sees_it(questions, monkeypatch):
+    """All requests: the list of models, questions, a chat, a load."""
+    account = {"OPENAI_API_KEY": OPENAI, "OPENAI_ADMIN_KEY": f"admin-{OPENAI}", "OPENAI_ORG_ID": f"org-{OPENAI}"}
+    account |= {"OPENAI_PROJECT_ID": f"project-{OPENAI}", "OPENAI_CUSTOM_HEADERS": f"Authorization: Bearer {OPENAI}"}
+    for name, value in (
+        account | dict.fromkeys(("HTTP_PROXY", "http_proxy", "all_proxy"), "http://127.0.0.1:9")
+    ).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("VLLM_API_KEY", VLLM)
+    seen: list[dict[str, str]] = []
+    server = Streamer()
+    with serving(echo, "m", headers=seen) as url, serving(server, "m", headers=seen) as streams:
+        server_predictions(url, served_model(url, None), questions[:1], 9)
+        CliRunner().invoke(app, ["chat", streams], input="Hello\n\n", catch_exceptions=False)
+        asked = ["bench", "serve", streams, "--clients", "1", "--requests", "1", "--rounds", "1"]
+        assert CliRunner().invoke(app, asked, catch_exceptions=False).exit_code == 0
+    assert len(seen) >= 6
+    assert {headers["authorization"] for headers in seen} == {f"Bearer {VLLM}"}
+    assert OPENAI not in str(seen)
+
+
+def test_text_of_a_server_does_not_act_on_the_terminal(questions, capsys):
+    """Its answers, its errors and the names of its models."""
+    sequence = "\x1b]0;owned\x07\x9b2J\u202e"
+
+    def streams(request: dict):
+        for part in ("a\tb\n", *sequence):
+            yield {"choices": [{"delta": {"content": part}}]}
+
+    with serving(streams, "m") as url:
+        chat = CliRunner().invoke(app, ["chat", url], input="Hello\n\n", catch_exceptions=False).output
+    with serving(streams, f"m{sequence}", "other") as url:
+        names = CliRunner().invoke(app, ["chat", url], input="Hello\n\n", catch_exceptions=False).output
+    with (
+        serving(lambda request: (503, {"error": {"message": sequence}}), "m") as url,
+        pytest.raises(ServerError) as error,
+    ):
+        server_predictions(url, "m", questions[:1], 9)
+    printed = (chat, names, str(error.value), *capsys.readouterr())
+    assert "a\tb\n␛]0;owned␇⟨U+009B⟩2J" in chat
+    assert "owned" in names
+    assert not set("".join(printed)) & set("\x1b\x07\x9b\u202e")

@@ -1,11 +1,15 @@
 """Kill a training at random moments, go on with it, and compare what comes out with a training left alone.
 
 python -m tests.faults.kills --count 200 --seed 0
+python -m tests.faults.kills --count 200 --seed 0 --processes 2
 
 A real run of 40 steps: several packs a step, shared prefixes, dropout, two epochs, a checkpoint each three steps. Each
 kill is SIGKILL or SIGTERM by chance, at any moment from the start of the process on, or within the writing of a
 checkpoint. A run is killed up to eight times, then it may finish; it must equal the undisturbed one bit for bit in
 weights, optimizer, random state and logged losses, and must never go on from an older checkpoint than the newest one.
+
+With --processes 2 one of both is killed, by chance the main one. The other must end within 60 s and name the reason. Ones
+that still wait for the first to come up are ended as torchrun and srun do: by SIGTERM.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -33,16 +38,18 @@ from tests.faults.training import SAVE_STEPS, Command, make_in_fork, result
 
 MOST_KILLS = 8  # of one run
 WRITE_S = 0.05  # about what writing a checkpoint takes
+END_S, PATIENCE_S = 60, 20  # within which the other processes must end; after which a launcher's SIGTERM is sent
+REASON = "another process of this training has ended"
 
 
 class Killer:
     """Counts of what was done and seen; `errors`, what should not be."""
 
-    def __init__(self, recipe: Path, folder: Path, seed: int) -> None:
-        self.recipe, self.folder, self.draw = recipe, folder, random.Random(seed)
+    def __init__(self, recipe: Path, folder: Path, seed: int, processes: int = 1) -> None:
+        self.recipe, self.folder, self.draw, self.processes = recipe, folder, random.Random(seed), processes
         self.counts: Counter[str] = Counter()
         self.errors: list[str] = []
-        self.lost = 0
+        self.lost, self.longest = 0, 0.0
         self.expected, self.seconds = self._undisturbed()
 
     def _undisturbed(self) -> tuple[dict[str, object], float]:
@@ -51,32 +58,41 @@ class Killer:
         for _ in range(2):  # the first one fills the cache
             shutil.rmtree(run, ignore_errors=True)
             start = time.monotonic()
-            training = self._start(run)
-            if training.wait() != 0:
-                raise SystemExit(f"the undisturbed training failed:\n{training.log.read_text()}")
+            for training in self._start(run):
+                if training.wait() != 0:
+                    raise SystemExit(f"the undisturbed training failed:\n{training.log.read_text()}")
             times.append(time.monotonic() - start)
-        return result(run), times[-1]
+        return result(run, self.processes), times[-1]
 
-    def _start(self, run: Path) -> Command:
+    def _start(self, run: Path) -> list[Command]:
+        """All processes of the run's next training, the main one first."""
         going_on = (run / "recipe.yaml").is_file()
         arguments = ["--resume", run] if going_on else [self.recipe, "--set", f"train.output_dir={run}"]
-        return Command(["train", *arguments], self.folder / f"{run.name}.log")
+        if self.processes == 1:
+            return [Command(["train", *arguments], self.folder / f"{run.name}.log")]
+        shared = {"WORLD_SIZE": self.processes, "LOCAL_WORLD_SIZE": self.processes}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+        return [
+            Command(["train", *arguments], self.folder / f"{run.name}-{i}.log", shared | {"RANK": i, "LOCAL_RANK": i})
+            for i in range(self.processes)
+        ]
 
     def run_and_kill(self, number: int, most: int, bar: Bar) -> None:
         run = self.folder / f"run-{number}"
         for _ in range(self.draw.randint(1, min(MOST_KILLS, most))):
-            training = self._start(run)
-            self._kill(training, run)
+            trainings = self._start(run)
+            self._kill(trainings, run)
             bar.update(self.counts["killed"])
-            if training.code == 0:
+            if all(training.code == 0 for training in trainings):
                 break
-        training = self._start(run)
         newest = newest_of(run)
-        if training.wait() != 0:
-            self.errors.append(f"{run}: ended with {training.code}:\n{training.log.read_text()}")
-            return
-        self._check_resumed(training, newest)
-        found = result(run)
+        trainings = self._start(run)
+        for training in trainings:
+            if training.wait() != 0:
+                self.errors.append(f"{run}: ended with {training.code}:\n{training.log.read_text()}")
+                return
+        self._check_resumed(trainings[0], newest)
+        found = result(run, self.processes)
         self.counts["runs"] += 1
         if different := [name for name, value in self.expected.items() if found[name] != value]:
             self.errors.append(f"{run}: differs from the undisturbed run in {', '.join(different)}")
@@ -84,8 +100,9 @@ class Killer:
         self.counts["equal"] += 1
         shutil.rmtree(run)
 
-    def _kill(self, training: Command, run: Path) -> None:
+    def _kill(self, trainings: list[Command], run: Path) -> None:
         newest, began = newest_of(run), time.time()
+        training = self.draw.choice(trainings)
         if self.draw.random() < 0.5:
             wait_for_write(training, run, self.draw.randint(1, 4))
             time.sleep(self.draw.uniform(0, WRITE_S))
@@ -97,7 +114,10 @@ class Killer:
         within = writing(run, began)
         training.kill(number)
         code = training.wait()
-        self._check_resumed(training, newest)
+        for other in trainings:
+            if other is not training:
+                self._check_ended(other, code, number, run)
+        self._check_resumed(trainings[0], newest)
         if code == 0:
             self.counts["past its last step"] += 1
             return
@@ -113,12 +133,38 @@ class Killer:
             if lost > SAVE_STEPS:
                 self.errors.append(f"{run}: {lost} steps lost, with a checkpoint each {SAVE_STEPS}")
 
+    def _check_ended(self, other: Command, code: int, number: signal.Signals, run: Path) -> None:
+        """A process ends soon after the other one, of which `code` is the end, and says why."""
+        start, asked = time.monotonic(), False
+        while not other.ended() and time.monotonic() - start < END_S:
+            if not asked and time.monotonic() - start > PATIENCE_S:
+                other.kill(signal.SIGTERM)
+                asked = True
+            time.sleep(0.02)
+        seconds = time.monotonic() - start
+        self.longest = max(self.longest, seconds)
+        if not other.ended():
+            self.errors.append(f"{run}: the other process still runs {END_S} s after {number.name}")
+            other.kill(signal.SIGKILL)
+        text = other.log.read_text()
+        together = other.code == 0 or other.code == code == ExitCode.TERMINATED  # finished, or saved at the same step
+        self.counts["ended by the launcher"] += asked
+        if not together and not (asked and other.code == -signal.SIGTERM) and REASON not in text:
+            self.errors.append(
+                f"{run}: the other process ended with {other.code} and no reason on {number.name}:\n{text}"
+            )
+
     def _check_resumed(self, training: Command, newest: Path | None) -> None:
         """It went on from the newest checkpoint, if it came that far."""
         told = re.search(r"resumes from (checkpoint-\d+)", training.log.read_text())
         if told and (newest is None or told[1] != newest.name):
             self.errors.append(f"{training.log}: went on from {told[1]} instead of {newest}")
         self.counts["resumed"] += bool(told)
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
 
 
 def newest_of(run: Path) -> Path | None:
@@ -146,15 +192,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, help="of one training")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no further run after so many")
-    count, seed, seconds = vars(parser.parse_args()).values()
+    count, seed, processes, seconds = vars(parser.parse_args()).values()
     end = time.monotonic() + seconds
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     with tempfile.TemporaryDirectory(prefix="graft-kills-") as scratch:
         folder = Path(scratch)
         recipe = make_in_fork(folder)
         os.environ["GRAFT_CACHE"] = str(folder / "cache")
-        killer = Killer(recipe, folder, seed)
+        killer = Killer(recipe, folder, seed, processes)
         bar = Bar("kills", count)
         number = 0
         while killer.counts["killed"] < count and not killer.errors and time.monotonic() < end:
@@ -166,6 +213,8 @@ def main() -> None:
         f"{seen['killed']} kills ({seen['SIGKILL']} KILL, {seen['SIGTERM']} TERM; {seen['in a write']} while a checkpoint "
         f"was written), {seen['resumed']} times resumed; {seen['equal']} of {seen['runs']} runs equal the undisturbed one "
         f"bit for bit; at most {killer.lost} logged steps lost (a checkpoint each {SAVE_STEPS}); seed {seed}"
+        + (f"; the other process ended within {killer.longest:.1f} s" if processes > 1 else "")
+        + (f", {n} times by a launcher's SIGTERM while it started" if (n := seen["ended by the launcher"]) else "")
     )
     if seconds == math.inf and not (seen["resumed"] and seen["in a write"] and seen["equal"] == seen["runs"]):
         killer.errors.append("no run went on, or none was killed while it wrote a checkpoint: nothing is shown")

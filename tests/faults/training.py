@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,14 +28,15 @@ WAIT_S = 120.0
 
 
 class Command:
-    """`graft ARGUMENTS` in a fork of this process; what it prints goes to `log`."""
+    """`graft ARGUMENTS` in a fork of this process, with further variables; what it prints goes to `log`."""
 
-    def __init__(self, arguments: Sequence[object], log: Path) -> None:
+    def __init__(self, arguments: Sequence[object], log: Path, variables: Mapping[str, object] | None = None) -> None:
         self.log = log
         log.write_text("")
         self.code: int | None = None
         self.pid = os.fork()
         if not self.pid:
+            os.environ.update({name: str(value) for name, value in (variables or {}).items()})
             self._run([str(a) for a in arguments])
 
     def _run(self, arguments: list[str]) -> None:
@@ -48,6 +49,8 @@ class Command:
             app(arguments)
         except SystemExit as error:
             code = int(error.code or 0)
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
         finally:
             sys.stdout.flush()
             os._exit(code)
@@ -101,11 +104,11 @@ def make_in_fork(folder: Path) -> Path:
     return folder / "recipe.yaml"
 
 
-def result(run: Path) -> dict[str, object]:
+def result(run: Path, processes: int = 1) -> dict[str, object]:
     """All that must be equal, bit for bit."""
     last = run / f"checkpoint-{STEPS}"
     found: dict[str, object] = {"adapter": (run / "adapter" / "adapter_model.safetensors").read_bytes()}
-    for name in ("optimizer.safetensors", "process-0.safetensors"):
+    for name in ("optimizer.safetensors", *(f"process-{i}.safetensors" for i in range(processes))):
         with safe_open(last / name, framework="np") as file:
             found[name] = file.metadata(), {key: file.get_tensor(key).tobytes() for key in sorted(file.keys())}
     kept = ("step", "loss", "grad_norm", "learning_rate", "examples", "executed_tokens")

@@ -13,11 +13,19 @@ Events = Iterator[dict[str, Any]]  # of a streamed answer
 
 
 @contextmanager
-def serving(answer: Callable[[dict[str, Any]], Reply | Events], *models: str) -> Iterator[str]:
-    """Its /v1 address; `answer` makes the reply to a chat completion's request."""
+def serving(
+    answer: Callable[[dict[str, Any]], Reply | Events], *models: str, headers: list[dict[str, str]] | None = None
+) -> Iterator[str]:
+    """Its /v1 address; `answer` makes the reply to a chat completion's request. headers: takes those of all requests."""
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+
+        def parse_request(self) -> bool:
+            whole = super().parse_request()
+            if whole and headers is not None:
+                headers.append({name.lower(): value for name, value in self.headers.items()})
+            return whole
 
         def do_GET(self) -> None:
             named = [{"id": name, "object": "model", "created": 0, "owned_by": "me"} for name in models]

@@ -10,6 +10,7 @@ from tests.helpers.places import ROOT
 
 # each room may import what is in an earlier line; rooms of one line know nothing of each other
 ORDER = (
+    ("data.terminal",),
     ("data.errors", "data.progress", "data.redact", "data.cache", "data.page"),
     ("data.conversation", "data.atomic"),
     ("data.readers", "data.encode"),

@@ -10,9 +10,11 @@ from tests.helpers.places import ROOT
 
 
 @pytest.mark.slow
-def test_killed_trainings_end_like_the_undisturbed_one():
+@pytest.mark.parametrize("processes", ["1", "2"])
+def test_killed_trainings_end_like_the_undisturbed_one(processes):
     """R3, R4: at random moments."""
     command = [sys.executable, "-m", "tests.faults.kills", "--count", "6", "--seed", "1"]
+    command += ["--processes", processes]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
     )

@@ -93,6 +93,17 @@ def test_works_from_another_folder_whatever_packages_are_installed(tmp_path, tin
     assert "no such file" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--n", "3"], "--n is for a server"),
+        (["http://127.0.0.1:9/v1", "--allow-mismatch"], "--allow-mismatch is for an export"),
+    ],
+)
+def test_verify_refuses_options_of_its_other_use(options, named, tmp_path):
+    assert named in run("verify", tmp_path, *options, code=2).output
+
+
 @pytest.mark.slow
 def test_children_are_graft_whatever_modules_lie_in_the_users_folder(tmp_path, tiny):
     """--retries and a ladder start `graft` again, from a folder that may hold an eval.py or data.py of the user's."""

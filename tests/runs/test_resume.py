@@ -280,6 +280,25 @@ def test_two_processes_resume_bit_for_bit_and_one_process_elastically(tiny, tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_killed_process_ends_the_other_one_with_a_reason_and_both_resume_bit_for_bit(victim, tiny, tmp_path):
+    finish(torchrun(2, recipe_of(tmp_path / "whole", tiny, steps=20)))
+    cut = tmp_path / "cut" / "run"
+    process = torchrun(2, recipe_of(tmp_path / "cut", tiny, steps=20))
+    while not checkpoints(cut):
+        time.sleep(0.02)
+        assert process.poll() is None
+    workers = [p for p in psutil.Process(process.pid).children(recursive=True) if "sft/train.py" in p.cmdline()]
+    (killed,) = [p for p in workers if p.environ()["RANK"] == str(victim)]
+    killed.kill()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert f"error: process {1 - victim}: another process of this training has ended" in output
+    finish(torchrun(2, "--resume", cut))
+    assert everything(tmp_path / "whole" / "run") == everything(cut)
+
+
+@pytest.mark.slow
 def test_more_processes_resume_elastically_with_the_same_losses(tiny, tmp_path):
     graft("train", recipe_of(tmp_path, tiny, steps=8, save_steps=4, logging_steps=1, dropout=0.0))
     copy = tmp_path / "copy"

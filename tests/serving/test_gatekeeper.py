@@ -45,7 +45,7 @@ def no_key(monkeypatch) -> None:
 def test_every_route_asks_for_the_key(key, path):
     """S15"""
     for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": key}, {"Authorization": "Bearer "}):
-        for method in ("GET", "POST", "DELETE", "HEAD"):
+        for method in ("GET", "POST", "DELETE", "HEAD", "OPTIONS", "PUT", "TRACE"):
             assert ask(method, path, headers=headers).status_code == 401
     assert ask("GET", path, headers={"Authorization": f"bearer {key}"}).status_code == 200
     assert ask("GET", path, "http://any.host", headers={"Authorization": f"Bearer {key}"}).status_code == 200
@@ -71,6 +71,36 @@ def test_rebound_name_is_refused(no_key, host):
 def test_request_of_another_origin_is_refused(no_key, origin):
     """S15: a page may send a POST whose answer it can't read."""
     assert ask("POST", "/v1/chat/completions", headers={"Origin": origin}).status_code == 403
+
+
+def test_preflight_request_of_a_page_gets_nothing(key):
+    """A browser sends it without the key; /metrics answers any method."""
+    preflight = {"Origin": "http://evil.example", "Access-Control-Request-Method": "POST"}
+    refused = ask("OPTIONS", "/metrics", headers=preflight)
+    assert refused.status_code == 401
+    assert not [name for name in refused.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("site", "status"), [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS"])
+def test_request_that_a_page_of_another_site_makes_without_an_origin_is_refused(no_key, method, site, status):
+    """An <img>, a <script> or a link: browsers send no Origin with a GET."""
+    assert ask(method, "/metrics", headers={"Sec-Fetch-Site": site}).status_code == status
+
+
+@pytest.mark.parametrize("name", ["Host", "Origin", "Authorization", "Content-Length", "Sec-Fetch-Site"])
+@pytest.mark.parametrize("own", ["", "s3cret"])
+def test_doubled_header_is_refused(name, own, monkeypatch):
+    """The last of two would be looked at here, the first one perhaps by the server."""
+    monkeypatch.setenv("VLLM_API_KEY", own)
+    values = {"Host": "127.0.0.1:8000", "Origin": "http://127.0.0.1:8000", "Authorization": f"Bearer {own}"}
+    values |= {"Content-Length": "0", "Sec-Fetch-Site": "none"}
+    headers = [*values.items(), (name, values[name])]
+    assert ask("POST", "/v1/models", headers=list(values.items())).status_code == 200
+    assert ask("POST", "/v1/models", headers=headers).status_code == 400
+    assert ask("POST", "/v1/models", headers=[*values.items(), (name.lower(), "evil.example")]).status_code == 400
 
 
 def test_body_over_the_limit_is_refused_with_or_without_a_declared_length(no_key):

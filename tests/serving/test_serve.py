@@ -236,6 +236,15 @@ def test_key_is_in_a_file_and_never_on_the_command_line(tmp_path, tiny, monkeypa
         read_key(file)
 
 
+def test_readiness_is_asked_past_a_proxy_of_the_environment(fake_vllm, tmp_path, tiny, monkeypatch):
+    """A proxy would get the key, and could not reach this machine: the start would wait 900 s."""
+    for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(variable, "http://127.0.0.1:9")
+    monkeypatch.setattr(serve, "READY_WITHIN_S", 30)
+    with server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running:
+        assert serve.check_completion(running.url, "m") == "Paris"
+
+
 @pytest.mark.parametrize(
     "option",
     [
@@ -243,6 +252,7 @@ def test_key_is_in_a_file_and_never_on_the_command_line(tmp_path, tiny, monkeypa
         "--host=0.0.0.0",
         "--hos=0.0.0.0",
         "--config=f.yaml",
+        "--allowed-origins=['*']",
         "--trust_remote_code",
         "--trust-request-chat-template",
     ],
