@@ -2,6 +2,7 @@
 
 import csv
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from data.conversation import DataError, Ledger
 from data.readers.fields import LONE_SURROGATE, shown, shown_names
 from data.readers.files import LINE_LIMIT, Rows, not_utf8, read_lines
 
+COLUMNS = 1_000  # of a CSV file; each row gets a value for every one
 REASON = 200  # characters of a library's message, so that it can list a dataset's configurations
 
 
@@ -53,7 +55,10 @@ def _checked_header(cells: list[str], where: str) -> list[str]:
     """The names of the columns. Raises DataError if they are not usable, since then no row can be read."""
     if byte := LONE_SURROGATE.search("".join(cells)):
         raise not_utf8(ord(byte[0]) - 0xDC00, where, "header: ")
-    if duplicates := [cell for cell in cells if cells.count(cell) > 1]:
+    if len(cells) > COLUMNS:
+        problem = f"{len(cells):,} columns, the limit is {COLUMNS:,}; leave out those that hold no text"
+        raise DataError(where, problem, "too many columns")
+    if duplicates := [cell for cell, count in Counter(cells).items() if count > 1]:
         raise DataError(where, f"column {shown(duplicates[0])} occurs twice; rename one", "two columns of one name")
     if len(cells) == 1 and (mark := next((mark for mark in ";\t" if mark in cells[0]), "")):
         problem = f"columns {shown(cells[0])} are separated by {mark!r}; save it with commas"

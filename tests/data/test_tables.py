@@ -1,5 +1,7 @@
 """Hub datasets are streamed; errors of their libraries are one line. CSV and Parquet: see test_source, test_malformed."""
 
+import time
+
 import pytest
 from pyarrow import ArrowCapacityError
 
@@ -72,3 +74,16 @@ def test_hub_dataset_that_fails_midway_reports_the_rows_before(monkeypatch):
     (line,) = ledger.unread
     assert line.startswith("owner/rows[train]: can't be read: reset by peer")
     assert line.endswith("(after 1 row, the rest is unread)")
+
+
+@pytest.mark.parametrize(
+    ("header", "reason"),
+    [([f"c{i}" for i in range(200_000)], "200,000 columns, the limit is"), (["a"] * 900, "occurs twice")],
+)
+def test_csv_of_too_many_columns_is_refused_at_once(tmp_path, header, reason):
+    file = tmp_path / "d.csv"
+    file.write_text(",".join(header) + "\n" + "x\n" * 1000)
+    start = time.monotonic()
+    with pytest.raises(DataError, match=reason):
+        read_all(FileSource(str(file)), "instruct")
+    assert time.monotonic() - start < 2
