@@ -26,6 +26,12 @@ SECONDS = 10.0  # CPU time of one render; real templates take about 20 microseco
 CHARACTERS = 10_000_000  # of one render, plus 100 for each character of the messages
 TEMPLATE_CHARACTERS = 200_000  # the longest real templates have about 20,000
 
+TURNS = ("system", "user", "assistant", "user")
+PROBES = [
+    [{"role": role, "content": "What is the capital of France?"} for role in turns]
+    for turns in (TURNS, TURNS[1:], TURNS[1:2])
+]
+
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
 
 
@@ -94,13 +100,7 @@ def render(
 
     Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
     """
-    variables = {
-        **tokenizer.special_tokens_map,
-        "messages": list(messages),
-        "tools": None,
-        "documents": None,
-        "add_generation_prompt": generation,
-    }
+    variables = _variables(messages, tokenizer, generation)
     limit = characters + 100 * sum(len(m["content"]) for m in messages)
     reply = _ask(str(tokenizer.get_chat_template()), where, seconds, variables=variables, characters=limit)
     if "refused" in reply:
@@ -112,6 +112,20 @@ def render(
             "chat template refuses the turns",
         )
     return str(reply["text"])
+
+
+def probe(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError if a template of the tokenizer exceeds a limit with usual turns. It may refuse turns."""
+    own = tokenizer.chat_template or ""
+    for template in own.values() if isinstance(own, dict) else [own]:
+        for turns in PROBES:
+            _ask(template, "", SECONDS, variables=_variables(turns, tokenizer, True), characters=CHARACTERS)
+
+
+def _variables(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generation: bool) -> dict[str, Any]:
+    """What transformers gives to a template."""
+    mine = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generation}
+    return {**tokenizer.special_tokens_map, **mine}
 
 
 @lru_cache(maxsize=16)
@@ -133,4 +147,4 @@ def _ask(template: str, where: str, seconds: float, **request: Any) -> dict[str,
             "memory": f"needs more than {template_worker.MEMORY / 2**20:,.0f} MiB in one render",
             "characters": f"makes more than {request['characters']:,} characters in one render",
         }.get(reply["over"], f"ended the process that renders it ({reply['over']})")
-    raise DataError(where, f"model.chat_template {problem}; set model.chat_template to another one", OVER_LIMITS)
+    raise DataError(where, f"the chat template {problem}; set model.chat_template to another one", OVER_LIMITS)
