@@ -92,7 +92,9 @@ def reply(template: str, variables: dict[str, Any] | None, characters: int) -> d
 
 
 def main() -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     template = ""
     for line in sys.stdin.buffer:
         request = json.loads(line)
