@@ -100,18 +100,30 @@ def render(
 
     Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
     """
-    variables = _variables(messages, tokenizer, generation)
+    return render_parts(messages, tokenizer, [(len(messages), generation)], where, seconds, characters)[0]
+
+
+def render_parts(
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    parts: Sequence[tuple[int, bool]],
+    where: str = "",
+    seconds: float = SECONDS,
+    characters: int = CHARACTERS,
+) -> list[str]:
+    """The text of each part (n, generation), the first n messages, by one request. See `render`."""
     limit = characters + 100 * sum(len(m["content"]) for m in messages)
-    reply = _ask(str(tokenizer.get_chat_template()), where, seconds, variables=variables, characters=limit)
+    request = {"messages": list(messages), "parts": list(parts), "variables": tokenizer.special_tokens_map}
+    reply = _ask(str(tokenizer.get_chat_template()), where, seconds, characters=limit, **request)
     if "refused" in reply:
-        roles = ", ".join(m["role"] for m in messages)
+        roles = ", ".join(m["role"] for m in messages[: reply["turns"]])
         raise DataError(
             where,
             f"the chat template refuses the turns {roles}: {reply['refused']}; "
             "change the turns or set model.chat_template",
             "chat template refuses the turns",
         )
-    return str(reply["text"])
+    return list(reply["texts"])
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,19 +131,14 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> None:
     own = tokenizer.chat_template or ""
     for template in own.values() if isinstance(own, dict) else [own]:
         for turns in PROBES:
-            _ask(template, "", SECONDS, variables=_variables(turns, tokenizer, True), characters=CHARACTERS)
-
-
-def _variables(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, generation: bool) -> dict[str, Any]:
-    """What transformers gives to a template."""
-    mine = {"messages": list(messages), "tools": None, "documents": None, "add_generation_prompt": generation}
-    return {**tokenizer.special_tokens_map, **mine}
+            request = {"messages": turns, "parts": [(len(turns), True)], "variables": tokenizer.special_tokens_map}
+            _ask(template, "", SECONDS, characters=CHARACTERS, **request)
 
 
 @lru_cache(maxsize=16)
 def literals(template: str) -> tuple[str, ...]:
     """The literal texts of a template, including those in its conditions; none if it can't be parsed."""
-    return tuple(_ask(template, "", SECONDS, variables=None, characters=0).get("literals", ()))
+    return tuple(_ask(template, "", SECONDS).get("literals", ()))
 
 
 def _ask(template: str, where: str, seconds: float, **request: Any) -> dict[str, Any]:
@@ -145,6 +152,6 @@ def _ask(template: str, where: str, seconds: float, **request: Any) -> dict[str,
         problem = {
             "seconds": f"takes more than {seconds:g} s in one render",
             "memory": f"needs more than {template_worker.MEMORY / 2**20:,.0f} MiB in one render",
-            "characters": f"makes more than {request['characters']:,} characters in one render",
+            "characters": f"makes more than {request.get('characters', 0):,} characters in one render",
         }.get(reply["over"], f"ended the process that renders it ({reply['over']})")
     raise DataError(where, f"the chat template {problem}; set model.chat_template to another one", OVER_LIMITS)

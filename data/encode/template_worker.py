@@ -73,22 +73,38 @@ def literals(template: str) -> list[str]:
     return data + [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
 
 
-def reply(template: str, variables: dict[str, Any] | None, characters: int) -> dict[str, Any]:
-    """The rendered text, the template's literals if there are no variables, or why there is neither."""
+def texts(
+    template: str, messages: list[Any], parts: list[tuple[int, bool]], variables: dict[str, Any], characters: int
+) -> dict[str, Any]:
+    """The text of each part, the first n messages with or without the generation prompt, or why there is none."""
+    done: list[str] = []
+    for turns, generation in parts:
+        given = {"messages": messages[:turns], "tools": None, "documents": None, "add_generation_prompt": generation}
+        pieces, left = [], characters
+        try:
+            for piece in compiled(template).generate(**{**variables, **given}):
+                left -= len(piece)
+                if left < 0:
+                    return {"over": "characters"}
+                pieces.append(piece)
+        except MemoryError:
+            raise
+        except Exception as error:  # whatever foreign code raises
+            return {"refused": str(error)[:REASON] or type(error).__name__, "turns": turns}
+        done.append("".join(pieces))
+    return {"texts": done}
+
+
+def reply(template: str, request: dict[str, Any]) -> dict[str, Any]:
+    """The texts of the request's parts, or the template's literals if it names none; or the limit that is exceeded."""
     try:
-        if variables is None:
-            return {"literals": literals(template)}
-        pieces: list[str] = []
-        for piece in compiled(template).generate(**variables):
-            characters -= len(piece)
-            if characters < 0:
-                return {"over": "characters"}
-            pieces.append(piece)
-        return {"text": "".join(pieces)}
+        if "parts" in request:
+            return texts(template, **request)
+        return {"literals": literals(template)}
     except MemoryError:
         return {"over": "memory"}
-    except Exception as error:  # whatever foreign code raises
-        return {"refused": str(error)[:REASON] or type(error).__name__}
+    except Exception as error:
+        return {"refused": str(error)[:REASON]}
 
 
 def main() -> None:
@@ -98,10 +114,12 @@ def main() -> None:
     template = ""
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        template = request.get("template", template)
-        signal.setitimer(signal.ITIMER_PROF, request["seconds"])  # SIGPROF ends the process, also within a call in C
+        template = request.pop("template", template)
+        signal.setitimer(
+            signal.ITIMER_PROF, request.pop("seconds")
+        )  # SIGPROF ends the process, also within a call in C
         try:
-            answer = json.dumps(reply(template, request["variables"], request["characters"]))
+            answer = json.dumps(reply(template, request))
         except MemoryError:
             answer = '{"over": "memory"}'
         signal.setitimer(signal.ITIMER_PROF, 0)
