@@ -17,7 +17,7 @@ from functools import lru_cache
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Message
-from data.encode.template import literals, render
+from data.encode.template import literals, render, render_parts
 from data.encode.tokens import Encoder, any_of, encoder_of
 
 # defects of an example: key in the recipe -> kind of the DataError
@@ -103,8 +103,7 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         if not message["content"].strip():
             problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
             raise DataError(where, problem, "empty answer")
-        prompt = render(safe[:i], tokenizer, generation=True, where=where)
-        full = render(safe[: i + 1], tokenizer, generation=False, where=where)
+        prompt, full = render_parts(safe[: i + 1], tokenizer, [(i, True), (i + 1, False)], where)
         if not full.startswith(prompt):
             problem = (
                 f"the chat template renders the turns before answer {i} differently with the answer, so no prefix of "

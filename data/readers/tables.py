@@ -2,7 +2,9 @@
 
 import csv
 import zlib
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from data.conversation import DataError, Ledger
 from data.readers.fields import LONE_SURROGATE, shown, shown_names
 from data.readers.files import LINE_LIMIT, Rows, not_utf8, read_lines
 
+COLUMNS = 1_000  # of a CSV file; each row gets a value for every one
 REASON = 200  # characters of a library's message, so that it can list a dataset's configurations
 
 
@@ -53,7 +56,10 @@ def _checked_header(cells: list[str], where: str) -> list[str]:
     """The names of the columns. Raises DataError if they are not usable, since then no row can be read."""
     if byte := LONE_SURROGATE.search("".join(cells)):
         raise not_utf8(ord(byte[0]) - 0xDC00, where, "header: ")
-    if duplicates := [cell for cell in cells if cells.count(cell) > 1]:
+    if len(cells) > COLUMNS:
+        problem = f"{len(cells):,} columns, the limit is {COLUMNS:,}; leave out those that hold no text"
+        raise DataError(where, problem, "too many columns")
+    if duplicates := [cell for cell, count in Counter(cells).items() if count > 1]:
         raise DataError(where, f"column {shown(duplicates[0])} occurs twice; rename one", "two columns of one name")
     if len(cells) == 1 and (mark := next((mark for mark in ";\t" if mark in cells[0]), "")):
         problem = f"columns {shown(cells[0])} are separated by {mark!r}; save it with commas"
@@ -78,10 +84,38 @@ def read_hub(name: str, config: str | None, split: str | None, revision: str | N
     split = split or "train"
     source = f"{name}[{f'{config}, ' if config else ''}{split}]"
     remedy = "no such path; for a Hub dataset check name, config, split, revision and connection"
-    return _streamed(source, remedy, name, name=config, split=split, revision=revision)
+    limit = _only_files_of(name, source)
+    return _streamed(source, remedy, name, limit, name=config, split=split, revision=revision)
 
 
-def _streamed(source: str, remedy: str, path: str, **arguments: Any) -> Rows:
+@contextmanager
+def _only_files_of(name: str, source: str) -> Iterator[None]:
+    """Refuse files outside the Hub dataset, which its card may name: of another server, or of this machine."""
+    from datasets import config, data_files
+
+    resolve = data_files.resolve_pattern
+    own = (f"hf://datasets/{name}@", f"{config.HF_ENDPOINT}/datasets/{name}/")
+
+    def checked(pattern: str, base_path: str, *rest: Any, **options: Any) -> list[str]:
+        path = data_files.xjoin(base_path, pattern) if data_files.is_relative_path(pattern) else pattern
+        if not path.startswith(own) or "::" in path or ".." in path.split("/"):
+            problem = (
+                f"its card names the file {shown(path)}, which is not of the dataset; name a dataset that holds its "
+                "files, or download that file yourself if you trust it"
+            )
+            raise DataError(source, problem, "file outside the dataset")
+        return resolve(pattern, base_path, *rest, **options)
+
+    data_files.resolve_pattern = checked
+    try:
+        yield
+    finally:
+        data_files.resolve_pattern = resolve
+
+
+def _streamed(
+    source: str, remedy: str, path: str, limit: AbstractContextManager[None] | None = None, **arguments: Any
+) -> Rows:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HTTPError
@@ -92,7 +126,10 @@ def _streamed(source: str, remedy: str, path: str, **arguments: Any) -> Rows:
         HTTPError, DatasetsError, ArrowException, OSError, ValueError, TypeError, RuntimeError, EOFError, zlib.error
     )  # fmt: skip
     try:
-        for number, row in enumerate(load_dataset(path, streaming=True, **arguments), start=1):
+        with limit or nullcontext():  # the names of files are resolved here, not while rows are read
+            rows = load_dataset(path, streaming=True, **arguments)
+        # a row's image or sound may be named by any address, and is no text
+        for number, row in enumerate(rows.decode(False), start=1):
             yield f"{source}: row {number}", row
     except broken as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__

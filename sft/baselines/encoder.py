@@ -18,6 +18,7 @@ from data.progress import track
 from sft.errors import RecipeError
 from sft.models.load import load_config
 from sft.models.load import load_tokenizer as load_any_tokenizer
+from sft.models.patterns import check_adapter_patterns
 from sft.models.resolve import readable, resolve_base, stored_config
 from sft.models.tune import add_adapter, train_matching
 from sft.recipe.baseline_schema import PEFT_TASKS, BaselineTune, EncoderModel
@@ -144,8 +145,10 @@ def load_trained(
 
     adapter = folder / "adapter"
     check_adapter(adapter, (base.base, resolve_base(base.base)))
+    encoder = load_encoder(base, objective, seed, labels)
     with readable(str(adapter)):
-        model = PeftModel.from_pretrained(load_encoder(base, objective, seed, labels), str(adapter))
+        check_adapter_patterns(encoder, adapter)
+        model = PeftModel.from_pretrained(encoder, str(adapter))
     return cast(PreTrainedModel, model.eval())
 
 

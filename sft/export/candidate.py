@@ -22,6 +22,7 @@ from sft.models.load import (
     is_quantized,
     load_base,
 )
+from sft.models.patterns import check_adapter_patterns
 from sft.models.resolve import readable
 from sft.models.target import load_plain
 from sft.recipe.schema import Recipe, changed
@@ -111,6 +112,7 @@ def _merge_in_memory(trained: Trained, base: str, folder: Path) -> dict[str, Any
     fit_vocabulary(loaded, trained.adapter)
     before = {name: value.to(dtype).cpu() for name, value in loaded.state_dict().items()}
     with readable(str(trained.adapter)):
+        check_adapter_patterns(loaded, trained.adapter)
         tuned = PeftModel.from_pretrained(loaded, str(trained.adapter))
     check_adapter(tuned, trained.adapter)
     names = (original_name(name) for name, _ in loaded.named_parameters() if ".base_layer." in name)

@@ -12,6 +12,7 @@ from transformers import set_seed
 
 from sft.errors import RunError
 from sft.export.skeleton import adapter_config, build, free_parameters
+from sft.models.patterns import check_adapter_patterns
 from sft.models.resolve import readable
 
 METHODS = (
@@ -77,6 +78,8 @@ def combine(combination: Combination, base: Path, adapters: Sequence[Path], fold
     names = [f"adapter_{i}" for i in range(len(adapters))]
     placement: dict[str, Any] = {"low_cpu_mem_usage": True, "torch_device": "cpu"}
     with readable(" and ".join(map(str, adapters))):
+        for adapter in adapters:
+            check_adapter_patterns(model, adapter)
         tuned = PeftModel.from_pretrained(model, str(adapters[0]), adapter_name=names[0], **placement)
         for name, adapter in zip(names[1:], adapters[1:], strict=True):
             tuned.load_adapter(str(adapter), adapter_name=name, **placement)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from sft.errors import ParityError, RunError
 from sft.export.shards import read_shards, shard_files
+from sft.models.patterns import check_adapter_patterns
 from sft.models.resolve import readable
 
 
@@ -83,6 +84,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> tuple[dict[str, nn.
         raise CannotStream(f"init_lora_weights {init} changes the base")
     empty = free_parameters(model)
     with readable(str(adapter)):
+        check_adapter_patterns(model, adapter)
         tuned = PeftModel.from_pretrained(model, str(adapter), low_cpu_mem_usage=True, torch_device="cpu")
     adapted: dict[str, nn.Module] = {}
     for name, module in model.named_modules():

@@ -40,6 +40,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
     with readable(f"model.base: {model.base}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=model.revision, trust_remote_code=False)
     if model.chat_template:
+        if not model.chat_template.is_file():  # opening a FIFO would wait for ever
+            raise RecipeError(f"model.chat_template: no such file: {model.chat_template}; name a Jinja file")
         try:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

@@ -14,6 +14,7 @@ from data.terminal import print, quoted
 from sft.errors import RunError
 from sft.models.capabilities import has_virtual_tokens, takes_packs
 from sft.models.load import default_device, fit_vocabulary, load_base, load_tokenizer, load_weights
+from sft.models.patterns import check_adapter_patterns
 from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
@@ -101,6 +102,7 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
     packed = takes_packs(base)
     fit_vocabulary(base, adapter)
     with readable(str(adapter)):
+        check_adapter_patterns(base, adapter)
         model = PeftModel.from_pretrained(base, str(adapter))
     return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed and not has_virtual_tokens(model))
 

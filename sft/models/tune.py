@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from sft.errors import RecipeError
+from sft.models.patterns import check_patterns
 from sft.recipe.load import peft_types
 from sft.recipe.schema import Tune
 
@@ -40,6 +41,7 @@ def add_adapter(
         raise RecipeError(f"tune.num_virtual_tokens: tune.method {tune.method} needs it; 20 is usual")
     if settings.get("prompt_tuning_init") == "TEXT":  # read by the base's tokenizer
         settings["tokenizer_name_or_path"] = base.config._name_or_path
+    check_patterns(base, tune.peft, "tune")
     try:
         config = peft_types()[tune.method](task_type=task, **settings)
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
@@ -73,6 +75,7 @@ def _train_part(base: PreTrainedModel, tune: Tune) -> PreTrainedModel:
 
 def train_matching(model: nn.Module, patterns: Sequence[str]) -> None:
     """Train the parameters whose name matches a pattern, and no others. Raises RecipeError if none matches."""
+    check_patterns(model, patterns, "tune.trainable")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(re.search(pattern, name) for pattern in patterns))
     if not any(p.requires_grad for p in model.parameters()):

@@ -113,7 +113,7 @@ class Tune(BaseModel):
         for pattern in patterns:
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, RecursionError, OverflowError) as error:
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 

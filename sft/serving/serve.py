@@ -28,7 +28,7 @@ from sft.models.load import default_device, is_quantized
 from sft.models.resolve import resolve_base
 from sft.models.target import run_recipe
 from sft.serving.server_log import why_it_stopped
-from sft.serving.targets import Served, resolve_targets
+from sft.serving.targets import Served, check_served_template, resolve_targets
 from sft.session import child_environment
 
 READY_WITHIN_S = 900
@@ -122,6 +122,7 @@ def server(
     if _taken(host, port):
         raise ServerError(f"port {port} of {host} is in use; name another with --port")
     served = resolve_targets(targets, loras)
+    check_served_template(served)
     command = serve_command(served, host, port, extra)
     for run in (loras or {}).values():
         if note := precision_note(served, Path(run)):

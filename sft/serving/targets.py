@@ -17,7 +17,9 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.cache import build_once, file_sha256, text_sha256
+from data.conversation import DataError
 from data.encode.chat import stop_tokens
+from data.encode.template import probe
 from data.terminal import print
 from eval.client import ServerError
 from sft.models.load import default_device, generation_config, is_quantized, load_base, load_tokenizer
@@ -64,6 +66,17 @@ def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = No
     if twice := sorted(n for n in names if names.count(n) > 1):
         raise ServerError(f"{twice[0]}: two of them have this name; rename one: --lora NAME=RUN")
     return _with_adapters(model, name, {name: Path(run) for name, run in runs}) if runs else Served(str(model), name)
+
+
+def check_served_template(served: Served) -> None:
+    """Raise ServerError if a chat template that vLLM would render, without limits, exceeds them with usual turns."""
+    folder = served.tokenizer or served.model
+    with readable(f"{folder}: the tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, revision=served.revision, trust_remote_code=False)
+    try:
+        probe(tokenizer)
+    except DataError as error:
+        raise ServerError(f"{folder}: vLLM renders chat templates without limits, and {error.problem}") from error
 
 
 def served_name(target: str) -> str:

@@ -1,10 +1,13 @@
 """Chat templates are rendered as transformers does, and stopped at limits that transformers does not have."""
 
 import copy
+import signal
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import trl
 
 from data.conversation import DataError
 from data.encode.template import literals, render
@@ -59,116 +62,130 @@ def test_text_is_that_of_transformers(template):
         assert render(TURNS, tokenizer, generation) == wanted
 
 
+TRL = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+CONVERSATIONS = [TURNS, TURNS[:1], [{"role": "system", "content": "Be short."}, *TURNS[:2]]]
+
+
+@pytest.mark.parametrize("path", TRL, ids=lambda path: path.stem)
+def test_templates_that_trl_ships_render_as_in_transformers(path: Path):
+    tokenizer = copy.deepcopy(build("llama3"))
+    tokenizer.chat_template = path.read_text(encoding="utf-8")
+    texts = []
+    for turns in CONVERSATIONS:
+        for generation in (True, False):
+            try:
+                wanted = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generation)
+            except Exception:
+                with pytest.raises(DataError, match="refuses the turns"):
+                    render(turns, tokenizer, generation)
+            else:
+                texts.append(render(turns, tokenizer, generation))
+                assert texts[-1] == wanted
+    assert texts
+
+
 def doubled(step: str, start: str, use: str = "") -> str:
     return f"{{% set n = namespace(x={start}) %}}{{% for i in range(60) %}}{{% set n.x = {step} %}}{{% endfor %}}{use}"
 
 
-TOO_LARGE = {
+MEGABYTE = "{% set a = 'a' * 1000000 %}"
+HOSTILE = {
     "repeat": "{{ 'a' * 10**10 }}",
     "repeat a list": "{{ 10**10 * [1] }}",
-    "power": "{{ 10 ** 100000 }}",
+    "power": "{{ 10 ** 99999999 }}",
+    "power in a filter": "{{ 1 | round(99999999, 'ceil') }}",
     "squares": doubled("n.x * n.x", "7"),
     "sums": doubled("n.x + n.x", "'aa'"),
     "joins": doubled("n.x ~ n.x", "'aa'"),
-    "replaced": doubled("n.x.replace('a', n.x)", "'aa'"),
-    "filter replaced": doubled("n.x | replace('a', n.x)", "'aa'"),
     "method": "{{ 'a'.center(10000000000) }}",
     "method of bytes": "{{ 'a'.encode().ljust(10000000000) }}",
     "method of a number": "{{ (1).to_bytes(10000000000, 'big') }}",
-    "filter": "{{ 'a' | center(10000000000) }}",
-    "indented": "{{ ('\n' * 100000) | indent(10000) }}",
     "percent": "{{ '%10000000000d' % 1 }}",
-    "percent with a star": "{{ '%*d' % (10000000000, 1) }}",
-    "format": "{{ '{:>10000000000}'.format(1) }}",
     "format with an argument": "{{ '{:>{}}'.format(1, 10000000000) }}",
-    "mapped": "{{ range(100000) | map('string') | map('center', 10000) | join }}",
-    "written": "{% set b = 'a' * 1000000 %}{% for i in range(100000) %}{{ b }}{% endfor %}",
-    "collected": "{% set b = 'a' * 1000000 %}{% set x %}{% for i in range(9000) %}{{ b }}{% endfor %}{% endset %}",
-    "joined by a method": "{{ ('a' * 1000000).join(['b'] * 1000) }}",
+    "written": MEGABYTE + "{% for i in range(100000) %}{{ a }}{% endfor %}",
+    "collected": MEGABYTE + "{% set x %}{% for i in range(9000) %}{{ a }}{% endfor %}{% endset %}",
     "joined from a generator": "{{ ('a' * 100000).join(range(100000) | map('string')) }}",
-    "slices": "{% set b = 'a' * 1000000 %}{% set n = namespace(x=[]) %}{% for i in range(9000) %}"
-    "{% set n.x = n.x + [b[1:]] %}{% endfor %}",
-    "range": "{% for i in range(1000000000) %}{% endfor %}",
-    "source": "a" * 1_000_001,
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", TOO_LARGE)
-def test_template_that_makes_too_much_is_stopped_before_it_does(rendered, name):
-    start = time.monotonic()
-    with pytest.raises(DataError, match=r"f\.jsonl:3: .*model\.chat_template"):
-        rendered(TOO_LARGE[name])
-    assert time.monotonic() - start < 5
-
-
-def twin(kind: str) -> str:
-    one, step = ("[1]", "[n.{0}, n.{0}]") if kind == "list" else ("(1, 1)", "(n.{0}, n.{0})")
-    both = "".join(f"{{% set n.{name} = {step.format(name)} %}}" for name in "xy")
-    return f"{{% set n = namespace(x={one}, y={one}) %}}{{% for i in range(60) %}}{both}{{% endfor %}}"
-
-
-ENDLESS = {
+    "slices": MEGABYTE + "{% set n = namespace(x=[]) %}{% for i in range(9000) %}{% set n.x = n.x + [a[1:]] %}{% endfor %}",
+    "bytes": MEGABYTE + "{% set n = namespace(x=[]) %}{% for i in range(9000) %}{% set n.x = n.x + [a.encode('utf-32')] %}{% endfor %}",
+    "sum of lists": "{{ range(100000) | batch(1) | sum(start=[]) | length }}",
+    "links": "{{ ('www.' * 1000000) | urlize }}",
+    "text sought from its end": "{{ ('a' * 4000000).rfind('ab' + 'a' * 2000000) }}",
+    "numbers of one hash": "{{ range(0, 99999 * (2**61 - 1), 2**61 - 1) | unique | list | length }}",
     "loops": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "calls": "{% macro f(n) %}{% if n < 60 %}{{ f(n + 1) }}{{ f(n + 1) }}{% endif %}{% endmacro %}{{ f(0) }}",
     "nested list written": doubled("[n.x, n.x]", "[1]", "{{ n.x }}"),
     "nested list in json": doubled("[n.x, n.x]", "[1]", "{{ n.x | tojson }}"),
-    "nested list as text": doubled("[n.x, n.x]", "[1]", "{{ n.x | string }}"),
-    "nested views": doubled("{'a': n.x, 'b': n.x}.items()", "[1]", "{{ n.x }}"),
-    "nested by a filter": doubled("range(2) | map(attribute='x', default=n.x) | list", "[1]", "{{ n.x }}"),
-    "nested arguments": "{% set n = namespace(x=(1,)) %}{% macro f() %}{% set n.x = varargs %}{% endmacro %}"
-    "{% for i in range(60) %}{{ f(n.x, n.x) }}{% endfor %}{{ n.x }}",
-    "nested list in a format": doubled("[n.x, n.x]", "[1]", "{{ '%s' % n.x }}"),
-    **{
-        f"nested {kind} compared: {use}": f"{twin(kind)}{use}"
-        for kind in ("list", "tuple")
-        for use in (
-            "{{ n.x == n.y }}",
-            "{{ n.x in [n.y] }}",
-            "{{ 1 < n.x < n.y }}",
-            "{{ n.x is eq(n.y) }}",
-            "{{ [n.x].index(n.y) }}",
-            "{{ [n.x].count(n.y) }}",
-            "{{ [n.x] | select('equalto', n.y) | list }}",
-            "{{ {}.get(n.x) }}",
-            "{{ messages[0][n.x] }}",
-            "{{ range(2) | map(attribute='x', default=n.x) | select('eq', n.y) | list }}",
-            "{{ range(2) | map(attribute='x', default=n.x) | unique | list }}",
-            "{{ {n.x: 1} }}",
-        )
-        if kind == "tuple" or ("{}" not in use and "{n.x: 1}" not in use)
-    },
-}
+    "nested tuple as a key": doubled("(n.x, n.x)", "(1, 1)", "{{ {n.x: 1} }}"),
+    "nested namespaces": doubled("namespace(a=n.x, b=n.x)", "[1]", "{{ [n.x] }}"),
+    "only for some rows": "{% if messages[2].content != 'probe' %}{{ 1 | round(99999999, 'ceil') }}{% endif %}",
+    "nested statements": "{% for i in [1] %}" * 25 + "{% endfor %}" * 25,
+    "nested parentheses": "{{ " + "(" * 50000 + "1" + ")" * 50000 + " }}",
+    "source": "a" * 1_000_001,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ENDLESS)
-def test_endless_template_is_stopped_by_time(rendered, name):
+@pytest.mark.parametrize("name", HOSTILE)
+def test_template_without_end_in_time_or_size_is_stopped(rendered, name):
+    start = time.monotonic()
+    with pytest.raises(DataError, match=r"f\.jsonl:3: .*set model\.chat_template"):
+        rendered(HOSTILE[name], seconds=0.2)
+    assert time.monotonic() - start < 5
+    assert rendered("{{ messages[0].content }}") == TURNS[0]["content"]
+
+
+def test_limit_of_time_is_named(rendered):
     with pytest.raises(DataError, match=r"takes more than 0\.2 s .* set model\.chat_template") as error_info:
-        rendered(ENDLESS[name], seconds=0.2)
+        rendered(HOSTILE["loops"], seconds=0.2)
     assert error_info.value.kind == "chat template over its limits"
 
 
-def test_namespaces_that_hold_each_other_are_not_written_out(rendered):
-    assert rendered(doubled("namespace(a=n.x, b=n.x)", "[1]", "{{ [n.x] }}")) == "[<Namespace>]"
+@pytest.mark.parametrize("name", ["repeat", "method", "slices"])
+def test_limit_of_memory_is_named(rendered, name):
+    with pytest.raises(DataError, match=r"needs more than 1,500 MiB") as error_info:
+        rendered(HOSTILE[name])
+    assert error_info.value.kind == "chat template over its limits"
 
 
 def test_limits_hold_in_any_thread(rendered):
-    errors = []
+    results = []
 
-    def work() -> None:
+    def work(template: str) -> None:
         try:
-            rendered(ENDLESS["loops"], seconds=0.1)
+            results.append(rendered(template, seconds=0.1))
         except DataError as error:
-            errors.append(error)
+            results.append(error.kind)
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join(timeout=10)
-    assert len(errors) == 1
+    threads = [
+        threading.Thread(target=work, args=(t,)) for t in (HOSTILE["loops"], "{{ 1 }}", HOSTILE["calls"], "{{ 1 }}")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=10)
+    assert sorted(results) == ["1", "1", *["chat template over its limits"] * 2]
+
+
+def test_render_that_is_interrupted_leaves_no_answer_to_the_next(rendered):
+    """Ctrl-C while a template is rendered."""
+
+    def interrupt(*_) -> None:
+        raise InterruptedError
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(InterruptedError):
+            rendered("{% for i in range(100000) %}{% for j in range(20) %}{% endfor %}{% endfor %}late")
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert rendered("next") == "next"
 
 
 def test_size_limit_grows_with_the_messages(rendered):
     template = "{% for i in range(20) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
     assert len(rendered(template, characters=10)) == 20 * sum(len(m["content"]) for m in TURNS)
+    with pytest.raises(DataError, match=r"makes more than [\d,]+ characters"):
+        rendered(template * 6, characters=10)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from data.audit.report import print_report, write_html
+from data.encode.template import literals
 from data.errors import UserError
 from data.progress import Bar, quiet
 from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe
@@ -303,6 +304,7 @@ def fuzz(count: int, number: int, folder: Path) -> tuple[Counter[str], list[str]
     work.mkdir(parents=True)
     (work / "data").symlink_to(ROOT / "data")  # else every recipe were refused for its data
     check_recipe({"task": "instruct", "model": {"base": "o/m"}, "data": {"train": "o/d"}})  # imports PEFT, which writes
+    literals("")  # starts the process that renders templates
     watch = Watch(folder)
 
     bar = Bar("fuzz", count)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults import fuzz
+from tests.faults import fuzz, templates
 
 pytestmark = pytest.mark.heavy
 
@@ -33,3 +33,10 @@ def test_fuzzer_sees_planted_faults(fault, name, tmp_path: Path, monkeypatch):
     counts, failures = fuzz.fuzz(2, 0, tmp_path / "outer" / "fuzz")
     assert set(counts) == {f"recipe: {name}", f"data: {name}"}
     assert len(failures) == 2
+
+
+def test_damaged_templates_render_or_are_refused_within_the_limits(tmp_path: Path):
+    counts, failures, _ = templates.fuzz(80, 1, tmp_path / "templates", seconds=0.2)
+    assert not failures, "\n".join(failures[:3])
+    for outcome in ("rendered", "refused", "over the limits"):
+        assert counts[outcome] > 3, counts

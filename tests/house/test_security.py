@@ -35,6 +35,7 @@ from data.readers.source import FileSource, read_rows
 from data.redact import scrub, secret_line
 from sft.baselines.encoder import load_trained
 from sft.errors import RecipeError
+from sft.models import patterns
 from sft.models.load import load_base, load_tokenizer
 from sft.models.resolve import resolve_base, stored_config
 from sft.models.target import adapter_folder, load_run, load_target
@@ -419,6 +420,16 @@ def test_template_gets_neither_python_nor_time_nor_memory(template, reason, toke
     with pytest.raises(DataError, match=reason):
         render([{"role": "user", "content": "hi"}], hostile, True, seconds=1)
     assert time.monotonic() - start < 5
+
+
+def test_adapter_of_an_endless_regular_expression_is_refused(adapted: Path, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    file = adapted / "adapter" / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    for key, value in (("exclude_modules", "((([a-z_.0-9]+)+)+)+!"), ("rank_pattern", {"(.|.)" * 45 + "!": 4})):
+        file.write_text(json.dumps(settings | {key: value}))
+        with pytest.raises(RecipeError, match=r"adapter_config\.json: the regular expressions"):
+            load_run(adapted)
 
 
 def test_template_of_an_adapter_that_differs_is_told(adapted: Path, capsys):

@@ -1,6 +1,7 @@
 """Bases by every kind of name, quantized training on a CPU, and each tuning method."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from data.encode.chat import encode
 from data.encode.pack import Layout, make_packs
 from sft.errors import RecipeError
+from sft.models import patterns
 from sft.models.load import check_length, compute_dtype, load_base, load_config, load_tokenizer
 from sft.models.resolve import resolve_base
 from sft.models.speed import bfloat16_pays
@@ -286,3 +288,35 @@ def test_chat_template_comes_from_the_recipe_if_it_names_one(tmp_path, tiny):
     (tmp_path / "t.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
     tokenizer = load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / "t.jinja"))
     assert "im_end" in tokenizer.chat_template
+
+
+ENDLESS = {
+    "quantifiers": "((([a-z_.0-9]+)+)+)+!",
+    "options": "[a-z]?" * 60 + "!" + "[a-z_.0-9]" * 30,
+    "alternatives": "(.|.)" * 45 + "!",
+    "one after another": ".*" * 20 + "!",
+}
+
+
+@pytest.mark.parametrize("pattern", ENDLESS.values(), ids=ENDLESS)
+def test_regular_expression_without_end_is_refused(pattern, tiny, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
+    base = load_base(Model(base=str(tiny), dtype="float32"), CPU)
+    with pytest.raises(RecipeError, match=r"^tune: .*take more than 0\.5 s"):
+        tune_model(base, lora(target_modules=pattern), seed=0)
+    with pytest.raises(RecipeError, match=r"^tune\.trainable: "):
+        tune_model(base, Tune(method="freeze", trainable=(pattern,)), seed=0)
+
+
+def test_usual_regular_expressions_choose_modules(tiny):
+    base = load_base(Model(base=str(tiny), dtype="float32"), CPU)
+    model = tune_model(base, lora(target_modules=r".*layers\.[01]\.(self_attn|mlp)\.(q|up)_proj"), seed=0)
+    trained = {name.split(".lora_")[0].rsplit(".", 1)[1] for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "up_proj"}
+
+
+def test_chat_template_that_is_no_file_is_refused(tmp_path, tiny):
+    """The recipe of a stranger's run can name a FIFO, and opening it would wait for ever."""
+    os.mkfifo(tmp_path / "t.jinja")
+    with pytest.raises(RecipeError, match=r"^model\.chat_template: no such file"):
+        load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / "t.jinja"))

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from data.encode import template
 from eval.client import ServerError
 from sft.cli import serve as serve_command_line
 from sft.errors import RecipeError, RunError
@@ -279,6 +281,21 @@ def test_port_in_use_is_a_clear_error(fake_vllm, tmp_path, tiny):
             server([str(tiny)], "127.0.0.1", port, tmp_path / "l"),
         ):
             pass
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "additional_chat_templates/tool_use.jinja"])
+def test_template_without_end_is_refused_before_vllm_gets_it(fake_vllm, tmp_path, tiny, file, monkeypatch):
+    model = tmp_path / "model"
+    shutil.copytree(tiny, model)
+    (model / file).parent.mkdir(exist_ok=True)
+    (model / file).write_text("{% if messages | length > 2 %}{{ 1 | round(99999999, 'ceil') }}{% endif %}")
+    monkeypatch.setattr(template, "SECONDS", 0.3)
+    with (
+        pytest.raises(ServerError, match="takes more than 0.3 s"),
+        server([str(model)], "::1", free_port(), tmp_path / "l"),
+    ):
+        pytest.fail("it started")
+    assert not (tmp_path / "l").exists()
 
 
 def test_ipv6_loopback_needs_no_key(fake_vllm, tmp_path, tiny, monkeypatch):
