@@ -5,7 +5,6 @@ is memory-mapped, so that memory does not grow with its size.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -51,14 +50,7 @@ def load_windows(
             while batch := list(islice(rows, 1000)):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
 
-    try:
-        return Dataset.from_file(str(build_once(folder, build) / FILE))
-    except (OSError, ValueError) as error:
-        if not folder.is_dir():
-            raise
-        print(f"{folder} is damaged ({error}): its windows are rebuilt", flush=True)
-        shutil.rmtree(folder)
-        return Dataset.from_file(str(build_once(folder, build) / FILE))
+    return Dataset.from_file(str(build_once(folder, build) / FILE))
 
 
 def windows_key(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *lengths: int) -> str:
