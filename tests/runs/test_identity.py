@@ -41,10 +41,16 @@ def test_moved_files_are_the_same_data():
 
 @pytest.mark.parametrize(
     "name",
-    (
-        "tokenizer_config.json generation_config.json special_tokens_map.json added_tokens.json merges.txt "
-        "tokenizer.model chat_template.jinja additional_chat_templates/tool.jinja model.safetensors"
-    ).split(),
+    [
+        "tokenizer_config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.model",
+        "merges.txt",
+        "chat_template.jinja",
+        "additional_chat_templates/tool.jinja",
+        "model.safetensors",
+    ],
 )
 def test_every_file_that_is_read_of_a_base_belongs_to_its_identity(name, tiny, tmp_path):
     base = tmp_path / "base"
