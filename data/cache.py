@@ -1,34 +1,50 @@
 """Results on disk, built once under a key that names everything they depend on.
 
-A folder that exists is whole. Two processes may build the same folder. A changed file, recipe, template or code
-changes the key.
+A folder that exists is whole, and the digests in its SHA256SUMS are compared before it is used; a damaged one is built
+again. Two processes may build the same folder. A changed file, recipe, template or code changes the key.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
+import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from data.atomic import flush
+from data.terminal import print
+
+SUMS = "SHA256SUMS"  # in every folder, in the format of sha256sum(1)
+BUILDING = ".building"  # ends the name of a folder that is being filled
+
 
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """`folder`; if it does not exist, `build(temporary folder)` fills it. The first of two processes wins."""
-    if folder.is_dir():
+    """`folder`; if it does not exist or is damaged, `build(temporary folder)` fills it. The first of two processes
+    wins."""
+    problem = _damage(folder) if folder.is_dir() else None
+    if folder.is_dir() and problem is None:
         return folder
+    if problem:
+        print(f"{folder}: {problem}; it is built again", file=sys.stderr, flush=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with _temporary(folder) as temporary, _temporary(folder) as damaged:
         build(temporary)
+        _seal(temporary)
+        if folder.is_dir() and _damage(folder):
+            with suppress(FileNotFoundError):  # another process replaces it too
+                folder.rename(damaged / folder.name)
         try:
             temporary.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        flush(folder.parent)
     return folder
 
 
@@ -59,3 +75,61 @@ def _code_version() -> str:
     for path in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+@contextmanager
+def _temporary(folder: Path) -> Iterator[Path]:
+    """A new folder beside `folder`, removed at the end of the block. It is locked until then: one that nobody has
+    locked is of a killed process, and is removed here too."""
+    with _lock(folder.parent):
+        for left in folder.parent.glob(f".*{BUILDING}"):
+            if not left.is_symlink():
+                with suppress(OSError), _lock(left, fcntl.LOCK_NB):
+                    shutil.rmtree(left)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=BUILDING, dir=folder.parent))
+        held = _lock(temporary)
+        held.__enter__()
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        held.__exit__(None, None, None)
+
+
+@contextmanager
+def _lock(folder: Path, flags: int = 0) -> Iterator[None]:
+    """Hold the folder's lock until the block or the process ends, in any way."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | flags)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _seal(folder: Path) -> None:
+    """Write the digests of the folder's files, and return once all is on the disk."""
+    paths = sorted(folder.rglob("*"))
+    sums = "".join(f"{file_sha256(p)}  {p.relative_to(folder).as_posix()}\n" for p in paths if p.is_file())
+    (folder / SUMS).write_text(sums, encoding="utf-8")
+    for path in (*paths, folder / SUMS, folder):
+        flush(path)
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a folder; None if every file is the one that was written."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        for digest, _, name in (line.partition("  ") for line in lines):
+            state = os.stat(folder / name)
+            if _sha256_in(str(folder / name), state.st_ino, state.st_size, state.st_ctime_ns) != digest:
+                return f"{name} is damaged: its sha256 differs from that in {SUMS}"
+    except (OSError, ValueError) as error:  # a missing file, a bad sector, a damaged name
+        return f"it is damaged or of an earlier version: {error}"
+    return None if lines else f"{SUMS} is empty"
+
+
+@cache
+def _sha256_in(path: str, *state: int) -> str:
+    """sha256 of a file in this state, computed once by a process: a base is looked up several times."""
+    return file_sha256(Path(path))

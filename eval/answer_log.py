@@ -21,15 +21,21 @@ Ask = Callable[[Sequence[Conversation], Note], list[Prediction]]
 
 
 def resume_answers(
-    path: Path, system: str, conversations: Sequence[Conversation], max_new_tokens: int, ask: Ask
+    path: Path, system: str, conversations: Sequence[Conversation], max_new_tokens: int, ask: Ask, recheck: int = 0
 ) -> list[Prediction]:
     """The answers in order. Those already in the file are not asked again; each new one is appended as it comes.
 
-    system: everything that identifies who answers. The caller deletes the file once the results are written.
+    system: everything that identifies who answers. If that can't be known, as of a server, the `recheck` longest of the
+    answers are asked again first, and all if one differs. The caller deletes the file once the results are written.
     """
     asked = json.dumps([system, max_new_tokens, [list(c.prompt) for c in conversations]])
     header = json.dumps({"key": hashlib.sha256(asked.encode()).hexdigest()})
     answers = _read(path, header)
+    longest = sorted(answers, key=lambda i: -answers[i].new_tokens)[:recheck]
+    again = ask([conversations[i] for i in longest], lambda number, answer: None) if longest else []
+    if any(new.text != answers[i].text for i, new in zip(longest, again, strict=True)):
+        _report(f"{path}: {system} now answers otherwise, so that all questions are asked again")
+        answers = {}
     missing = [i for i in range(len(conversations)) if i not in answers]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join([f"{header}\n", *(_line(i, answer) for i, answer in answers.items())]))
@@ -51,16 +57,20 @@ def resume_answers(
 
 
 def _read(path: Path, header: str) -> dict[int, Prediction]:
-    """The answers by question number; none if the file has another header or is damaged."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-    if lines[:1] != [header]:
+    """The answers by question number, without damaged ones; none if the file has another header."""
+    lines = path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
+    if lines[:1] != [header.encode()]:
         return {}
-    try:
-        rows = [json.loads(line) for line in lines[1:]]
-        answers = {row.pop("number"): Prediction(**row) for row in rows}
-    except (ValueError, TypeError, KeyError) as error:
-        _report(f"{path} is damaged ({error}); all questions are asked again")
-        return {}
+    answers, damaged = dict[int, Prediction](), 0
+    for line in lines[1:]:
+        try:
+            row = json.loads(line.decode())
+            number = row.pop("number")
+            answers[number] = Prediction(**row)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            damaged += 1
+    if damaged:
+        _report(f"{path}: {damaged} lines are damaged; their questions are asked again")
     _report(f"{len(answers)} answers are read from {path}; only the other questions are asked")
     return answers
 

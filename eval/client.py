@@ -118,11 +118,12 @@ def server_predictions(
     max_new_tokens: int,
     concurrency: int = 16,
     keep: Path | None = None,
+    recheck: int = 0,
 ) -> list[Prediction]:
     """The predictions of eval.predict.generate, through POST {url}/chat/completions. Raises ServerError that names the
     question if the server refuses one for another reason than its length.
 
-    keep: a file for the answers as they come, see eval.answer_log.resume_answers.
+    keep, recheck: a file for the answers as they come, see eval.answer_log.resume_answers.
     """
 
     def ask(questions: Sequence[Conversation], note: Note = lambda number, answer: None) -> list[Prediction]:
@@ -133,7 +134,7 @@ def server_predictions(
 
     if not keep:
         return ask(conversations)
-    return resume_answers(keep, f"{url} {model}", conversations, max_new_tokens, ask)
+    return resume_answers(keep, f"{url} {model}", conversations, max_new_tokens, ask, recheck)
 
 
 def prediction_of(reply: "ChatCompletion | None") -> Prediction:

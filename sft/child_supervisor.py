@@ -15,20 +15,28 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 PATIENCE_S = 15  # between asking the group to end and killing it
 PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 
+def end_with_parent() -> Callable[[], None]:
+    """Popen's preexec_fn: on Linux the child gets SIGTERM at any end of this process, kill -9 too."""
+    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None  # looked up before the fork
+    parent = os.getpid()
+
+    def ask_kernel() -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:  # it ended before the call
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return ask_kernel
+
+
 def main(command: list[str]) -> int:
     """The command's exit code; 128 plus the signal's number if a signal ended it, as in a shell."""
-    prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else lambda *_: None  # looked up before the fork
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        process_group=0,
-        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
-    )
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, process_group=0, preexec_fn=end_with_parent())
     signal.signal(signal.SIGTERM, lambda *_: _send(child.pid, signal.SIGTERM))
     threading.Thread(target=_stop_after_parent, args=(child,), daemon=True).start()
     code = child.wait()

@@ -47,6 +47,7 @@ class DataReport:
     leaks: LeakReport = field(default_factory=LeakReport)
     examples: list[dict[str, Any]] = field(default_factory=list)
     tokenizer: dict[str, str] = field(default_factory=dict)
+    examples_sha256: str | None = None  # of what is trained, see data/encode/example_store.py; None: a date is in it
 
     @property
     def all_sources(self) -> list[SourceReport]:

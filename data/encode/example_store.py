@@ -3,6 +3,7 @@
 A store is a folder of data/cache.py: if it exists it is whole, and its key names everything that it depends on.
 """
 
+import hashlib
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -42,6 +43,18 @@ class Examples(Sequence[Example]):
     @cached_property
     def weights(self) -> list[float]:
         return [round(w, 6) for w in self.table["weight"].to_pylist()]
+
+    def sha256(self) -> str:
+        """Digest of what is trained: ids, loss masks and weights, in order."""
+        digest = hashlib.sha256()
+        for name in ("ids", "loss_mask"):
+            for chunk in self.table[name].chunks:
+                digest.update(chunk.value_lengths().to_numpy())
+            for chunk in self.table[name].chunks:
+                digest.update(chunk.flatten().to_numpy())
+        for chunk in self.table["weight"].chunks:
+            digest.update(chunk.to_numpy())
+        return digest.hexdigest()
 
     def count_contexts(self) -> int:
         """The number of distinct contexts, counted without loading them."""

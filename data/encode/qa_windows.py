@@ -5,7 +5,6 @@ is memory-mapped, so that memory does not grow with its size.
 """
 
 import hashlib
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
@@ -24,7 +23,6 @@ from data.conversation import Conversation, DataError
 from data.encode.tokens import fast_backend, plain_backend
 from data.errors import UserError
 from data.progress import track
-from data.terminal import print
 
 FILE = "windows.arrow"
 NO_PASSAGE = -1  # offset of a token outside the passage
@@ -52,14 +50,7 @@ def load_windows(
             while batch := list(islice(rows, 1000)):
                 writer.write_batch(pa.RecordBatch.from_pylist(batch, SCHEMA))
 
-    try:
-        return Dataset.from_file(str(build_once(folder, build) / FILE))
-    except (OSError, ValueError) as error:
-        if not folder.is_dir():
-            raise
-        print(f"{folder} is damaged ({error}): its windows are rebuilt", flush=True)
-        shutil.rmtree(folder)
-        return Dataset.from_file(str(build_once(folder, build) / FILE))
+    return Dataset.from_file(str(build_once(folder, build) / FILE))
 
 
 def windows_key(conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, *lengths: int) -> str:

@@ -82,7 +82,7 @@ def load_floor(recipe: BaselineRecipe, folder: Path) -> Callable[[Sequence[Conve
     if encoder := recipe.encoder:
         trained = json.loads((folder.parent / "manifest.json").read_text())["base"]
         current = identity(encoder.base, encoder.revision)
-        if current != {key: trained[key] for key in current}:
+        if current["commit"] != trained["commit"] or not trained["sha256"].items() <= current["sha256"].items():
             raise RunError(f"model.embedder {encoder.base} has changed since training; restore that version")
 
     def classify(questions: Sequence[Conversation]) -> list[Prediction]:

@@ -36,7 +36,8 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
 
     Checked by the config (sliding windows, rotary scaling) and by a try: the logits of two branches of a small tree
     must equal those of the two sequences alone, up to the rounding that also changes with a sequence's length
-    (bfloat16, quantized products). State-space layers, ALiBi and the like fail the try.
+    (bfloat16, quantized products). Coarse rounding could hide a leak: then packs of one shape, which round alike, must
+    show none. State-space layers, ALiBi and the like fail the try.
     """
     text = model.config.get_text_config().to_dict()
     kinds = set(text.get("layer_types") or ())
@@ -45,7 +46,6 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
     if any(limit and (longest is None or longest > limit) for limit in (sliding_window(model), _rope_limit(text))):
         return False
     rows = [Example([5, 6, 7, 8, 9, 10], [0] * 6), Example([5, 6, 7, 11, 12], [0] * 5)]
-    pack = build_pack([rows])
     device = next(model.parameters()).device
 
     def logits(ids: list[int], positions: Sequence[int], mask: torch.Tensor) -> torch.Tensor:
@@ -59,16 +59,38 @@ def takes_packs(model: PreTrainedModel, longest: int | None = None) -> bool:
         causal = torch.ones(1, 1, len(every), len(every), dtype=torch.bool, device=device).tril()
         return logits(every, range(len(every)), causal)[len(ids) - 1]
 
+    def packed(*rows: Example) -> torch.Tensor:
+        pack = build_pack([rows])
+        return logits(pack.input_ids, pack.position_ids, attention_mask(pack, device))[pack.leaf]
+
+    def isolated(together: torch.Tensor, limit: torch.Tensor) -> bool:
+        """Whether neither the tokens of the other branch nor the order of the two change more than the limit."""
+        first, second = rows
+        changed = (
+            packed(first, Example([5, 6, 7, 13, 14], [0] * 5))[0],
+            packed(Example([5, 6, 7, 13, 14, 15], [0] * 6), second)[1],
+        )
+        others = torch.stack(changed), packed(second, first).flip(0)
+        return all(bool((other - together).std() < limit) for other in others)
+
     with torch.inference_mode():
         plain = [model(torch.tensor([r.ids], device=device), use_cache=False).logits[0, -1] for r in rows]
         alone = torch.stack(plain).float()
         try:
             rounding = (torch.stack([longer(r.ids) for r in rows]) - alone).std()
-            together = logits(pack.input_ids, pack.position_ids, attention_mask(pack, device))
+            together = packed(*rows)
         except (RuntimeError, ValueError, TypeError):  # the model takes no such mask
             return False
-    allowed = torch.minimum(4 * rounding, 0.15 * alone.std()) + 1e-3 * alone.std()
-    return bool((together[pack.leaf] - alone).std() < allowed)
+        spread = alone.std()
+        moved = (together - alone).std() - 1e-3 * spread
+        small = bool(moved < 0.15 * spread)
+        return bool(moved < 4 * rounding) and (
+            small or isolated(together, (0.01 if _is_half(model) else 1e-3) * spread)
+        )
+
+
+def _is_half(model: PreTrainedModel) -> bool:
+    return next(model.parameters()).dtype != torch.float32
 
 
 def takes_padding(model: PreTrainedModel, longest: int) -> bool:
@@ -92,7 +114,7 @@ def takes_padding(model: PreTrainedModel, longest: int) -> bool:
     finally:
         for module, training in modes:
             module.training = training
-    half = alone.dtype != torch.float32 or next(model.parameters()).dtype != torch.float32
+    half = alone.dtype != torch.float32 or _is_half(model)
     spread, leaked, moved = (t.float().std() for t in (alone, one - other, one - alone))
     return bool(leaked < (0.01 if half else 1e-3) * spread and moved < (0.15 if half else 1e-3) * spread)
 

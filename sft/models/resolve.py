@@ -18,6 +18,8 @@ from sft.errors import RecipeError
 from sft.recipe.schema import WHEEL, is_hub_id
 from sft.untrusted import check_configs, check_folder
 
+READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".vocab", ".codes")
+
 
 def resolve_base(base: str) -> str:
     """The Hub id, or the folder with config, weights and tokenizer. Raises RecipeError if there is no such model."""
@@ -42,6 +44,16 @@ def resolve_base(base: str) -> str:
         )
     check_folder(path, f"model.base: {base}")
     return str(path)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The files of a model or adapter that weights, config, tokenizer, chat template and generation settings are read
+    from; none if the folder does not exist.
+
+    By suffix, because each kind of tokenizer reads names of its own.
+    """
+    files = [*folder.glob("*"), *folder.glob("additional_chat_templates/*.jinja")]
+    return sorted(file for file in files if file.suffix in READ and file.is_file())
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from data.audit.report import DataReport
 from data.cache import file_sha256
-from sft.models.resolve import readable, resolve_base, stored_config
+from sft.models.resolve import model_files, readable, resolve_base, stored_config
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.session import usable_cores
 from sft.untrusted import brings_code
@@ -53,6 +53,7 @@ def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: 
         "data_sha256": {path: sha256 for source in sources for path, sha256 in source.sha256.items()},
         "data_revision": {source.name: source.revision for source in sources if source.revision},
         **({"chat_template_sha256": t["chat_template_sha256"]} if (t := report.tokenizer) else {}),
+        **({"examples_sha256": report.examples_sha256} if report.examples_sha256 else {}),
         "seed": recipe.train.seed,
         "trainable_parameters": trainable,
         "parameters": parameters,
@@ -60,12 +61,10 @@ def manifest(recipe: AnyRecipe, report: DataReport, trainable: int, parameters: 
 
 
 def identity(base: str, revision: str | None) -> dict[str, Any]:
-    """What identifies a base: the commit of a Hub id; sha256 of weights, config and tokenizer of a folder."""
+    """What identifies a base: the commit of a Hub id; sha256 of the files of a folder."""
     folder = Path(resolve_base(base))
-    parts = ("*.safetensors", "config.json", "tokenizer.json")
-    files = sorted(f for part in parts for f in folder.glob(part)) if folder.is_dir() else []
     commit = _stored_config(base, revision).get("_commit_hash")
-    return {"commit": commit, "sha256": {file.name: file_sha256(file) for file in files}}
+    return {"commit": commit, "sha256": {str(f.relative_to(folder)): file_sha256(f) for f in model_files(folder)}}
 
 
 def _stored_config(base: str, revision: str | None) -> dict[str, Any]:

@@ -5,25 +5,38 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import atomic_path, write_text
+from data.terminal import print
 from sft.errors import RunError
 
 
 def rewind_metrics(run: Path, step: int) -> None:
-    """Drop the rows after the step that a run resumes from."""
-    rows = [row for row in read_metrics(run) if row["step"] <= step]
+    """Drop the rows after the step that a run resumes from, and those that a power cut damaged, with a warning."""
+    path, rows, damaged = run / "metrics.jsonl", [], 0
+    for line in _lines(path):
+        try:
+            row = json.loads(line.decode())
+            rows += [row] if row["step"] <= step else []
+        except (ValueError, TypeError, KeyError):
+            damaged += 1
+    if damaged:
+        print(f"warning: {path}: {damaged} damaged lines are removed; the run itself is not affected", flush=True)
     write_text(run / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
-    lines = path.read_text().split("\n") if path.is_file() else []
     rows = []
-    for number, line in enumerate(lines[:-1], start=1):  # a crash cuts the last line
+    for number, line in enumerate(_lines(path), start=1):
         try:
-            rows.append(json.loads(line))
+            rows.append(json.loads(line.decode()))
         except ValueError as error:
             raise RunError(f"{path}:{number}: is damaged: {error}; remove this line and those after it") from error
     return rows
+
+
+def _lines(path: Path) -> list[bytes]:
+    """The whole lines of a file; a crash cuts the last one. None if there is no file."""
+    return path.read_bytes().split(b"\n")[:-1] if path.is_file() else []
 
 
 def plot_loss(run: Path) -> None:

@@ -1,6 +1,7 @@
 """How a run resumes: what `graft train --resume` allows, and the check that it is still the same run."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,11 @@ def made_from(run: Path, facts: dict[str, Any], processes: int) -> dict[str, Any
     recipe = load_any_recipe(run / "recipe.yaml").model_dump(mode="json")
     return {
         "recipe": {k: v for k, v in _flat(recipe) if not k.startswith(IGNORED)},
-        "data": {**facts["data_sha256"], **facts["data_revision"]},
+        "data": {
+            **facts["data_sha256"],
+            **facts["data_revision"],
+            **({"encoded examples": facts["examples_sha256"]} if "examples_sha256" in facts else {}),
+        },
         "base": {
             **facts["base"]["sha256"],
             "commit": facts["base"]["commit"],
@@ -104,12 +109,24 @@ def _differences(kind: str, then: dict[str, Any], now: dict[str, Any]) -> Iterat
         if sorted(map(str, then.values())) == sorted(map(str, now.values())):  # two files swapped
             yield f"{kind}: the same contents in other places: then {', '.join(then)}; now {', '.join(now)}"
             return
-        if moved := {*then.values()} & {*now.values()}:
-            then = {name: v for name, v in then.items() if v not in moved}
-            now = {name: v for name, v in now.items() if v not in moved}
+        then, now = _without(then, now), _without(now, then)
     for name in sorted({*then, *now}):
         if then.get(name) != now.get(name):
             yield f"{kind}: {name}: then {_shown(then.get(name))}, now {_shown(now.get(name))}"
+
+
+def _without(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """The values without counterpart among the others; each other one, first that of the same name, is one's only."""
+    counterparts = Counter(value for name, value in others.items() if (name, value) not in values.items())
+    left = {}
+    for name, value in values.items():
+        if (name, value) in others.items():
+            continue
+        if counterparts[value]:
+            counterparts[value] -= 1
+        else:
+            left[name] = value
+    return left
 
 
 def _shown(value: Any) -> str:

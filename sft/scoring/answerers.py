@@ -1,9 +1,11 @@
 """How a system is asked: a language model by generation or by likelihood, a baseline by its head."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data.cache import file_digests
 from data.conversation import Conversation
 from data.readers.source import read_all
 from data.readers.squad import UNANSWERABLE
@@ -18,11 +20,14 @@ from eval.results import limit_questions
 from eval.spans import tune_threshold
 from eval.tasks import TASKS
 from sft.errors import RecipeError
-from sft.models.target import is_url, load_target
+from sft.models.resolve import model_files
+from sft.models.target import is_run, is_url, load_target, run_recipe
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
-from sft.recipe.schema import Eval
+from sft.recipe.schema import Eval, Model
+from sft.runs.manifest import identity
 from sft.training.examples import with_split
 
+RECHECK = 3  # answers of a server that an interrupted evaluation compares before it goes on
 Answerer = Callable[[Sequence[Conversation]], list[Prediction]]
 Differences = Callable[[Sequence[Conversation], Sequence[Prediction]], list[float]]  # see no_answer_differences
 
@@ -62,7 +67,9 @@ def model_answerer(
         if options.labels or options.threshold_from:
             raise RecipeError(f"{target}: a server returns no likelihoods; leave --labels and --threshold-from out")
         served = served_model(target, options.served)
-        return lambda questions: server_predictions(target, served, questions, length, options.concurrency, log)
+        return lambda questions: server_predictions(
+            target, served, questions, length, options.concurrency, log, RECHECK
+        )
     labels = TASKS[task].labels
     if options.labels and not labels:
         raise RecipeError(f"--labels: task {task} has no labels to choose from; leave it out")
@@ -80,7 +87,7 @@ def model_answerer(
             return no_answer_differences(model, tokenizer, questions, written, tokens, loaded.packed)
 
         return _with_threshold(write, differences, limit_questions(known, options.threshold_from))
-    system = _identity(target, base)
+    system = _identity(target, base) if log else ""
     # a single question is asked to measure its latency
     return lambda questions: (
         resume_answers(log, system, questions, length, write) if log and len(questions) > 1 else write(questions)
@@ -110,11 +117,15 @@ def _with_threshold(write: Answerer, differences: Differences, training: Sequenc
 
 
 def _identity(target: str, base: bool) -> str:
-    """Name of the system; for a folder also the times when its recipe and weights were written."""
-    folder = Path(target)
-    parts = ("recipe.yaml", "*.safetensors", "adapter/*.safetensors", "model/*.safetensors")
-    files = sorted(path for part in parts for path in folder.glob(part)) if folder.is_dir() else []
-    return " ".join([target, str(base), *(f"{path} {path.stat().st_mtime_ns}" for path in files)])
+    """Name of the system, and digests of everything that it is loaded from."""
+    own = {}
+    model = Model(base=target)
+    if is_run(target):
+        run, model = Path(target), run_recipe(Path(target)).model
+        files = [run / "recipe.yaml", *model_files(run / "adapter"), *model_files(run / "model")]
+        files += [model.chat_template] if model.chat_template and model.chat_template.is_file() else []
+        own = file_digests(files)
+    return json.dumps([target, base, own, identity(model.base, model.revision)])
 
 
 def baseline_answerer(

@@ -19,6 +19,7 @@ from data.atomic import atomic_path, write_json, write_text
 from data.page import markdown_table
 from data.terminal import Console, print
 from sft.baselines.encoder import positions_of
+from sft.child_supervisor import end_with_parent
 from sft.errors import RecipeError
 from sft.models.load import load_config
 from sft.recipe.baseline_schema import MOVES_POSITIONS, AnyRecipe, BaselineRecipe
@@ -218,8 +219,9 @@ def run_logged(command: Sequence[str], log: Path) -> int:
     with log.open("a", encoding="utf-8") as file:
         print("$", shlex.join(command), file=file, flush=True)
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=child_environment()
-        )
+            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=child_environment(),
+            preexec_fn=end_with_parent(),
+        )  # fmt: skip
         try:
             return process.wait()
         except KeyboardInterrupt:

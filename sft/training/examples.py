@@ -58,8 +58,9 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
 
     def complete(report: DataReport, examples: Examples) -> DataReport:
         """Add what is not in the cache: names that are only shown, and figures that change with the steps."""
-        sha256 = text_sha256(str(tokenizer.chat_template))
-        report.tokenizer = {"base": recipe.model.base, "chat_template_sha256": sha256}
+        template = str(tokenizer.chat_template)
+        report.tokenizer = {"base": recipe.model.base, "chat_template_sha256": text_sha256(template)}
+        report.examples_sha256 = None if reads_date(template) else examples.sha256()
         count_shared(report.totals, examples, recipe)
         return report
 
@@ -72,6 +73,11 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
         report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         examples = Examples(folder)
         return complete(report, examples), examples
+
+
+def reads_date(template: str) -> bool:
+    """Whether the template may render other text tomorrow."""
+    return "strftime_now" in template
 
 
 def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Examples, DataReport]:
@@ -204,7 +210,7 @@ def _key(
         tokenizer=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
         special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],
         template=template,
-        today=str(date.today()) if "strftime_now" in template else "",  # it renders another date each day
+        today=str(date.today()) if reads_date(template) else "",
         libraries=[version(name) for name in LIBRARIES],
     )
 

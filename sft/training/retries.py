@@ -10,6 +10,7 @@ from typing import Any
 
 from data.errors import ExitCode
 from data.terminal import print, quoted
+from sft.child_supervisor import end_with_parent
 from sft.errors import RecipeError
 from sft.runs.interrupt import handle_signals
 from sft.session import child_environment, graft_command
@@ -20,7 +21,8 @@ def supervise(first: Sequence[str], run: Path, again: Sequence[str], retries: in
 
     first: arguments of `graft train` that begin the run in the folder `run`; again: those that resume it. Another
     process follows one that was killed or failed with an error of Graft's own, not one that ended with another exit
-    code (a mistake, a full disk, ...). Signals are passed on.
+    code (a mistake, a full disk, ...). Signals are passed on. At any end of this process, kill -9 too, the training
+    gets SIGTERM, so that it saves and ends.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise RecipeError("--retries supervises one process; with several, use torchrun --max-restarts")
@@ -38,7 +40,7 @@ def supervise(first: Sequence[str], run: Path, again: Sequence[str], retries: in
 def _run(arguments: Sequence[str]) -> int:
     command = graft_command("train", *arguments)
     # in its own group, so that a terminal's Ctrl-C arrives once, through us
-    process = subprocess.Popen(command, process_group=0, env=child_environment())
+    process = subprocess.Popen(command, process_group=0, env=child_environment(), preexec_fn=end_with_parent())
     received: list[int] = []
 
     def pass_on(number: int, frame: Any) -> None:

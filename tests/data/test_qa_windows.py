@@ -222,10 +222,10 @@ def test_second_start_reads_the_windows_of_the_first(questions, tmp_path, monkey
 )
 def test_damaged_windows_are_rebuilt(damage, questions, tmp_path, capsys):
     rows = load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS).to_list()
-    (file,) = (path for path in tmp_path.glob("*/*") if path.is_file())
+    (file,) = (path for path in tmp_path.glob("*/*.arrow"))
     damage(file)
     assert load_windows(questions, bert_tokenizer(), tmp_path, *SETTINGS).to_list() == rows
-    assert "is damaged" in capsys.readouterr().out
+    assert "is damaged" in capsys.readouterr().err
 
 
 def test_everything_that_changes_windows_changes_the_key(questions):

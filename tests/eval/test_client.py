@@ -155,6 +155,31 @@ def test_interrupted_evaluation_resumes(questions, tmp_path, capsys):
     assert json.loads(keep.read_text().split("\n")[1])["text"]
 
 
+def test_kept_answers_of_another_model_under_the_same_name_are_dropped(questions, tmp_path, capsys):
+    """Three of them are asked again, the longest; a power cut left NULs, and a line of something else."""
+    keep, asked_texts, ends = tmp_path / NAME, [], [""]
+
+    def answer(request: dict):
+        asked_texts.append(last(request))
+        return (
+            completion(f"{asked_texts[-1]}{ends[0]}") if len(asked_texts) != 7 else (400, {"error": {"message": "b"}})
+        )
+
+    with serving(answer, "served") as url:
+        with pytest.raises(ServerError):
+            server_predictions(url, "served", questions[:12], 9, 1, keep, 3)
+        with keep.open("ab") as file:
+            file.write(bytes(9) + b"\n\xff\n[1]\n" + bytes(5))
+        server_predictions(url, "served", questions[:12], 9, 1, keep, 3)
+        assert len(asked_texts) == 7 + 3 + 6
+        assert "3 lines are damaged" in capsys.readouterr().err
+        ends[0] = " of another model"
+        answers = server_predictions(url, "served", questions[:12], 9, 1, keep, 3)
+        assert len(asked_texts) == 16 + 3 + 12
+        assert all(a.text.endswith(ends[0]) for a in answers)
+        assert f"{url} served now answers otherwise" in capsys.readouterr().err
+
+
 def test_evaluation_keeps_answers_only_until_its_results_are_written(questions, tmp_path):
     from sft.scoring.evaluate import evaluate
     from tests.helpers.places import SAMPLES

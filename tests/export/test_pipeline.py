@@ -7,6 +7,7 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from transformers import MixtralConfig, PreTrainedConfig
 
 import sft.export.pipeline
 from data.conversation import Conversation
+from data.encode.chat import Example
 from eval.prediction import Prediction
-from sft.export.parity import ExampleTrace, HeldOut, ModelTrace, compare
+from sft.errors import ParityError
+from sft.export.parity import ExampleTrace, HeldOut, ModelTrace, check_agreement, compare
 from sft.export.pipeline import export
 from sft.models.load import load_base
 from sft.models.target import run_recipe
@@ -91,6 +94,47 @@ def test_equal_models_do_not_diverge_and_others_do():
     assert differ["answer_argmax_agreement"] == 0.75
     assert [differ["task_score"][side]["exact"] for side in ("adapter", "merged")] == [100.0, 50.0]
     assert (equal["same_answers"], differ["same_answers"]) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("agreeing", "tokens", "margins", "allowed"),
+    [
+        (84, 85, [0.1], True),
+        (84, 85, [1.0], False),  # the other token was far from likely
+        (84, 85, [None], False),  # not known
+        (80, 85, [0.1] * 5, False),  # too many, even of so few
+        (9800, 10000, [0.1] * 20, False),
+        (8, 10, [0.1] * 2, False),
+        (842, 850, [0.1] * 8, True),
+        (99, 100, [9.0], True),  # as many as are demanded
+    ],
+)
+def test_few_tokens_are_judged_by_an_interval_and_by_the_margin_of_those_that_differ(
+    agreeing, tokens, margins, allowed, capsys
+):
+    flips = [
+        {"where": f"rows.jsonl:{i}", "answer_token": 3, "ids": [1, 2], "margin_nats": m} for i, m in enumerate(margins)
+    ]
+    measured = {"answer_argmax_agreement": round(agreeing / tokens, 5), "answer_tokens": tokens, "flips": flips}
+    recipe = SimpleNamespace(export=SimpleNamespace(min_agreement=0.99, min_format_agreement=0.95))
+    if not allowed:
+        with pytest.raises(ParityError, match="export.min_agreement 99.00%.*rows.jsonl:0, answer token 3"):
+            check_agreement(measured, recipe)
+    else:
+        check_agreement(measured, recipe)
+        assert ("rows.jsonl:0, answer token 3" in capsys.readouterr().out) is (agreeing < 99 * tokens / 100)
+
+
+def test_record_names_the_answer_token_that_differs_and_its_margin():
+    before = ExampleTrace(torch.tensor([[2.0, 0.0], [0.5, 0.3]]), torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]))
+    after = ExampleTrace(torch.tensor([[2.0, 0.0], [0.3, 0.5]]), torch.tensor([0, 1, 0]), torch.tensor([0, 1, 0]))
+    conversations = [Conversation(({"role": "assistant", "content": "a"},), "0", "", ("a",))]
+    held_out = HeldOut("squad_v1", conversations, [Example([1], [1], "", "/home/me/rows.jsonl:7")], 0, Eval())
+    answers = [Prediction("a", 1, True)]
+    flips = compare(ModelTrace([before], answers), ModelTrace([after], answers), held_out)["flips"]
+    assert [(f["where"], f["answer_token"], f["margin_nats"]) for f in flips] == [
+        ("rows.jsonl:7", 2, None), ("rows.jsonl:7", 1, 0.2)
+    ]  # fmt: skip
 
 
 def test_card_names_base_licence_data_and_parity(run, record):

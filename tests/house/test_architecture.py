@@ -11,8 +11,9 @@ from tests.helpers.places import ROOT
 # each room may import what is in an earlier line; rooms of one line know nothing of each other
 ORDER = (
     ("data.terminal",),
-    ("data.errors", "data.progress", "data.redact", "data.cache", "data.page"),
+    ("data.errors", "data.progress", "data.redact", "data.page"),
     ("data.conversation", "data.atomic"),
+    ("data.cache",),
     ("data.readers", "data.encode"),
     ("data.audit",),
     ("eval",),

@@ -155,3 +155,28 @@ def test_logits_of_other_tokens_than_the_sources_are_refused():
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "mistral"])
 def test_models_that_do_not_obey_the_mask_do_not_take_packs(kind):
     assert not takes_packs(small_model(kind).eval())
+
+
+@pytest.mark.parametrize("kind", ["mistral", "bloom", "deaf to the mask", "deaf to positions"])
+def test_coarse_rounding_refuses_no_sound_model_and_hides_no_wrong_one(kind):
+    """Logits that change with the length of the input by a third of their spread, as in bfloat16 on some CPUs."""
+    model: Any = small_model("bloom" if kind == "bloom" else "mistral", sliding_window=None).eval()
+    for name, weight in model.named_parameters():
+        if "q_proj" in name or "k_proj" in name:  # else positions hardly matter
+            weight.data *= 30
+    forward = model.forward
+    scale = 0.33 * forward(torch.arange(5, 11)[None]).logits[0, -1].std().item()
+
+    def rounded(ids: torch.Tensor | None = None, **inputs: Any) -> Any:
+        ids = inputs.pop("input_ids", ids)
+        if kind == "deaf to the mask":
+            inputs.pop("attention_mask", None)
+        if kind == "deaf to positions":
+            inputs.pop("position_ids", None)
+        out = forward(input_ids=ids, **inputs)
+        noise = torch.randn(out.logits.shape[-1], generator=torch.Generator().manual_seed(ids.shape[1]))
+        out.logits = out.logits + scale * noise
+        return out
+
+    model.forward = rounded
+    assert takes_packs(model) is (kind == "mistral")

@@ -22,7 +22,7 @@ from sft.runs.checkpoint import (
     rotate,
     set_aside,
 )
-from sft.runs.metrics import read_metrics
+from sft.runs.metrics import read_metrics, rewind_metrics
 from sft.runs.state import load_state, random_state, save_state, set_random_state
 from tests.helpers.runs import HARM, flip
 
@@ -105,6 +105,14 @@ def test_unreadable_files_are_named(run):
     (run / "metrics.jsonl").write_text('{"step": 1}\n\0\n')
     with pytest.raises(RunError, match="metrics.jsonl:2: is damaged.*remove this line"):
         read_metrics(run)
+
+
+def test_metrics_that_a_power_cut_damaged_do_not_stop_a_resume(run, capsys):
+    damaged = b'{"step": 1}\n{"step": 2}\n\0\0\0\n\0\0{"step": 3}\n\xff\n7\n{"step": 4}\n{"step": 5}\n{"st\0\0\0'
+    (run / "metrics.jsonl").write_bytes(damaged)
+    rewind_metrics(run, 4)
+    assert [row["step"] for row in read_metrics(run)] == [1, 2, 4]
+    assert "metrics.jsonl: 4 damaged lines" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_the_disk_does_not_return_is_not_published(run, monkeypatch):

@@ -286,6 +286,29 @@ def test_supervisor_that_is_asked_to_stop_does_not_begin_again(training, tmp_pat
     assert len(begun) == 1
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at the end of a parent is Linux's")
+@pytest.mark.parametrize("start", ["sft.training.retries._run(child)", "sft.scoring.ladder.run_logged(child, log)"])
+def test_training_ends_with_the_process_that_started_it_even_if_that_is_killed(start, tmp_path):
+    program = f"""
+import sys, pathlib, sft.training.retries, sft.scoring.ladder
+child, log = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(60)"], pathlib.Path(sys.argv[1])
+sft.training.retries.graft_command = lambda name, *command: command
+{start}
+"""
+    log = tmp_path / "log"
+    with (tmp_path / "output").open("w") as output:
+        parent = subprocess.Popen([sys.executable, "-c", program, log], cwd=ROOT, stdout=output)
+    deadline, pid = time.monotonic() + 60, ""
+    while not pid and time.monotonic() < deadline:
+        time.sleep(0.02)
+        lines = [line for path in tmp_path.iterdir() for line in path.read_text().split("\n")[:-1]]
+        pid = next((line for line in lines if line.isdigit()), "")
+    child = psutil.Process(int(pid))
+    parent.kill()
+    parent.wait()
+    child.wait(10)
+
+
 def test_supervisor_is_not_for_launchers(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RecipeError, match="--retries .*one process"):

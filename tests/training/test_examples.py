@@ -1,8 +1,10 @@
 """Examples are encoded once and read from the cache, unless anything that they depend on has changed."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data.cache import build_once
@@ -68,6 +70,43 @@ def test_changed_file_recipe_or_template_is_encoded_again(recipe, counted, tmp_p
     assert len(counted) == 5
     load_examples(recipe, tokenizer)
     assert len(counted) == 5
+
+
+def test_damaged_examples_are_encoded_again_with_a_line(recipe, counted, tmp_path, capsys):
+    """Ids in the middle of the file: Arrow itself does not notice."""
+    tokenizer = load_tokenizer(recipe.model)
+    examples, report = load_examples(recipe, tokenizer)
+    written = list(examples)
+    (file,) = (tmp_path / "cache" / "examples").glob("*/examples.arrow")
+    content, ids = bytearray(file.read_bytes()), np.array(written[0].ids, np.int32).tobytes()
+    content[content.index(ids)] ^= 1
+    file.write_bytes(content)
+    assert Examples(file.parent)[0].ids != written[0].ids
+    again, same = load_examples(recipe, tokenizer)
+    assert (len(counted), list(again), same) == (2, written, report)
+    assert f"{file.parent}: examples.arrow is damaged" in capsys.readouterr().err
+
+
+def test_digest_of_the_examples_is_that_of_what_is_trained(recipe, tmp_path):
+    """Of ids, masks, weights and order, not of names and places; nor of a date that a template renders."""
+    rows = [Example([1, 2], [0, 1]), Example([3], [1])]
+    others = [
+        ([Example([1, 9], [0, 1]), rows[1]], None),
+        ([Example([1, 2], [1, 1]), rows[1]], None),
+        ([Example([1], [0]), Example([2, 3], [1, 1])], None),
+        (rows[::-1], None),
+        (rows, [1.0, 0.5]),
+        (rows * 3000, None),
+    ]
+    same = stored(tmp_path / "same", [replace(row, context="c", where="f:1") for row in rows])
+    digests = [stored(tmp_path / "rows", rows).sha256()]
+    assert same.sha256() == digests[0]
+    digests += [stored(tmp_path / str(i), *other).sha256() for i, other in enumerate(others)]
+    assert len({*digests}) == 7
+    tokenizer = load_tokenizer(recipe.model)
+    assert load_examples(recipe, tokenizer)[1].examples_sha256
+    tokenizer.chat_template += "{{ strftime_now('%d') if false }}"
+    assert load_examples(recipe, tokenizer)[1].examples_sha256 is None
 
 
 def test_label_that_is_a_folders_name_belongs_to_the_key(recipe, counted, tmp_path):
