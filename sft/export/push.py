@@ -6,6 +6,7 @@ from data.errors import UserError
 from data.readers.source import HUB_ID
 from sft.export.integrity import PARITY
 from sft.runs.model_card import licence_of
+from sft.untrusted import check_contents
 
 
 class PushError(UserError):
@@ -18,6 +19,7 @@ def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
         raise PushError(f"{repo}: is not a repository's name; write OWNER/NAME")
     if not (folder / PARITY).is_file():
         raise PushError(f"{folder}: holds no {PARITY} of a finished export; name the folder that `graft export` wrote")
+    check_contents(folder, str(folder))
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)
     lines = [f"{path.relative_to(folder)}  {path.stat().st_size:,} bytes" for path in files]

@@ -17,7 +17,7 @@ from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
 from sft.recipe.schema import WHEEL, Model, Recipe, changed, is_hub_id
-from sft.untrusted import check_adapter
+from sft.untrusted import check_adapter, check_run
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ def is_run(target: str) -> bool:
 def check_target(target: str) -> None:
     """Raise RunError if a command's target can be neither loaded nor asked."""
     if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
+        if is_run(target):
+            check_run(Path(target))
         return
     runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
     if is_hub_id(target) and not runs:  # `runs/mistyped` is no Hub id
@@ -51,6 +53,7 @@ def run_recipe(run: Path) -> Recipe:
     """The recipe of a language model's run. Raises RunError if the folder is no run."""
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
+    check_run(run)
     return load_recipe(run / "recipe.yaml", check_files=False)
 
 
@@ -58,6 +61,7 @@ def run_any_recipe(run: Path) -> AnyRecipe:
     """The recipe of any run, a baseline's too."""
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
+    check_run(run)
     return load_any_recipe(run / "recipe.yaml", check_files=False)
 
 

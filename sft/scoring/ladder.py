@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 from rich.markdown import Markdown
 
-from data.atomic import atomic_path, write_json, write_text
+from data.atomic import atomic_path, open_to_append, write_json, write_text
 from data.page import markdown_table
 from sft.baselines.encoder import positions_of
 from sft.errors import RecipeError
@@ -215,7 +215,7 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
 def run_logged(command: Sequence[str], log: Path) -> int:
     """Run a command, append its output to the log, and return its exit code. Ctrl-C also reaches the command, which may
     save a checkpoint until a second Ctrl-C."""
-    with log.open("a", encoding="utf-8") as file:
+    with open_to_append(log) as file:
         print("$", shlex.join(command), file=file, flush=True)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=child_environment()

@@ -11,7 +11,7 @@ from tests.helpers.places import ROOT
 # each room may import what is in an earlier line; rooms of one line know nothing of each other
 ORDER = (
     ("data.errors", "data.progress", "data.redact", "data.cache", "data.page"),
-    ("data.conversation", "data.atomic"),
+    ("data.conversation", "data.atomic", "data.inside"),
     ("data.readers", "data.encode"),
     ("data.audit",),
     ("eval",),
