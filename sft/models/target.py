@@ -17,7 +17,7 @@ from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
 from sft.recipe.schema import WHEEL, Model, Recipe, changed, is_hub_id
-from sft.untrusted import check_adapter, check_run
+from sft.untrusted import check_adapter, check_folder, check_run
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ def is_run(target: str) -> bool:
 
 
 def check_target(target: str) -> None:
-    """Raise RunError if a command's target can be neither loaded nor asked."""
+    """Raise RunError if a command's target can be neither loaded nor asked, RecipeError if its files lead elsewhere."""
     if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
-        if is_run(target):
-            check_run(Path(target))
+        if not is_url(target) and Path(target).is_dir():
+            check_run(Path(target)) if is_run(target) else check_folder(Path(target), target)
         return
     runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
     if is_hub_id(target) and not runs:  # `runs/mistyped` is no Hub id

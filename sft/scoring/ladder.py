@@ -28,6 +28,7 @@ from sft.runs.folder import check_writable
 from sft.runs.metrics import read_metrics
 from sft.scoring.evaluate import column_of
 from sft.session import child_environment, graft_command
+from sft.untrusted import check_contents
 
 Row = dict[str, Any]
 
@@ -63,6 +64,7 @@ def ladder(
     methods = _check(recipe, recipe_path, methods)
     rate_by_method = _rates(rates, methods)
     check_writable(out, "--out")
+    check_contents(out, f"--out {out}")
     kind = str(load_config(Model(base=recipe.model.base, revision=recipe.model.revision)).model_type)
     rungs: dict[str, AnyRecipe | RecipeError] = {}
     for method in methods:
