@@ -91,7 +91,7 @@ def commands(places, monkeypatch) -> dict[str, list[Callable[[], list[object]]]]
     """Command lines by the folder that is planted in. vLLM, the rungs of a ladder and the Hub are not there."""
     place, _ = places
     base, trained, export, out = (place / name for name in ("base", "run", "export", "out"))
-    data = ["--data", place / "held_out.jsonl"]
+    data = ["--data", place / "held_out.jsonl", "--max-new-tokens", "2"]
     monkeypatch.setattr(sft.serving.serve.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(sft.serving.serve, "serve_command", lambda *args: ["true"])
     monkeypatch.setattr(sft.scoring.ladder, "graft_command", lambda *words: ["false"])
