@@ -28,12 +28,12 @@ class Scored:
     scores: dict[str, float]
 
 
-def limit_questions(conversations: Sequence[Conversation], limit: int | None, seed: int = 0) -> list[Conversation]:
-    """At most `limit` questions drawn at random by seed, in file order. Questions rather than whole contexts: those
-    of one passage tend to be right or wrong together, and many passages give the narrower interval."""
+def limit_questions(conversations: Sequence[Conversation], limit: int | None) -> list[Conversation]:
+    """At most `limit` questions drawn at random, the same ones each time, in file order. Questions rather than whole
+    contexts: those of one passage tend to be right or wrong together, and many passages give the narrower interval."""
     if limit is None or limit >= len(conversations):
         return list(conversations)
-    return [conversations[i] for i in sorted(random.Random(seed).sample(range(len(conversations)), limit))]
+    return [conversations[i] for i in sorted(random.Random(0).sample(range(len(conversations)), limit))]
 
 
 def score(task: str, conversations: Sequence[Conversation], predictions: Sequence[Prediction]) -> list[Scored]:

@@ -89,10 +89,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def items_to_settle(
-    a: Sequence[float], b: Sequence[float], clusters: Sequence[str], alpha: float = 0.05, power: float = 0.8
-) -> int | None:
-    """About how many items in all, clustered alike, would show this difference at `alpha` (two-sided) with `power`.
+def items_to_settle(a: Sequence[float], b: Sequence[float], clusters: Sequence[str], alpha: float = 0.05) -> int | None:
+    """About how many items in all, clustered alike, would show this difference at `alpha` (two-sided) with power 0.8.
 
     None if there is no difference, or one cluster only, of which no variance is known. Source: Miller (2024, arXiv
     2411.00640), clustered standard error of the paired differences, and power analysis.
@@ -102,7 +100,7 @@ def items_to_settle(
     if not mean or len(set(clusters)) < 2:
         return None
     variance = float((_cluster_sums(differences - mean, clusters) ** 2).sum()) / len(differences)
-    return max(1, math.ceil(variance * ((_Z(1 - alpha / 2) + _Z(power)) / mean) ** 2))
+    return max(1, math.ceil(variance * ((_Z(1 - alpha / 2) + _Z(0.8)) / mean) ** 2))
 
 
 def cell(values: np.ndarray, clusters: int | None = None) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """The whole `graft` command: the options of each verb; its work is done in the room that it imports."""
 
+import contextlib
 import json
 import os
 import sys
@@ -8,8 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ParamSpec
 
+from click.core import ParameterSource
 from rich.console import Console
-from typer import Argument, Exit, Option, Typer
+from typer import Argument, Context, Exit, Option, Typer
 
 from data.readers.source import FileSource
 from sft import train
@@ -61,7 +63,7 @@ def check(
     overrides: train.Overrides = None,
     out: Annotated[Path | None, Option(help="Folder of the report; default: data-reports/RECIPE-NAME.")] = None,
 ) -> None:
-    """Report what the model would learn from which file and line; exit code 1 if the data stops the run."""
+    """Report what the model would learn, with file and line; exit code 1 if the data stops the run."""
     from sft.recipe.load import load_recipe
     from sft.training.check_data import check as examine
 
@@ -74,7 +76,7 @@ def show(
     data: Annotated[str, Argument(help="A data file, glob, folder or Hub dataset.", show_default=False)],
     n: Annotated[int, Option("--n", min=1, help="Number of examples.")] = 5,
     base: Annotated[str, Option(help="Model whose tokenizer and chat template are used.")] = DEFAULT_BASE,
-    task: Annotated[str, Option(help="Task of rows whose format does not say it.")] = "squad_v2",
+    task: Annotated[str, Option(help="Task of rows whose format does not define one.")] = "squad_v2",
     column: Annotated[
         list[str] | None, Option(help="Graft's name and the file's: prompt=question; repeatable.")
     ] = None,
@@ -142,14 +144,14 @@ def eval_command(
     target: Target,
     task: Annotated[str | None, Option(help="squad_v2, squad_v1, newsgroups or instruct; default: the run's.")] = None,
     data: Annotated[str | None, Option(help="File or Hub dataset; default: the run's eval.data.")] = None,
-    limit: Annotated[int | None, Option(min=1, help="Most questions, drawn at random.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Score at most N questions, drawn at random.", metavar="N")] = None,
     out: Annotated[Path | None, Option(help="Default: RUN/eval, or eval-results.")] = None,
     base: Annotated[bool, Option("--base", help="Score the run's base instead of the run.")] = False,
     model: ServedModel = None,
     concurrency: Concurrency = 16,
     split: Annotated[str | None, Option(help="Split of a Hub dataset; default: the run's, or validation.")] = None,
     max_new_tokens: Annotated[int | None, Option(min=1, help="Default: the run's, or 48.")] = None,
-    run: Annotated[Path | None, Option(help="Run whose task and held-out data a server or an export is asked.")] = None,
+    run: Annotated[Path | None, Option(help="For a server or an export: run that gives task and data.")] = None,
     labels: Annotated[bool, Option("--labels", help="Choose among the task's labels by likelihood.")] = False,
     shots: Annotated[int, Option(min=0, help="Solved training examples before each question.")] = 0,
     threshold_from: Annotated[
@@ -212,7 +214,7 @@ def chat(
     target: Target,
     model: ServedModel = None,
     system: Annotated[str | None, Option(help="A system prompt.")] = None,
-    max_new_tokens: Annotated[int, Option(min=1, help="Most tokens of an answer.")] = 256,
+    max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of tokens per answer.")] = 256,
 ) -> None:
     """Talk to a model in the terminal."""
     from sft.serving.chat import chat as talk
@@ -284,8 +286,8 @@ def serve(
         list[str],
         Argument(help="An exported model or a base, or runs, whose adapters are served on their common base."),
     ],
-    lora: Annotated[list[str] | None, Option(help="NAME=RUN: its adapter too, under that name.")] = None,
-    host: Annotated[str, Option(help="Others than loopback need a key.")] = "127.0.0.1",
+    lora: Annotated[list[str] | None, Option(help="Also serve RUN's adapter as NAME: NAME=RUN; repeatable.")] = None,
+    host: Annotated[str, Option(help="Address to listen on; any except loopback needs a key.")] = "127.0.0.1",
     port: Annotated[int, Option(min=1, max=65535)] = 8000,
     api_key_file: Annotated[
         Path | None, Option(help="A file with the key that clients must send; or set VLLM_API_KEY.")
@@ -311,6 +313,7 @@ def serve(
 
 @command(SHIP, "verify")
 def verify_command(
+    context: Context,
     target: Annotated[Path, Argument(help="A run that a server serves, or an exported model.")],
     url: Annotated[str | None, Argument(help="The server's /v1 address; none for an export.")] = None,
     run: Annotated[Path | None, Option(help="Run of the export; default: the folder that it is in.")] = None,
@@ -318,27 +321,36 @@ def verify_command(
     data: HeldOut = None,
     n: Annotated[int, Option("--n", min=1, help="Number of prompts, drawn at random.")] = 200,
     concurrency: Concurrency = 16,
-    margin: Annotated[float | None, Option(min=0, help="Nats by which likely first tokens may differ.")] = None,
+    margin: Annotated[
+        float | None, Option(min=0, help="Allowed difference of first tokens in nats; default: 0.5.")
+    ] = None,
     allow_mismatch: AllowMismatch = False,
-    as_json: Annotated[bool, Option("--json", help="Print the record of verify.json, not tables.")] = False,
+    as_json: Annotated[bool, Option("--json", help="Print the record as JSON, nothing else.")] = False,
 ) -> None:
-    """Check that a server answers as its run does, or re-verify a finished export; exit code 1 or 2 if not."""
-    if url is None:
-        from sft.export.pipeline import verify_export
+    """Check that a server answers as its run does, or re-verify a finished export; exit code 1 if a server differs, 2
+    if an export does."""
+    foreign = ("run", "allow_mismatch") if url else ("model", "n", "concurrency", "margin")
+    if given := [name for name in foreign if context.get_parameter_source(name) == ParameterSource.COMMANDLINE]:
+        option = f"--{given[0].replace('_', '-')}"
+        remedy = f"leave out the server's address {url}" if url else "add the server's /v1 address"
+        raise RecipeError(f"{option} is for {'an export' if url else 'a server'}; leave it out, or {remedy}")
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        if url:
+            from sft.serving.verify import print_record, verify
 
-        record = verify_export(target, run, data, allow_mismatch)
-        print(json.dumps(record, indent=2))
-        print(f"{target} answers like run {record['run']}; nothing in it has changed")
-        return
-    from sft.serving.verify import print_record, verify
+            record = verify(target, url, model, data, n, concurrency, margin)
+        else:
+            from sft.export.pipeline import verify_export
 
-    record = verify(target, url, model, data, n, concurrency, margin)
+            record = verify_export(target, run, data, allow_mismatch)
     if as_json:
         print(json.dumps(record, indent=2, ensure_ascii=False))
-    else:
+    elif url:
         print_record(record, Console())
         print(f"written to {target / 'verify.json'}")
-    if not record["passed"]:
+    else:
+        print(f"{target} answers like run {record['run']}; nothing in it has changed")
+    if url and not record["passed"]:
         raise SystemExit(1)
 
 
@@ -347,11 +359,11 @@ def verify_command(
 def bench_serve_command(
     urls: Annotated[list[str], Argument(help="/v1 addresses of servers.")],
     model: Annotated[list[str] | None, Option(help="Served models in turn; default: all; repeatable.")] = None,
-    clients: Annotated[str, Option(help="Numbers of clients that ask at the same time.")] = "1,4,16,64",
+    clients: Annotated[str, Option(help="Numbers of concurrent clients, comma-separated.")] = "1,4,16,64",
     requests: Annotated[int, Option(min=1, help="Requests of a round; at least one for each client.")] = 32,
     rounds: Annotated[int, Option(min=1, help="Rounds, in which the targets take turns.")] = 3,
-    prompt_words: Annotated[int, Option(min=1, help="Random words of a prompt.")] = 150,
-    max_new_tokens: Annotated[int, Option(min=2, help="Tokens of every answer.")] = 64,
+    prompt_words: Annotated[int, Option(min=1, help="Random words per prompt.")] = 150,
+    max_new_tokens: Annotated[int, Option(min=2, help="Tokens per answer.")] = 64,
     out: Annotated[Path | None, Option(help="Also write the rows to this JSON file.")] = None,
 ) -> None:
     """Load servers: requests and tokens a second, time to first token, inter-token latency."""

@@ -23,7 +23,7 @@ RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", meta
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
 ResumeFolder = Annotated[Path | None, typer.Option("--resume", help="Resume this run from its last checkpoint.")]
 AllowChanged = Annotated[
-    str | None, typer.Option(help="With --resume: what may have changed since, of recipe,data,base.")
+    str | None, typer.Option(help="With --resume: accept changes of these, comma-separated: recipe, data, base.")
 ]
 Elastic = Annotated[bool, typer.Option("--elastic", help="With --resume: allow another number of processes.")]
 Retries = Annotated[int, typer.Option(min=0, help="Resume up to N times after a crash.", metavar="N")]

@@ -111,8 +111,8 @@ def check_adapter(adapter: Path, bases: tuple[str, ...]) -> None:
     named = config.get("base_model_name_or_path")
     if named and not any(_same_base(str(named), base) for base in bases):
         raise RecipeError(
-            f"{adapter}: adapter_config.json is of base {named!r}, the run's recipe of {bases[0]!r}; an adapter on "
-            "another base answers at random. If it is the same one, write its name into adapter_config.json"
+            f"{adapter}: adapter_config.json names base {named!r}, the run's recipe {bases[0]!r}; on another base "
+            "an adapter gives random answers. If it is the same one, write its name into adapter_config.json"
         )
 
 

@@ -189,7 +189,11 @@ class _Examination:
 
 
 def nothing_held_out(share: float | None) -> str:
-    return f"eval.share {share} holds out nothing; raise it, or name eval.data" if share else "eval.data holds no row"
+    return (
+        f"eval.share {share} holds out nothing; raise it, or name eval.data"
+        if share
+        else "eval.data has no row; name another file"
+    )
 
 
 def _stops(ledgers: Sequence[Ledger], examination: _Examination, rules: Rules) -> list[str]:

@@ -121,7 +121,7 @@ def _without_leaks(
     if not count:
         return rows, leaks, []
     first = pairs.first[0]
-    message = f"{count} training rows have a text of the held-out data, {first['where']} as {first['held_out']}"
+    message = f"{count} training rows repeat a held-out text; the first: {first['where']} repeats {first['held_out']}"
     if not remove:
         return rows, leaks, [f"warning: {message} (data.leaks: remove leaves them out)"]
     if not clean:

@@ -62,8 +62,8 @@ def _train_encoder(recipe: BaselineRecipe, split: Split, run: OpenRun) -> Path |
     check_space(folder, model, arguments.optim)
     trainer = EncoderTrainer(model, arguments, recipe, head)
     summary = (
-        f"{len(split.train)} rows to train on, {len(split.dev)} to choose by, {arguments.max_steps} steps; "
-        f"{trainable:,} of {parameters:,} parameters trained; run folder {folder}"
+        f"{len(split.train)} rows to train on, {len(split.dev)} to choose the best checkpoint on, "
+        f"{arguments.max_steps} steps; {trainable:,} of {parameters:,} parameters trained; run folder {folder}"
     )
     per_epoch = -(-len(head.rows) // recipe.train.examples_per_step)
     with run.record(trainer, per_epoch, (summary, *split.notes, *head.notes)) as checkpoint:

@@ -2,7 +2,7 @@
 
 The architecture is built without memory for its weights, and PEFT puts the adapter on it. Then each weight is read from
 the base's files and merged by PEFT's own layer in float32; a file of the result is written when its weights are merged.
-So a merge needs memory for the largest file, whatever the model's size.
+So a merge needs memory for about twice the largest file, whatever the model's size.
 """
 
 import copy

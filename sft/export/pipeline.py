@@ -6,6 +6,7 @@ graft export RUN [--out DIR]
 import dataclasses
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ from sft.export.shards import base_folder
 from sft.export.skeleton import CannotStream
 from sft.models.load import default_device
 from sft.models.resolve import readable
-from sft.models.target import adapter_folder, run_recipe
+from sft.models.target import adapter_folder, is_run, run_recipe
 from sft.recipe.schema import changed
 from sft.runs.folder import check_writable
 from sft.runs.interrupt import LOCK, lock_file
@@ -105,6 +106,8 @@ def export(
 def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch: bool) -> dict[str, Any]:
     """Re-verify a finished export against `run`, or else the run whose folder it is in; writes nothing. Raises RunError
     without a run, ParityError with a line for each fault."""
+    if is_run(str(out)):
+        raise RunError(f"{out}: is a run; add the /v1 address of its server, or name its export: {out / 'export'}")
     check_contents(out, str(out))
     parity = read_parity(out)
     run = run or out.absolute().parent
@@ -128,7 +131,7 @@ def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch:
             raise CannotStream(f"{form} has rounded them")
         faults += weight_faults(plan(trained, base), out)
     except CannotStream as reason:
-        print(f"weights are not compared one by one, only the answers: {reason}", flush=True)
+        print(f"weights are not compared one by one, only the answers: {reason}", file=sys.stderr, flush=True)
     if faults:
         raise ParityError(f"{out} is not the export of {run}:\n" + "\n".join(f"- {fault}" for fault in faults))
     measured = ParityCheck(trained, read_held_out(run, trained, data)).compare(out, form)

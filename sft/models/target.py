@@ -17,7 +17,7 @@ from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
 from sft.recipe.schema import WHEEL, Model, Recipe, changed, is_hub_id
-from sft.untrusted import check_adapter, check_folder, check_run
+from sft.untrusted import check_adapter, check_contents, check_run
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def check_target(target: str) -> None:
     """Raise RunError if a command's target can be neither loaded nor asked, RecipeError if its files lead elsewhere."""
     if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
         if not is_url(target) and Path(target).is_dir():
-            check_run(Path(target)) if is_run(target) else check_folder(Path(target), target)
+            check_run(Path(target)) if is_run(target) else check_contents(Path(target), target, depth=1)
         return
     runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
     if is_hub_id(target) and not runs:  # `runs/mistyped` is no Hub id
@@ -51,18 +51,19 @@ def check_target(target: str) -> None:
 
 def run_recipe(run: Path) -> Recipe:
     """The recipe of a language model's run. Raises RunError if the folder is no run."""
-    if not (run / "recipe.yaml").is_file():
-        raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
-    check_run(run)
-    return load_recipe(run / "recipe.yaml", check_files=False)
+    return load_recipe(_recipe_file(run), check_files=False)
 
 
 def run_any_recipe(run: Path) -> AnyRecipe:
-    """The recipe of any run, a baseline's too."""
+    """The recipe of any run, a baseline's too. Raises RunError if the folder is no run."""
+    return load_any_recipe(_recipe_file(run), check_files=False)
+
+
+def _recipe_file(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
     check_run(run)
-    return load_any_recipe(run / "recipe.yaml", check_files=False)
+    return run / "recipe.yaml"
 
 
 def load_target(target: str, base: bool = False) -> Loaded:

@@ -162,31 +162,27 @@ class BaselineRecipe(Section):
             fitting = [name for name, task in FLOORS.items() if task[:5] == self.task[:5]]
             raise ValueError(f"model.base {base} is no floor of task {self.task}; there are {', '.join(fitting)}")
         if self.model.embedder and base != "sklearn:linear_svc":
-            raise ValueError(f"model.embedder goes with model.base sklearn:linear_svc; {base} doesn't read it")
+            raise ValueError(f"model.embedder works only with model.base sklearn:linear_svc, not {base}; leave it out")
         check_rows(self.task, self.data, self.eval)
         if self.eval.unanswerable_share and (self.task != "squad_v2" or self.is_floor or not self.data.dev_share):
             raise ValueError("eval.unanswerable_share needs an encoder, task squad_v2 and data.dev_share; leave it out")
         best = self.train.metric_for_best_model
         if best and best != "loss" and best not in METRICS[self.objective]:
             raise ValueError(
-                f"train.metric_for_best_model {best}: of objective {self.objective} it is one of "
+                f"train.metric_for_best_model {best}: for objective {self.objective} it must be one of "
                 f"{', '.join(('loss', *METRICS[self.objective]))}"
             )
         if best and (self.data.dev_share == 0 or self.train.eval_strategy == "no"):
             raise ValueError("train.metric_for_best_model needs data.dev_share above 0 and train.eval_strategy")
         if self.tune.layer_decay != 1 and self.tune.method not in ("full", "gradual_unfreezing"):
             raise ValueError(f"tune.layer_decay: tune.method {self.tune.method} does not read it; leave it out")
-        if (self.tune.method == "freeze") != bool(self.tune.trainable):
-            raise ValueError(
-                "tune.trainable says what tune.method freeze trains: it needs it, and others don't read it"
-            )
         if self.objective == "extractive_qa" and self.tune.method in MOVES_POSITIONS:
             raise ValueError(
-                f"tune.method {self.tune.method} puts virtual tokens before the input, and an answer's place "
-                "is counted without them; use prefix_tuning, lora or another method"
+                f"tune.method {self.tune.method} puts virtual tokens before the input, which shifts the "
+                "positions of answers; use prefix_tuning, lora or another method"
             )
         if self.objective == "mlm" and self.tune.method not in STRATEGIES:
-            raise ValueError(f"tune.method {self.tune.method}: objective mlm makes a base of whole weights; use full")
+            raise ValueError(f"tune.method {self.tune.method}: objective mlm trains whole weights; use full")
         if self.objective == "extractive_qa" and self.data.max_query_length + 4 > self.data.max_seq_length:
             raise ValueError(
                 f"data.max_query_length {self.data.max_query_length} leaves no room for the passage in "

@@ -117,6 +117,14 @@ class Tune(BaseModel):
                 raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
         return patterns
 
+    @model_validator(mode="after")
+    def _trainable_is_for_freeze(self) -> "Tune":
+        if self.method == "freeze" and not self.trainable:
+            raise ValueError("method freeze needs trainable: which parameters are trained")
+        if self.method != "freeze" and self.trainable:
+            raise ValueError(f"trainable works only with method freeze, not {self.method}; leave it out")
+        return self
+
     @property
     def peft(self) -> dict[str, Any]:
         """Arguments of the PEFT config."""
@@ -281,10 +289,6 @@ class Recipe(Section):
         check_rows(self.task, self.data, self.eval)
         if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
-        if self.tune.method == "freeze" and not self.tune.trainable:
-            raise ValueError("tune.method freeze needs tune.trainable: which parameters are trained")
-        if self.tune.method != "freeze" and self.tune.trainable:
-            raise ValueError("tune.trainable is read by tune.method freeze only")
         return self
 
 

@@ -42,12 +42,13 @@ def trackers(names: Sequence[str], run: Path, step: int) -> list[TrainerCallback
     TensorBoard's files go to RUN/tensorboard, and rows of an earlier try after `step` are purged; the others read their
     settings from the environment.
     """
-    from torch.utils.tensorboard import SummaryWriter
     from transformers.integrations import TensorBoardCallback, get_reporting_integration_callbacks
 
     others = [kind() for kind in get_reporting_integration_callbacks([n for n in names if n != "tensorboard"])]
     if "tensorboard" not in names:
         return others
+    from torch.utils.tensorboard import SummaryWriter
+
     return [TensorBoardCallback(SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)), *others]
 
 

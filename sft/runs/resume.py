@@ -50,7 +50,7 @@ def resume_of(
     if folder is None:
         if allow_changed or elastic:
             option = "--elastic" if elastic else "--allow-changed"
-            raise RecipeError(f"{option} is read with --resume RUN; leave it out")
+            raise RecipeError(f"{option} works only with --resume RUN; leave it out")
         return None
     if overrides:
         raise RecipeError("--set changes the recipe, and --resume uses the run's own; start a new run")

@@ -93,8 +93,8 @@ def _with_threshold(write: Answerer, differences: Differences, training: Sequenc
     nulls = [squad_scores(c.answers, "")["exact"] for c in training]
     threshold, tuned = tune_threshold(differences(training, written), exact, nulls)
     print(
-        f"unanswerable if its log-likelihood exceeds the answer's by {threshold:.3f}: EM {100 * tuned:.1f} on "
-        f"{len(training)} training questions, which chose it ({100 * sum(exact) / len(exact):.1f} without)",
+        f"unanswerable if its log-likelihood exceeds the answer's by {threshold:.3f}, tuned on {len(training)} "
+        f"training questions: EM {100 * tuned:.1f} with it, {100 * sum(exact) / len(exact):.1f} without",
         flush=True,
     )
 

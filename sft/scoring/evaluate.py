@@ -174,7 +174,7 @@ def _name(target: str, base: bool, options: AnswerOptions) -> str:
     )
 
 
-def print_scores(results: dict[str, Any], console: Console | None = None) -> None:
+def print_scores(results: dict[str, Any]) -> None:
     """Print a row for each part: number of questions, and each score of the task with its interval."""
     names = score_names(results)
     table = Table(title=f"{results['target']} on {results['data']}", title_justify="left")
@@ -184,7 +184,7 @@ def print_scores(results: dict[str, Any], console: Console | None = None) -> Non
     for part, s in results["scores"].items():
         cells = [cell for name in names for cell in (f"{s[name]:.1f}", interval(s[f"{name}_95"]))]
         table.add_row(part, str(s["questions"]), *cells)
-    (console or Console(width=max(140, Console().width) if not sys.stdout.isatty() else None)).print(table)
+    Console(width=max(140, Console().width) if not sys.stdout.isatty() else None).print(table)
     if files := results.get("trained_on"):
         print(f"warning: the run was trained on {', '.join(files)}: this is no score on held-out questions")
     if long := results["too_long_for_model"]:

@@ -58,7 +58,7 @@ class Gatekeeper:
         if host.rsplit(":", 1)[0] not in LOOPBACK and host not in LOOPBACK:
             return 403, f"Host {host!r} is not this machine's loopback address"
         if origin is not None and origin.partition("://")[2] != host:
-            return 403, f"a page of {origin} may not use this server; set VLLM_API_KEY to let it"
+            return 403, f"web page {origin} may not use this server; start it with VLLM_API_KEY set to allow that"
         return None
 
 

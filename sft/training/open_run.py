@@ -52,7 +52,7 @@ def open_run(recipe: AnyRecipe, recipe_path: Path, resume: Resume | None) -> Ite
 
 
 class OpenRun:
-    """`main`: whether this process writes the folder. checkpoint: the one that a resumed run goes on from."""
+    """`main`: whether this process writes the folder. checkpoint: the one that a resumed run starts from."""
 
     folder: Path
     facts: dict[str, Any]  # of the manifest

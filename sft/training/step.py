@@ -86,12 +86,16 @@ def train_step(
 
 def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
-    return sum_of_nll(source_logits(model, pack, device), torch.tensor(pack.target, device=device))
+    logits, target = source_logits(model, pack, device), torch.tensor(pack.target, device=device)
+    return cast(torch.Tensor, SumOfNll.apply(logits.float(), target))
 
 
-class _SumOfNll(torch.autograd.Function):
-    """Turns the logits into their gradient in place, already in the forward pass. PyTorch's own loss stores the logits,
-    their log-softmax and its gradient: with a vocabulary of 150,000 each takes 0.6 MB a token."""
+class SumOfNll(torch.autograd.Function):
+    """Sum over rows of -log p(target), a scalar. logits [M, vocab] in float32 are overwritten; one backward pass.
+
+    Turns the logits into their gradient in place, already in the forward pass. PyTorch's own loss stores the logits,
+    their log-softmax and its gradient: with a vocabulary of 150,000 each takes 0.6 MB a token.
+    """
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -110,8 +114,3 @@ class _SumOfNll(torch.autograd.Function):
     def backward(ctx: Any, scale: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
         (gradient,) = ctx.saved_tensors
         return gradient.mul_(scale), None
-
-
-def sum_of_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Sum over rows of -log p(target), a scalar in float32. logits [M, vocab] are overwritten; one backward pass."""
-    return cast(torch.Tensor, _SumOfNll.apply(logits.float(), target))

@@ -49,7 +49,6 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         args: SFTConfig,
         plan: StepPlan,
         held_out: Sequence[Pack] = (),
-        callbacks: Sequence[TrainerCallback] = (),
         one_dtype: bool = False,
     ) -> None:
         self.plan, self.held_out, self.asked_pack_tokens = plan, held_out, plan.layout.pack_tokens
@@ -63,7 +62,6 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             eval_dataset=rows.select([0]) if held_out else None,
             data_collator=lambda batch: self._collate(batch[0]["row"], processes),
             processing_class=tokenizer,
-            callbacks=list(callbacks),
         )
         if isinstance(model, PeftModel) and hasattr(model.base_model, "update_and_allocate"):
             self.add_callback(AllocateRanks())

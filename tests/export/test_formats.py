@@ -71,7 +71,7 @@ def test_format_is_written_with_its_own_parity(run, tmp_path, monkeypatch):
     assert f"next: graft serve {out}" in done.stdout.replace("\n", "")
     assert not (out / "recipe.yaml").exists()  # a folder with one is a run
     assert (out / "chat_template.jinja").read_text() != "{{ messages }}"  # it is the run's
-    assert "rounded them" in command(out, "--run", run, name="verify").stdout
+    assert "rounded them" in command(out, "--run", run, name="verify").stderr
     weights = load_file(out / "model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, out / "model.safetensors", {"format": "pt"})
     assert "w4a16 and adapter agree on" in command(out, "--run", run, code=2, name="verify").stderr

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from sft.training.step import ROWS, sum_of_nll
+from sft.training.step import ROWS, SumOfNll
+
+
+def sum_of_nll(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return SumOfNll.apply(logits.float(), target)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
