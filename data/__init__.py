@@ -6,6 +6,7 @@ audit/             is the data good? the report, leaks, duplicates, planted trig
 conversation.py    Conversation, its defects, and the ledger of what reading a source finds
 errors.py          UserError and the exit codes
 atomic.py          files and folders that are written whole or not at all
+inside.py          what a stranger's folder may hold: no link out of it, no FIFO, no device
 cache.py           results on disk under a key that names their inputs; sha256 of files
 progress.py        a progress bar in a terminal, plain lines elsewhere
 redact.py          removes secrets from what is printed and written

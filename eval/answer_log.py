@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from data.atomic import write_text
+from data.atomic import open_to_append, write_text
 from data.conversation import Conversation
 from data.terminal import print
 from eval.prediction import Prediction
@@ -39,7 +39,7 @@ def resume_answers(
     missing = [i for i in range(len(conversations)) if i not in answers]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, "".join([f"{header}\n", *(_line(i, answer) for i, answer in answers.items())]))
-    with path.open("a", encoding="utf-8") as file:
+    with open_to_append(path) as file:
 
         def note(place: int, answer: Prediction) -> None:
             answers[missing[place]] = answer

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field, ValidationError
 from data.atomic import write_json, write_text
 from data.conversation import DataError
 from data.errors import UserError
+from data.inside import first_stray
 from data.terminal import quoted
 from eval.breakdown import calibration, discordant_examples, question_kinds, scores_per_label
 from eval.compare_report import COSTS, markdown, page
@@ -138,6 +139,8 @@ def read_system(folder: Path) -> System:
     at = folder if (folder / "results.json").is_file() or not (folder / "eval").is_dir() else folder / "eval"
     run = at.parent if at.name == "eval" else at
     remedy = f"score it with `graft eval {quoted(run)}`"
+    if stray := first_stray(at, depth=0):
+        raise CompareError(f"{at}: {stray}")
     try:
         results = _parse(Results, (at / "results.json").read_bytes(), str(at / "results.json"))
         remedy = f"score it with `graft eval {quoted(results.target or run)}`"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from data.atomic import open_new
 from data.progress import LINE_EVERY_S
 from data.terminal import print
 from sft import child_supervisor as supervisor
@@ -25,7 +26,7 @@ def supervised(
 ) -> "Iterator[subprocess.Popen[bytes]]":
     """The running command, its output in the log. Its whole process tree stops at the end of the block, and if this
     process is killed."""
-    with log.open("w") as file:
+    with open_new(log) as file:
         process = subprocess.Popen(
             [sys.executable, supervisor.__file__, *command],
             stdin=subprocess.PIPE, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True,

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from data.inside import first_stray
 from sft.errors import RecipeError
 
 CONFIGS = ("config.json", "generation_config.json", "tokenizer_config.json")
@@ -39,11 +40,21 @@ def check_run_folder(folder: Path, key: str) -> None:
     raise RecipeError(f"{key}: {text!r} {why}")
 
 
+def check_contents(folder: Path, name: str, **limits: Any) -> None:
+    """Raise RecipeError if a folder holds links out of it, FIFOs or devices. limits: of first_stray."""
+    if stray := first_stray(folder, **limits):
+        raise RecipeError(f"{name}: {stray}")
+
+
+def check_run(run: Path) -> None:
+    """Raise RecipeError if a run folder holds links out of it, FIFOs or devices. Old checkpoints may lie on another
+    disk: they are read only if their manifest vouches for each file, and written never."""
+    check_contents(run, str(run), linked=r"(damaged-)?checkpoint-\d+")
+
+
 def check_folder(folder: Path, name: str) -> None:
     """Raise RecipeError if a local model holds irregular files, or names code or files elsewhere; runs nothing."""
-    for path in folder.iterdir():
-        if not path.is_file() and not path.is_dir():  # opening a FIFO would wait for ever
-            raise RecipeError(f"{name}: {path.name} is no regular file; remove it, or name another folder")
+    check_contents(folder, name, depth=1)  # libraries look no deeper, and a project's folder may hold .venv/
     check_configs(folder, name)
     index = folder / "model.safetensors.index.json"  # transformers reads this index
     shards = _read(index, name).get("weight_map", {}) if index.is_file() else {}

@@ -4,6 +4,7 @@ graft export RUN [--out DIR]
 """
 
 import dataclasses
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from data.atomic import flush, write_json
+from data.atomic import flush, is_hidden_name, new_folder, remove, write_json
 from data.terminal import print
 from sft.errors import ParityError, RunError
 from sft.export.candidate import CANDIDATES, Trained, base_names, plan, write_candidate
@@ -30,6 +31,7 @@ from sft.recipe.schema import changed
 from sft.runs.folder import check_writable
 from sft.runs.interrupt import LOCK, lock_file
 from sft.runs.model_card import export_card
+from sft.untrusted import check_contents
 
 
 def export(
@@ -49,7 +51,7 @@ def export(
     trained = read_trained(run)
     check_writable(out, "--out")
     out = out.resolve()
-    if out.exists() and any(path != _temporary(out) for path in out.iterdir()):
+    if out.exists() and set(out.iterdir()) != set(_leftovers(out)):
         raise RunError(f"{out} is not empty; name another folder with --out")
     origin = check_origin(run, trained.recipe, trained.adapter)
     rows = calibration_rows(form, trained)
@@ -107,6 +109,7 @@ def verify_export(out: Path, run: Path | None, data: str | None, allow_mismatch:
     without a run, ParityError with a line for each fault."""
     if is_run(str(out)):
         raise RunError(f"{out}: is a run; add the /v1 address of its server, or name its export: {out / 'export'}")
+    check_contents(out, str(out))
     parity = read_parity(out)
     run = run or out.absolute().parent
     if not (run / "recipe.yaml").is_file():
@@ -195,24 +198,32 @@ def _reason(tried: dict[str, dict[str, Any]], best: str) -> str:
     )
 
 
-def _temporary(out: Path) -> Path:
-    """A folder on the same disk: inside an existing `out`, which may be a mount or the current folder; else beside."""
-    return (out if out.is_dir() else out.parent) / f".{out.name}.new"
+def _place(out: Path) -> Path:
+    """For temporary folders, on the same disk: in an existing `out`, which may be a mount or the current folder; else
+    beside it."""
+    return out if out.is_dir() else out.parent
+
+
+def _leftovers(out: Path) -> list[Path]:
+    """The temporary folders of exports to `out` that were killed, or still write."""
+    hidden = (path for path in _place(out).iterdir() if is_hidden_name(path, re.escape(out.name)))
+    return [path for path in hidden if path.is_dir() and not path.is_symlink()]
 
 
 @contextmanager
 def _temporary_folder(out: Path) -> Iterator[Path]:
     """An empty folder for this process alone; removed at the end. Raises RunLocked if another export writes there."""
-    folder = _temporary(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with lock_file(folder / LOCK, f"{out}: another export writes there:"):
-        try:
-            for leftover in folder.iterdir():  # of an export that was killed
-                if leftover.name != LOCK:
-                    shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    _place(out).mkdir(parents=True, exist_ok=True)
+    folder, busy = new_folder(_place(out) / out.name), f"{out}: another export writes there:"
+    try:
+        with lock_file(folder / LOCK, busy):
+            for leftover in _leftovers(out):
+                if leftover != folder and (leftover / LOCK).exists():  # without a lock it was made a moment ago
+                    with lock_file(leftover / LOCK, busy):
+                        remove(leftover)
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _publish(folder: Path, out: Path) -> None:

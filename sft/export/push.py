@@ -6,6 +6,7 @@ from data.errors import UserError
 from data.readers.source import HUB_ID
 from sft.export.integrity import read_parity
 from sft.runs.model_card import licence_of
+from sft.untrusted import check_contents
 
 
 class PushError(UserError):
@@ -16,6 +17,7 @@ def push(folder: Path, repo: str, dry_run: bool = False) -> list[str]:
     """Send an export, or only list its files if `dry_run`; returns a line for each. A new repository is private."""
     if not HUB_ID.fullmatch(repo):
         raise PushError(f"{repo}: is not a repository's name; write OWNER/NAME")
+    check_contents(folder, str(folder))
     read_parity(folder)  # only finished exports
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     size = sum(path.stat().st_size for path in files)

@@ -16,7 +16,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from data.cache import build_once, file_sha256
 from sft.errors import RecipeError
 from sft.recipe.schema import WHEEL, is_hub_id
-from sft.untrusted import check_configs, check_folder
+from sft.untrusted import check_configs, check_contents, check_folder
+
+# names beside a .gguf file that transformers reads
+BESIDE = r"[\w-]+\.(json|jinja|model)|(merges|vocab)\.txt|additional_chat_templates"
 
 READ = (".safetensors", ".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken", ".vocab", ".codes")
 
@@ -30,7 +33,7 @@ def resolve_base(base: str) -> str:
     if not path.exists():
         raise RecipeError(f"model.base: {base} is no folder, .gguf file, wheel:package/file.gguf or Hub id")
     if path.suffix == ".gguf":
-        check_configs(path.parent, f"model.base: {base}")  # transformers reads them beside the file
+        _check_gguf(path, f"model.base: {base}")
         return str(_materialise(path))
     if not (path / "config.json").is_file():
         gguf = next(iter(sorted(path.glob("*.gguf"))), None) if path.is_dir() else None
@@ -94,6 +97,15 @@ def _in_package(package: str, file: str, base: str) -> Path:
     if not path.is_relative_to(root.resolve()) or not path.exists():
         raise RecipeError(f"model.base: {base}: the package {package} holds no file or folder {file}")
     return path
+
+
+def _check_gguf(path: Path, name: str) -> None:
+    """Raise RecipeError for a .gguf file that is none, or whose neighbours, which transformers reads, are links out of
+    the folder or name code."""
+    if not path.is_file():  # a FIFO or a device
+        raise RecipeError(f"{name} is no regular file; name a .gguf file")
+    check_contents(path.parent, name, depth=1, only=BESIDE)
+    check_configs(path.parent, name)
 
 
 def _materialise(gguf: Path) -> Path:

@@ -19,7 +19,7 @@ from sft.models.resolve import readable, resolve_base
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import load_any_recipe, load_recipe
 from sft.recipe.schema import WHEEL, Model, Recipe, changed, is_hub_id
-from sft.untrusted import check_adapter
+from sft.untrusted import check_adapter, check_contents, check_run
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,10 @@ def is_run(target: str) -> bool:
 
 
 def check_target(target: str) -> None:
-    """Raise RunError if a command's target can be neither loaded nor asked."""
+    """Raise RunError if a command's target can be neither loaded nor asked, RecipeError if its files lead elsewhere."""
     if is_url(target) or WHEEL.fullmatch(target) or Path(target).exists():
+        if not is_url(target) and Path(target).is_dir():
+            check_run(Path(target)) if is_run(target) else check_contents(Path(target), target, depth=1)
         return
     runs = sorted(recipe.parent.name for recipe in Path(target).parent.glob("*/recipe.yaml"))
     if is_hub_id(target) and not runs:  # `runs/mistyped` is no Hub id
@@ -62,6 +64,7 @@ def run_any_recipe(run: Path) -> AnyRecipe:
 def _recipe_file(run: Path) -> Path:
     if not (run / "recipe.yaml").is_file():
         raise RunError(f"{run}: no run folder (it holds no recipe.yaml)")
+    check_run(run)
     return run / "recipe.yaml"
 
 

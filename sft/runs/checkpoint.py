@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from data.atomic import flush, replace_folder, write_text
+from data.atomic import discard, flush, is_hidden_name, new_folder, remove, replace_folder, write_text
 from data.cache import file_sha256, text_sha256
 from data.errors import DiskFull, UserError, is_disk_full
 from data.terminal import quoted
@@ -25,6 +26,7 @@ from sft.errors import RunError
 MANIFEST = "manifest.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")  # loading one may run code
 NAME = r"checkpoint-\d+"
+HIDDEN = rf"{NAME}|adapter|model|[a-z_]+\.[a-z]+"  # what is written under a hidden name first
 
 
 def step_of(checkpoint: Path) -> int:
@@ -124,16 +126,16 @@ def last_checkpoint(run: Path, pickles: bool = False) -> tuple[Path | None, dict
 
 def remove_leftovers(run: Path) -> None:
     """Remove half-written files and folders of a crash."""
-    for pattern in (".*.new", ".*.old"):
-        for path in run.glob(pattern):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in sorted(run.iterdir()):
+        if is_hidden_name(path, HIDDEN):
+            remove(path)
 
 
 def set_aside(damaged: dict[Path, str]) -> None:
     """Rename damaged checkpoints to damaged-NAME: they stay for inspection and are never resumed from."""
     for path in damaged:
         renamed = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(renamed, ignore_errors=True)
+        remove(renamed)
         path.rename(renamed)
 
 
@@ -143,9 +145,7 @@ def rotate(run: Path, limit: int | None, keep: Sequence[Path]) -> None:
     names = {path.name for path in keep}
     removable = [path for path in saved if path.name not in names]
     for path in removable[: max(0, len(saved) - limit)] if limit else ():
-        old = path.with_name(f".{path.name}.old")  # renamed first: a half-removed folder is no checkpoint
-        path.rename(old)
-        shutil.rmtree(old)
+        discard(path)
 
 
 def check_space(run: Path, model: nn.Module, optim: str) -> None:
@@ -177,9 +177,15 @@ def explain_full_disk(run: Path) -> Iterator[None]:
         ) from error
 
 
+def shared_folder(final: Path, main: bool) -> Path:
+    """A new, empty folder beside `final` that the main process (`main`) makes and all processes write to."""
+    (folder,) = broadcast_object_list([str(new_folder(final)) if main else ""])
+    return Path(folder)
+
+
 def commit_folder(final: Path, write: Callable[[str], None], main: bool) -> None:
     """On every process `write` fills a temporary folder; the main process (`main`) then renames it to `final`."""
-    temporary = final.with_name(f".{final.name}.new")
+    temporary = shared_folder(final, main)
     write(str(temporary))
     PartialState().wait_for_everyone()
     if main:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from data.atomic import write_json, write_text
+from data.atomic import is_hidden_name, write_json, write_text
 from data.audit.report import DataReport, write_html
 from data.audit.triggers import KIND as TRIGGER
 from data.readers.source import files_of
@@ -21,6 +21,8 @@ from sft.errors import RecipeError
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.recipe.load import dump_recipe
 from sft.recipe.schema import Source, changed
+from sft.runs.checkpoint import HIDDEN
+from sft.runs.interrupt import LOCK
 from sft.untrusted import check_run_folder
 
 S = TypeVar("S", bound=Source)
@@ -36,8 +38,8 @@ def choose_folder(recipe: AnyRecipe, recipe_path: Path) -> Path:
         stem = Path("runs") / recipe_path.stem
         check_run_folder(Path(recipe_path.stem), "the recipe's file name")
         names = (stem if n == 1 else stem.with_name(f"{stem.name}-{n}") for n in range(1, 10_000))
-        folder = next(name for name in names if not name.exists())
-    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):  # such as the lock
+        folder = next(name for name in names if not os.path.lexists(name))
+    elif folder.is_dir() and not all(p.name == LOCK or is_hidden_name(p, HIDDEN) for p in folder.iterdir()):
         raise RecipeError(
             f"train.output_dir: {folder} is not empty; resume it with `graft train --resume {quoted(folder)}`, "
             "or name another"

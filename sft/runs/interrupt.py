@@ -14,6 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import gather
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from data.atomic import open_to_append
 from data.errors import ExitCode
 from sft.errors import RunLocked
 
@@ -75,7 +76,7 @@ def locked(run: Path, main: bool) -> Iterator[None]:
 @contextmanager
 def lock_file(path: Path, busy: str) -> Iterator[None]:
     """Hold a lock until the block or the process ends, in any way. Raises RunLocked: `busy` and the holder."""
-    with path.open("a+", encoding="utf-8") as file:
+    with open_to_append(path) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

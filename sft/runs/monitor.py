@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
+from data.atomic import open_to_append
 from data.errors import is_disk_full
 from data.progress import Bar
 from data.terminal import print
@@ -67,7 +68,7 @@ class Monitor(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.bar = Bar("train", state.max_steps, state.global_step)
-        self.file = (self.run / "metrics.jsonl").open("a", encoding="utf-8")
+        self.file = open_to_append(self.run / "metrics.jsonl")
         now = time.monotonic()
         self.start = now - self.last.get("seconds", 0.0)
         self.counted = (now, self.last.get("executed_tokens", 0))

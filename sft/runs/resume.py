@@ -12,6 +12,7 @@ from data.cache import file_sha256
 from data.terminal import print
 from sft.errors import RecipeError, RunError
 from sft.recipe.load import load_any_recipe
+from sft.untrusted import check_run
 
 KINDS = ("recipe", "data", "base")
 IGNORED = ("train.output_dir", "train.report_to", "export.")  # keys of the recipe that don't change the training
@@ -50,7 +51,8 @@ def made_from(run: Path, facts: dict[str, Any], processes: int) -> dict[str, Any
 def resume_of(
     folder: Path | None, overrides: Sequence[str] | None, allow_changed: str | None, elastic: bool
 ) -> Resume | None:
-    """The run that the options of `graft train` resume; None for a new run. Raises RecipeError for contradictions."""
+    """The run that the options of `graft train` resume; None for a new run. Raises RecipeError for contradictions, and
+    for a run that holds links out of it."""
     if folder is None:
         if allow_changed or elastic:
             option = "--elastic" if elastic else "--allow-changed"
@@ -61,6 +63,7 @@ def resume_of(
     kinds = tuple(kind.strip() for kind in allow_changed.split(",")) if allow_changed else ()
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise RecipeError(f"--allow-changed {unknown[0]}: must be one or several of {','.join(KINDS)}")
+    check_run(folder)
     return Resume(folder, kinds, elastic)
 
 

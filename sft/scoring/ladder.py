@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.markdown import Markdown
 
-from data.atomic import atomic_path, write_json, write_text
+from data.atomic import atomic_path, open_to_append, write_json, write_text
 from data.page import markdown_table
 from data.terminal import Console, print
 from sft.baselines.encoder import positions_of
@@ -29,6 +29,7 @@ from sft.runs.folder import check_writable
 from sft.runs.metrics import read_metrics
 from sft.scoring.evaluate import column_of
 from sft.session import child_environment, graft_command
+from sft.untrusted import check_contents
 
 Row = dict[str, Any]
 
@@ -64,6 +65,7 @@ def ladder(
     methods = _check(recipe, recipe_path, methods)
     rate_by_method = _rates(rates, methods)
     check_writable(out, "--out")
+    check_contents(out, f"--out {out}")
     kind = str(load_config(Model(base=recipe.model.base, revision=recipe.model.revision)).model_type)
     rungs: dict[str, AnyRecipe | RecipeError] = {}
     for method in methods:
@@ -216,7 +218,7 @@ def _left_to_do(rung: AnyRecipe, path: Path, run: Path) -> list[list[str]]:
 def run_logged(command: Sequence[str], log: Path) -> int:
     """Run a command, append its output to the log, and return its exit code. Ctrl-C also reaches the command, which may
     save a checkpoint until a second Ctrl-C."""
-    with log.open("a", encoding="utf-8") as file:
+    with open_to_append(log) as file:
         print("$", shlex.join(command), file=file, flush=True)
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=child_environment(),

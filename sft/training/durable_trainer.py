@@ -14,7 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from sft.errors import RunError, TrainingDiverged
-from sft.runs.checkpoint import commit_checkpoint, damage, rotate
+from sft.runs.checkpoint import commit_checkpoint, damage, rotate, shared_folder
 from sft.runs.state import State, load_state, random_state, save_state, set_random_state
 
 OPTIMIZER = "optimizer.safetensors"
@@ -85,14 +85,10 @@ class DurableTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, state, main = Path(cast(str, self.args.output_dir)), self.state, self.args.should_save
         final = run / f"checkpoint-{state.global_step}"
-        temporary = run / f".{final.name}.new"
         best = [self._best()] if state.best_global_step else []
         self.check_finite()
+        temporary = shared_folder(final, main)
         try:
-            if main:
-                shutil.rmtree(temporary, ignore_errors=True)
-                temporary.mkdir()
-            self.accelerator.wait_for_everyone()
             self.save_model(str(temporary), _internal_call=True)
             self._save_optimizer_and_scheduler(str(temporary))
             self._save_rng_state(str(temporary))

@@ -12,7 +12,7 @@ from tests.helpers.places import ROOT
 ORDER = (
     ("data.terminal",),
     ("data.errors", "data.progress", "data.redact", "data.page"),
-    ("data.conversation", "data.atomic"),
+    ("data.conversation", "data.atomic", "data.inside"),
     ("data.cache",),
     ("data.readers", "data.encode"),
     ("data.audit",),

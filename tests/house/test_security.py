@@ -43,6 +43,7 @@ from sft.models.tune import tune_model
 from sft.recipe.load import check_recipe, dump_recipe, load_recipe
 from sft.recipe.schema import Model
 from sft.recipe.strict_yaml import YamlError, parse
+from sft.runs.folder import choose_folder
 from sft.untrusted import brings_code, check_run_folder
 from tests.helpers.builders import Payload, write_recipe
 from tests.helpers.families import FAMILIES, build
@@ -340,6 +341,72 @@ def test_fifo_in_place_of_a_file_is_refused_unopened(base: Path, adapted: Path):
         os.mkfifo(folder / "tokenizer.json")
         with pytest.raises(RecipeError, match=r"tokenizer\.json is no regular file"):
             load_target(str(folder.parent if folder.name == "adapter" else folder))
+
+
+@pytest.mark.parametrize("file", ["chat_template.jinja", "README.md", "additional_chat_templates/x.jinja"])
+def test_file_of_a_model_that_leads_out_of_it_is_not_read(file, base: Path, adapted: Path, tmp_path: Path):
+    """S8: a template that is a link to a private file would be copied into the adapter and what is pushed."""
+    (tmp_path / "diary").write_text("private")
+    for folder in (base, adapted / "adapter"):
+        (folder / file).unlink(missing_ok=True)
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).symlink_to(tmp_path / "diary")
+        with pytest.raises(RecipeError, match=r"is a link to .*diary, outside the folder"):
+            load_target(str(folder.parent if folder.name == "adapter" else folder))
+
+
+def test_fifo_one_level_down_is_refused_unopened(base: Path):
+    """S8: transformers reads the templates in this folder."""
+    (base / "additional_chat_templates").mkdir()
+    os.mkfifo(base / "additional_chat_templates" / "x.jinja")
+    with pytest.raises(RecipeError, match=r"x\.jinja is no regular file"):
+        load_tokenizer(Model(base=str(base)))
+
+
+@pytest.mark.parametrize("what", ["FIFO", "device", "template"])
+def test_gguf_file_is_a_file_with_no_links_beside_it(what, tmp_path: Path):
+    """S8: /dev/zero has no end, and transformers reads templates and configs beside the file."""
+    if what == "FIFO":
+        os.mkfifo(tmp_path / "m.gguf")
+    elif what == "device":
+        (tmp_path / "m.gguf").symlink_to("/dev/zero")
+    else:
+        (tmp_path / "m.gguf").touch()
+        (tmp_path / "chat_template.jinja").symlink_to("/etc/hostname")
+    with pytest.raises(RecipeError, match="no regular file|is a link to /"):
+        resolve_base(str(tmp_path / "m.gguf"))
+
+
+def test_models_of_the_hub_cache_are_taken(base: Path, tmp_path: Path):
+    """S8: every file of a snapshot is a link to a blob."""
+    snapshot = tmp_path / "models--a--b" / "snapshots" / "0f"
+    snapshot.parent.mkdir(parents=True)
+    base.rename(tmp_path / "models--a--b" / "blobs")
+    snapshot.mkdir()
+    for blob in (tmp_path / "models--a--b" / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(Path("../../blobs") / blob.name)
+    assert resolve_base(str(snapshot)) == str(snapshot)
+
+
+def test_project_with_a_virtual_environment_is_a_base(base: Path):
+    """S8: .venv/bin/python is a link out of the folder that no library follows."""
+    (base / ".venv" / "bin").mkdir(parents=True)
+    (base / ".venv" / "bin" / "python").symlink_to(sys.executable)
+    assert resolve_base(str(base)) == str(base)
+
+
+def test_folder_with_hidden_files_is_no_new_run_folder(tmp_path: Path, base: Path):
+    """S6: the home folder of a fresh server; what is in it would be taken for leftovers."""
+    recipe = write_recipe(tmp_path / "r.yaml", base)
+    home = tmp_path / "home"
+    (home / ".config.old").mkdir(parents=True)
+    (home / ".config.old" / "app.conf").touch()
+    done = run("train", recipe, "--set", f"train.output_dir={home}", code=2)
+    assert f"{home} is not empty" in done.stderr
+    assert os.listdir(home / ".config.old") == ["app.conf"]
+    shutil.rmtree(home / ".config.old")
+    (home / ".lock").touch()
+    assert choose_folder(load_recipe(recipe, [f"train.output_dir={home}"]), recipe) == home
 
 
 @pytest.mark.parametrize("name", ["bomb.jsonl.gz", "bomb.json.gz", "bomb.csv.gz"])

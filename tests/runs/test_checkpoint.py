@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sft.runs.checkpoint
+from data.atomic import hidden_name, new_folder
 from data.errors import DiskFull
 from sft.errors import RunError
 from sft.runs.checkpoint import (
@@ -24,12 +25,13 @@ from sft.runs.checkpoint import (
 )
 from sft.runs.metrics import read_metrics, rewind_metrics
 from sft.runs.state import load_state, random_state, save_state, set_random_state
+from sft.untrusted import check_run
 from tests.helpers.runs import HARM, flip
 
 
 def write(run: Path, step: int) -> Path:
-    temporary = run / f".checkpoint-{step}.new"
-    (temporary / "nested").mkdir(parents=True)
+    temporary = new_folder(run / f"checkpoint-{step}")
+    (temporary / "nested").mkdir()
     (temporary / "weights.safetensors").write_bytes(os.urandom(2000))
     (temporary / "trainer_state.json").write_text(json.dumps({"global_step": step}))
     (temporary / "nested" / "part").write_text("x" * 50)
@@ -151,6 +153,53 @@ def test_rotation_goes_by_number_and_keeps_the_newest_and_the_best(run):
     assert [p.name for p in checkpoints(run)] == ["checkpoint-9", "checkpoint-50"]
     rotate(run, None, [run / "checkpoint-50"])
     assert len(checkpoints(run)) == 2
+
+
+def test_only_leftovers_under_names_of_a_run_are_removed(run):
+    """A crash leaves them; a home folder has hidden names of its own, and an export may be writing."""
+    for name in (".vimrc.old", ".x.new", ".recipe.yaml.old"):
+        (run / name).touch()
+    for name in ("export", "config"):
+        new_folder(run / name)
+    before = sorted(os.listdir(run))
+    new_folder(run / "checkpoint-7")
+    new_folder(run / "adapter")
+    hidden_name(run / "metrics.jsonl").touch()
+    hidden_name(run / "checkpoint-3", "old").symlink_to(run.parent)
+    remove_leftovers(run)
+    assert sorted(os.listdir(run)) == before
+
+
+def test_old_checkpoint_on_another_disk_is_unlinked_only(run, tmp_path_factory):
+    """A user moved it and left a link."""
+    disk = tmp_path_factory.mktemp("disk")
+    for step in (2, 4):
+        write(run, step)
+    (run / "checkpoint-2").rename(disk / "checkpoint-2")
+    (run / "checkpoint-2").symlink_to(disk / "checkpoint-2")
+    check_run(run)
+    assert damage(run / "checkpoint-2") is None
+    rotate(run, 1, [run / "checkpoint-4"])
+    assert sorted(os.listdir(run)) == ["checkpoint-4", "recipe.yaml"]
+    assert damage(disk / "checkpoint-2") is None
+
+
+def test_old_checkpoint_that_cannot_be_removed_is_a_warning(run, monkeypatch, capsys):
+    """Immutable, or a file that NFS keeps open; later starts warn again and go on."""
+    for step in (2, 4):
+        write(run, step)
+
+    def refuse(path) -> None:
+        raise OSError(39, "Directory not empty", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    rotate(run, 1, [run / "checkpoint-4"])
+    assert last_checkpoint(run) == (run / "checkpoint-4", {})
+    remove_leftovers(run)
+    assert "Directory not empty" in capsys.readouterr().err
+    monkeypatch.undo()
+    remove_leftovers(run)
+    assert sorted(os.listdir(run)) == ["checkpoint-4", "recipe.yaml"]
 
 
 def test_damaged_checkpoint_is_set_aside_and_written_again(run):

@@ -15,6 +15,7 @@ import psutil
 import pytest
 import yaml
 
+from data.atomic import new_folder
 from sft.errors import RunError
 from sft.runs.checkpoint import MANIFEST, checkpoints, commit_checkpoint, last_checkpoint, read_manifest
 from sft.runs.metrics import read_metrics
@@ -141,11 +142,11 @@ def test_run_without_a_checkpoint_begins_again(saved, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
     shutil.copy(saved / "recipe.yaml", copy)
-    (copy / ".checkpoint-2.new").mkdir()  # it was killed in its first write
+    half = new_folder(copy / "checkpoint-2")  # it was killed in its first write
     done = graft("train", "--resume", copy)
     assert "no checkpoint was saved yet: the run starts at its first step" in done.stdout
     assert everything(copy) == everything(saved)
-    assert not (copy / ".checkpoint-2.new").exists()
+    assert not half.exists()
 
 
 def changed_recipe(copy: Path) -> None:
