@@ -63,8 +63,8 @@ def _what_to_do(error: Exception) -> tuple[ExitCode, str] | None:
         return ExitCode.MISTAKE, first
     if lost_a_process(error):
         return ExitCode.FAILED, (
-            f"process {os.environ.get('RANK', 0)}: another process of this training has ended or can't be reached, see "
-            f"what it printed; start all of them again with: graft train --resume RUN ({first})"
+            f"process {os.environ.get('RANK', 0)}: another process of this training has ended or can't be reached "
+            f"({first}); see what it printed, then start all of them again with: graft train --resume RUN"
         )
     if is_out_of_memory(error):
         return ExitCode.OUT_OF_MEMORY, (
