@@ -144,7 +144,7 @@ ENDLESS = {
 def test_endless_template_is_stopped_by_time(rendered, name):
     with pytest.raises(DataError, match=r"takes more than 0\.2 s .* set model\.chat_template") as error_info:
         rendered(ENDLESS[name], seconds=0.2)
-    assert error_info.value.kind == "chat template over its limits"
+    assert "over its limits" in error_info.value.kind
 
 
 def test_namespaces_that_hold_each_other_are_not_written_out(rendered):
