@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -59,7 +60,7 @@ QUICK = {("classification", "full"), ("extractive_qa", "lora")}  # the others ar
 )
 def test_each_method_trains_its_part_and_is_scored(objective, tune, tiny_bert, tmp_path):
     if objective == "extractive_qa" and tune["method"] in MOVES_POSITIONS:
-        with pytest.raises(RecipeError, match="puts virtual tokens before the input"):
+        with pytest.raises(RecipeError, match=f"tune.method {tune['method']} .*; use prefix_tuning"):
             recipe(objective, tiny_bert, tmp_path / "run", tune=tune)
         return
     run = trained(recipe(objective, tiny_bert, tmp_path / "run", tune=tune))
@@ -150,7 +151,7 @@ def test_no_answer_threshold_is_chosen_for_the_share_that_is_expected(tiny_bert,
     assert 0.5 <= thresholds[0.2] < 1
     assert -1 <= thresholds[0.7] < -0.5
     assert thresholds[0.7] <= thresholds[None] <= thresholds[0.2]
-    with pytest.raises(RecipeError, match="needs an encoder, task squad_v2 and data.dev_share"):
+    with pytest.raises(RecipeError, match="eval.unanswerable_share needs an encoder.* data.dev_share"):
         recipe("extractive_qa", tiny_bert, tmp_path, data={"dev_share": 0}, eval={"unanswerable_share": 0.5})
 
 
@@ -172,7 +173,7 @@ def test_training_rows_that_are_also_held_out_are_reported_and_can_be_left_out(l
     )  # fmt: skip
     split = read_split(settings)
     (note,) = split.notes
-    assert "5 training rows repeat" in note
+    assert "5 training rows" in note
     assert f"{NEWS}:1 repeats {tmp_path}/test.jsonl:1" in note
     assert len(split.train) + len(split.dev) == len(rows) - (5 if leaks == "remove" else 0)
     assert split.report.leaks.rows == 5
@@ -185,7 +186,7 @@ def test_a_score_on_training_data_says_so_and_is_not_compared(tmp_path, capsys):
     results = evaluate(str(run), tmp_path / "b", data=str(NEWS))
     assert results["trained_on"] == [str(NEWS)]
     print_scores(results)
-    assert "no score on held-out questions" in capsys.readouterr().out
+    assert re.search(f"warning: .* {NEWS}: .* held-out", capsys.readouterr().out)
     with pytest.raises(CompareError, match="was trained on"):
         compare([tmp_path / "b", tmp_path / "b"], tmp_path / "out")
     assert compare([tmp_path / "a", tmp_path / "a"], tmp_path / "out")["pairs"][0]["p"] == 1
@@ -200,9 +201,9 @@ def test_a_score_of_labels_has_a_confusion_matrix(tmp_path):
 
 def test_questions_of_another_task_are_refused(tmp_path):
     run = str(trained(recipe("classification", "sklearn:linear_svc", tmp_path / "run")))
-    with pytest.raises(RecipeError, match="--task squad_v2: .* was trained for newsgroups"):
+    with pytest.raises(RecipeError, match="--task squad_v2: .* newsgroups"):
         evaluate(run, tmp_path / "a", task="squad_v2", data=str(SQUAD))
-    with pytest.raises(RecipeError, match="is none of the 20 labels of task newsgroups"):
+    with pytest.raises(RecipeError, match="none of the 20 labels .* newsgroups"):
         evaluate(run, tmp_path / "a", data=str(SQUAD))
 
 
@@ -210,7 +211,7 @@ def test_one_label_trains_no_classifier(tmp_path):
     row = NEWS.read_text().splitlines()[0]
     (tmp_path / "one.jsonl").write_text("".join(row.replace("Subject: ", f"Subject: {i} ") + "\n" for i in range(20)))
     settings = recipe("classification", "sklearn:linear_svc", tmp_path, data={"train": str(tmp_path / "one.jsonl")})
-    with pytest.raises(DataError, match="a classifier needs two or more"):
+    with pytest.raises(DataError, match="classifier needs two"):
         read_split(settings)
 
 
@@ -335,19 +336,19 @@ def test_one_text_is_classified_with_probabilities(tiny_bert, tmp_path):
 @pytest.mark.parametrize(
     ("section", "values", "message"),
     [
-        ("task", "squad_v2", "objective classification is for task newsgroups"),
-        ("model", {"base": "floor:overlap"}, "model.base floor:overlap is no floor of task newsgroups"),
+        ("task", "squad_v2", "objective classification .* newsgroups"),
+        ("model", {"base": "floor:overlap"}, "model.base floor:overlap .* newsgroups"),
         (
             "model",
             {"base": "floor:majority", "embedder": "x"},
             "model.embedder",
         ),
         ("train", {"metric_for_best_model": "f1"}, "train.metric_for_best_model f1"),
-        ("train", {"learning_rat": 1}, "train.learning_rat: unknown key, did you mean learning_rate"),
+        ("train", {"learning_rat": 1}, "train.learning_rat: unknown key, .* learning_rate"),
         ("tune", {"method": "gradual"}, "tune.method: 'gradual' is none of"),
-        ("tune", {"method": "lora", "rr": 1}, "tune.rr: unknown key of method lora, did you mean r"),
+        ("tune", {"method": "lora", "rr": 1}, "tune.rr: unknown key .*lora, .* r"),
         ("tune", {"method": "freeze"}, "tune: method freeze needs trainable"),
-        ("data", {"dev_share": 1}, "data.dev_share: input should be less than 1"),
+        ("data", {"dev_share": 1}, "data.dev_share: .*less than 1"),
     ],
 )
 def test_mistake_in_a_baseline_recipe_is_named(section, values, message, tmp_path):
@@ -363,10 +364,10 @@ def test_question_that_fills_the_window_is_refused(tiny_bert, tmp_path):
 
 
 def test_commands_of_adapters_say_that_a_recipe_is_a_baseline(tmp_path):
-    with pytest.raises(RecipeError, match="objective classification is a baseline"):
+    with pytest.raises(RecipeError, match="minilm_newsgroups.yaml: objective classification .*adapter"):
         load_recipe(Path("recipes/minilm_newsgroups.yaml"))
     run = trained(recipe("classification", "floor:majority", tmp_path / "run"))
-    with pytest.raises(RecipeError, match="a baseline answers by its head"):
+    with pytest.raises(RecipeError, match="baseline .*--labels"):
         evaluate(str(run), tmp_path / "eval", options=AnswerOptions(labels=True))
 
 
@@ -410,7 +411,7 @@ def test_two_processes_train_as_one(tiny_bert, tmp_path):
     losses = [[row["loss"] for row in read_metrics(run) if "loss" in row] for run in (one, two)]
     assert len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert "7 is no multiple of the 2 processes" in refused.stdout + refused.stderr
+    assert re.search("train.examples_per_step 7 .* 2 processes", refused.stdout + refused.stderr)
     assert not folder.exists()
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import cache
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def test_raw_text_files_are_read_whole(name, bert, tmp_path):
 
 def test_rows_without_text_are_named(bert, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"prompt": "p"}\n')
-    with pytest.raises(DataError, match=r"a.jsonl:1: text: missing, the row's keys are prompt; name the column"):
+    with pytest.raises(DataError, match=r"a.jsonl:1: text: missing, .* prompt; .* columns: \{text"):
         read_split(recipe_of(bert, task="text", data={"train": str(tmp_path / "a.jsonl")}))
 
 
@@ -116,7 +117,7 @@ def test_long_posts_become_blocks_without_loss_and_text_stays_text():
 def test_posts_are_not_joined_and_empty_ones_are_counted(bert):
     head = MaskedLM(recipe_of(bert), split_of(["alpha", "", "beta", words(100)], ["gamma"]))
     assert [len(row["input_ids"]) for row in head.rows] == [3, 3, 64, 40]
-    assert "4 blocks of at most 64 tokens from 3 posts; without text and left out: 1" in head.notes[0]
+    assert re.search(r"4 blocks .* 64 tokens .* 3 posts; .*: 1$", head.notes[0])
     with pytest.raises(RecipeError, match="too little text"):
         MaskedLM(recipe_of(bert), split_of(["", " "]))
 
@@ -217,7 +218,7 @@ def test_next_sentence_rows_fit_and_are_typed(bert):
 def test_next_sentence_needs_a_bert(tmp_path):
     config = DistilBertConfig(vocab_size=len(bert_tokenizer()), dim=32, hidden_dim=64, n_layers=1, n_heads=2)
     base = save(transformers.DistilBertForMaskedLM(config), tmp_path / "distil")
-    with pytest.raises(RecipeError, match="is of type distilbert.*name a BERT"):
+    with pytest.raises(RecipeError, match="pretraining.next_sentence: .*distilbert.*set it to false"):
         MaskedLM(recipe_of(base, pretraining={"next_sentence": True}), split_of(["alpha"]))
     head = MaskedLM(recipe_of(base), split_of(["alpha"], ["beta"]))
     assert head.score_dev(head.load())["loss"] > 0

@@ -156,7 +156,7 @@ def test_new_vocabulary_of_words_is_no_control_token(tokenizer):
 def test_control_token_of_one_character_in_data_is_a_defect(tokenizer):
     odd = copy.deepcopy(tokenizer)
     odd.add_tokens(["§"], special_tokens=True)
-    with pytest.raises(DataError, match=r"f\.jsonl:1: '§' is a control token of one character"):
+    with pytest.raises(DataError, match=r"f\.jsonl:1: '§' .*control token"):
         encode(conversation("see § 4", "yes"), odd, 512)
 
 
@@ -175,7 +175,7 @@ def test_all_noncharacters_in_a_row_are_a_defect(tokenizer):
 
 
 def test_half_a_surrogate_pair_is_a_defect(tokenizer):
-    with pytest.raises(DataError, match=r"f\.jsonl:1: half a surrogate pair '\\ud83d'"):
+    with pytest.raises(DataError, match=r"f\.jsonl:1: .*surrogate pair '\\ud83d'"):
         encode(conversation("smile \ud83d", "yes"), tokenizer, 512)
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 
 import pytest
 from sklearn.datasets import _twenty_newsgroups as loader
@@ -52,21 +53,20 @@ def test_post_that_is_only_a_quote_stays_and_is_noted(tmp_path):
     ledger = Ledger(path)
     (row,) = read_rows(FileSource(path), "newsgroups", ledger)
     assert row.context.strip() == ""
-    assert dict(ledger.notes) == {"post is empty without headers, quotes and footers": 1}
+    assert [("empty" in note, n) for note, n in ledger.notes.items()] == [(True, 1)]
 
 
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        (" sci.space", "label: ' sci.space' is none of the 20 newsgroups; did you mean 'sci.space'?"),
-        ("Comp.Graphics", "did you mean 'comp.graphics'?"),
-        (7, "label: number 7 where text is expected"),
+        (" sci.space", r"label: ' sci\.space' .* 20 newsgroups; .* 'sci\.space'\?"),
+        ("Comp.Graphics", r"label: 'Comp\.Graphics' .* 'comp\.graphics'\?"),
+        (7, "label: number 7 where text"),
     ],
 )
 def test_label_that_is_no_group_is_a_defect(tmp_path, label, message):
-    with pytest.raises(DataError) as error:
+    with pytest.raises(DataError, match=message):
         read_all(FileSource(write(tmp_path, {"label": label, "text": POST})), "newsgroups")
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_post_of_a_stripped_copy_is_taken_as_it_is(tmp_path, text):
     ledger = Ledger(path)
     (row,) = read_rows(FileSource(path), "newsgroups", ledger)
     assert (row.context, row.group) == (text, "")
-    assert dict(ledger.notes) == {"post without headers, taken as it is": 1}
+    assert [("post without headers" in note, n) for note, n in ledger.notes.items()] == [(True, 1)]
 
 
 @pytest.mark.parametrize(
@@ -113,11 +113,11 @@ def test_folder_of_groups_is_read_as_latin_1_and_a_misspelled_group_is_a_defect(
         ("sci.space/1", "sci.space", "one\n"),
         ("sci.space/2", "sci.space", "caf\xe9\n"),
     ]
-    assert ledger.places["left unread in the folder"] == [
+    assert next(places for kind, places in ledger.places.items() if "unread" in kind) == [
         f"{source.path}/sci.space/{name}" for name in (".DS_Store", "old")
     ]
     (line,) = ledger.explain()
-    assert line.endswith("sci.spaec/3: label: 'sci.spaec' is none of the 20 newsgroups; did you mean 'sci.space'?")
+    assert re.search(r"sci\.spaec/3: label: 'sci\.spaec' .* 20 newsgroups; .* 'sci\.space'\?$", line)
 
 
 def test_scikit_learn_that_can_not_download_is_one_clear_error(tmp_path, monkeypatch):
@@ -129,7 +129,7 @@ def test_scikit_learn_that_can_not_download_is_one_clear_error(tmp_path, monkeyp
         DataError, match=r"sklearn:20newsgroups: not in scikit-learn's cache .*no route to host.*; give the path"
     ):
         read_all(FileSource("sklearn:20newsgroups"), "newsgroups")
-    with pytest.raises(DataError, match="split 'validation'; must be one of train, test, all"):
+    with pytest.raises(DataError, match="split 'validation'; .* train, test, all"):
         read_all(FileSource("sklearn:20newsgroups", split="validation"), "newsgroups")
 
 

@@ -247,7 +247,7 @@ def test_everything_that_changes_windows_changes_the_key(questions):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((67, 16, 64), "max_query_length 64 and 3 control tokens leave no room .* max_seq_length 67; raise"),
+        ((67, 16, 64), "max_query_length 64 and 3 control tokens .* max_seq_length 67; raise max_seq_length"),
         ((384, 0, 64), "doc_stride 0 and max_query_length 64 must be 1 or more"),
         ((384, 128, 0), "doc_stride 128 and max_query_length 0 must be 1 or more"),
     ],
@@ -260,9 +260,9 @@ def test_impossible_settings_name_value_and_remedy(questions, settings, message)
 def test_rows_that_are_not_squads_are_an_error():
     with pytest.raises(DataError, match=r"f: 1: row without question; .* SQuAD's format"):
         make_windows([ask("x", "")], bert_tokenizer())
-    with pytest.raises(DataError, match="row without offsets of its answers"):
+    with pytest.raises(DataError, match="row without offsets .* SQuAD's format"):
         make_windows([replace(ask("x"), answers=("x",))], bert_tokenizer())
-    with pytest.raises(DataError, match="no question to make windows of"):
+    with pytest.raises(DataError, match="no question .*windows"):
         make_windows([], bert_tokenizer())
-    with pytest.raises(UserError, match=r"no token such as \[CLS\]"):
+    with pytest.raises(UserError, match=r"no token .*\[CLS\]"):
         make_windows([ask("x")], PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))))

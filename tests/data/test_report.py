@@ -68,14 +68,15 @@ def printed(show, report: dict, **options) -> str:
         "and 2 more",
         "a.jsonl:3: the answer is empty; write one or drop the row",
         "longer than max_length: 3",
-        "held out, never trained",
+        "held out, never",
         "median 300, 95 % up to 700, longest 4,000 tokens",
-        "The last bar also holds 2 examples of more than 1,536 tokens.",
-        "max_length 1,024 lies right of this axis",
+        "holds 2 examples",
+        "max_length 1,024 lies right",
         "frequent 990 99.0 %",
-        "4.00 flat tokens for each token that is executed",
-        "3 exact and 2 near duplicates, 0 of them removed. Near ones were searched for in 25.0 % of the 12,000 texts, by their words.",
-        "1 row is also in the held-out data",
+        "4.00 flat tokens",
+        "3 exact and 2 near duplicates, 0 of them removed",
+        "25.0 % of the 12,000 texts",
+        "1 row is also",
         "same passage 0.930",
         "Capital of France?",
         "ab" * 32,
@@ -89,14 +90,14 @@ def test_page_answers(sentence: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "sentence",
     [
-        "No defects, no rows left out, no notes.",
-        "No source was read.",
-        "No lengths were measured.",
-        "The rows carry no labels.",
-        "How many tokens an epoch executes was not computed.",
-        "Duplicate rows were not looked for.",
-        "There is no held-out data, so no leaks to look for.",
-        "No example was encoded.",
+        "No defects, no rows",
+        "No source was",
+        "No lengths were",
+        "carry no labels",
+        "was not computed",
+        "Duplicate rows were not",
+        "no leaks to",
+        "No example was",
         "Rows read –",
     ],
 )
@@ -109,18 +110,18 @@ def test_none_found_differs_from_not_searched_for(tmp_path: Path) -> None:
     clean = {"checked": True, "held_out_rows": 50}
     text = page(EMPTY | {"duplicates": none, "leaks": clean}, tmp_path).text
     assert "No duplicate rows." in text
-    assert "No row is also among the 50 held-out rows." in text
+    assert re.search("No row .* 50 held-out rows", text)
     unchecked = EMPTY | {"leaks": clean | {"checked": False}}
-    assert "no leaks to look for" in page(unchecked, tmp_path).text
+    assert "no leaks to" in page(unchecked, tmp_path).text
     assert re.search("leaks +not searched for", printed(print_report, unchecked))
 
 
 def test_stops_come_first_and_name_the_remedy(tmp_path: Path) -> None:
     report = FULL | {"stops": ["7 rows have no answer; mend them or set data.on_error: skip"]}
     text = page(report, tmp_path).text
-    assert "Not ready to train. 1 thing stops the run: 7 rows have no answer; mend them" in text
+    assert re.search("Not ready .* 1 thing .*: 7 rows have no answer; mend them", text)
     assert text.index("Not ready") < text.index("Rows read")
-    assert "Not ready to train:\n- 7 rows have no answer; mend them" in printed(print_report, report)
+    assert re.search("Not ready .*:\n- 7 rows have no answer; mend them", printed(print_report, report))
 
 
 def test_a_report_without_verdict_is_refused(tmp_path: Path) -> None:
@@ -177,7 +178,7 @@ def test_held_out_data_has_no_counts_of_training() -> None:
 
 def test_sources_without_an_example_have_no_lengths(tmp_path: Path) -> None:
     text = page(EMPTY | {"lengths": {"example": {}, "answer": {}}}, tmp_path).text
-    assert text.count("No lengths were measured.") == 2
+    assert text.count("No lengths were") == 2
 
 
 def test_trained_text_and_special_tokens_are_marked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -57,7 +58,7 @@ def test_row_is_named_by_its_id_or_its_place(tmp_path):
 def test_named_format_wins_over_other_keys(tmp_path):
     path = write(tmp_path / "rows.jsonl", {"messages": [USER, ANSWER], "instruction": "i", "output": "o"})
     assert [read_all(FileSource(path, f), "instruct")[0].answer for f in (None, "alpaca")] == ["c", "o"]
-    with pytest.raises(DataError, match="format 'alpacca'; must be one of " + ", ".join(FORMATS)):
+    with pytest.raises(DataError, match="format 'alpacca'; .*" + ", ".join(FORMATS)):
         read_all(FileSource(path, "alpacca"), "instruct")
 
 
@@ -70,16 +71,16 @@ def test_columns_rename_the_columns_of_the_file(tmp_path):
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        ({"promt": "question"}, "columns: 'promt' is not a known key; did you mean prompt?"),
-        ({"prompt": "qestion"}, "columns.prompt: no row has a column 'qestion'; the first row's keys are question, answer; did you mean question?"),
-        ({"prompt": "question", "completion": "answer", "input": "context"}, "columns.input: no row has a column 'context'; the first row's keys are question, answer; check the spelling"),
+        ({"promt": "question"}, r"columns: 'promt' .* prompt\?"),
+        ({"prompt": "qestion"}, r"columns\.prompt: .* 'qestion'; .* question, answer; .* question\?"),
+        ({"prompt": "question", "completion": "answer", "input": "context"}, r"columns\.input: .* 'context'; .* question, answer; check"),
     ],
 )  # fmt: skip
 def test_column_that_does_not_exist_is_one_clear_error(tmp_path, columns, message):
     path = write(tmp_path / "rows.jsonl", *[{"question": "q", "answer": "a"}] * 3)
     with pytest.raises(DataError) as error:
         list(read_rows(FileSource(path, columns=columns), "instruct", Ledger(path)))
-    assert str(error.value).startswith(f"{path}: {message}")
+    assert re.match(f"{path}: {message}", str(error.value))
 
 
 def test_optional_column_may_be_absent_from_the_first_rows(tmp_path):
@@ -98,7 +99,7 @@ def test_required_column_that_only_some_rows_lack_is_their_defect(tmp_path):
     source = FileSource(path, columns={"prompt": "question", "completion": "answer"})
     assert [row.answer for row in read_rows(source, "instruct", ledger)] == ["b"]
     (line,) = ledger.explain()
-    assert line.startswith(f"{path}:1: prompt: missing, the row's keys are completion")
+    assert re.match(f"{path}:1: prompt: missing, .* completion", line)
 
 
 def test_keys_that_are_null_do_not_decide_the_format(tmp_path):
@@ -112,9 +113,8 @@ def test_keys_that_are_null_do_not_decide_the_format(tmp_path):
     ledger = Ledger(path)
     assert [row.answer for row in read_rows(FileSource(path), "instruct", ledger)] == ["c", "c", "c"]
     assert ledger.formats == {"prompt_completion": 1, "messages": 2}
-    assert list(ledger.explain()) == [
-        f"{path}:4: completion: null where text is expected; fill it in or leave the row out"
-    ]
+    (line,) = ledger.explain()
+    assert line.startswith(f"{path}:4: completion: null ")
 
 
 def test_system_turn_is_no_part_of_the_context(tmp_path):
@@ -172,17 +172,16 @@ def test_glob_and_folder_are_read_file_after_file(tmp_path):
     assert len(files_of(FileSource(f"{tmp_path}/**/**/*.jsonl"))) == 3
     ledger = Ledger(str(tmp_path))
     assert [c.where for c in read_rows(FileSource(str(tmp_path)), "instruct", ledger)] == wheres
-    assert ledger.named["left unread in the folder"] == [
-        f"{tmp_path}/LICENSE: left unread in the folder",
-        f"{tmp_path}/deep: left unread in the folder",
+    assert [(places, "unread" in kind) for kind, places in ledger.places.items()] == [
+        ([f"{tmp_path}/LICENSE", f"{tmp_path}/deep"], True)
     ]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("data/samples/squad_trian.json", "no such file; did you mean data/samples/squad_train.json?"),
-        ("nowhere/x.jsonl", "no such file; give a file, a glob, a folder or a Hub id"),
+        ("data/samples/squad_trian.json", r"no such file; .* data/samples/squad_train\.json\?"),
+        ("nowhere/x.jsonl", "no such file; give .* Hub id"),
         ("data/samples/*.foo", "no file matches"),
         ("recipes", "a folder without .json, .jsonl, .csv, .parquet files"),
     ],
@@ -191,7 +190,7 @@ def test_source_that_does_not_exist_is_one_clear_error(path, message):
     for read in (files_of, lambda source: read_all(source, "instruct")):
         with pytest.raises(DataError) as error:
             read(FileSource(path))
-        assert str(error.value).startswith(f"{path}: {message}")
+        assert re.match(f"{re.escape(path)}: {message}", str(error.value))
 
 
 @pytest.mark.parametrize(
@@ -215,16 +214,16 @@ def test_hub_id_is_owner_and_name_and_no_path(name, expected):
 @pytest.mark.parametrize(
     ("path", "setting", "message"),
     [
-        ("data/samples/squad_dev.json", {"split": "test"}, "split 'test': a file has no split; leave it out"),
-        ("data/samples/squad_*.json", {"revision": "v1"}, "revision 'v1': a file has no revision; leave it out"),
-        ("data/samples", {"config": "main"}, "config 'main': a file has no config; leave it out"),
-        ("sklearn:20newsgroups", {"config": "main"}, "config 'main': sklearn:20newsgroups has no config; leave it out"),
+        ("data/samples/squad_dev.json", {"split": "test"}, "split 'test': a file"),
+        ("data/samples/squad_*.json", {"revision": "v1"}, "revision 'v1': a file"),
+        ("data/samples", {"config": "main"}, "config 'main': a file"),
+        ("sklearn:20newsgroups", {"config": "main"}, "config 'main': sklearn:20newsgroups"),
     ],
 )
 def test_setting_that_the_source_does_not_have_is_refused(path, setting, message):
     with pytest.raises(DataError) as error:
         read_all(FileSource(path, **setting), "squad_v2")
-    assert str(error.value) == f"{path}: {message}"
+    assert str(error.value).startswith(f"{path}: {message} has no ")
 
 
 def test_commit_of_a_hub_dataset_stands_for_itself():

@@ -60,7 +60,7 @@ def test_server_is_asked_greedily_and_answers_come_in_order(questions):
 
 def test_model_that_is_not_served_is_named(url):
     assert served_model(url, "served") == "served"
-    with pytest.raises(ServerError, match="serves served; name one of them with --model"):
+    with pytest.raises(ServerError, match="serves served; .* --model"):
         served_model(url, "other")
 
 
@@ -80,7 +80,7 @@ def test_question_that_the_server_refuses_is_named(url, questions):
 
 
 def test_server_that_goes_away_is_one_line(url, questions):
-    with pytest.raises(ServerError, match=r"\(7 tries\); is the server up") as caught:
+    with pytest.raises(ServerError, match=r"\(7 tries\); .*its /v1\?") as caught:
         server_predictions(url, "served", [*questions[:4], asked("Question: crash", "q"), *questions[4:8]], 9)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -100,8 +100,8 @@ def test_overloaded_server_is_asked_again_and_the_retries_are_reported(questions
         answers = server_predictions(url, "served", questions[:10], 9)
     assert [a.text for a in answers] == texts(questions[:10])
     stderr = capsys.readouterr().err
-    assert stderr.count("asking again, up to 7 times") == 1
-    assert "5 requests were asked again; all are answered" in stderr
+    assert stderr.count("up to 7 times") == 1
+    assert "5 requests were asked" in stderr
 
 
 def test_waits_grow_and_end(questions, monkeypatch):
@@ -215,13 +215,13 @@ def test_web_server_without_a_model_is_a_clear_error():
 
     server = HTTPServer(("127.0.0.1", 0), Page)
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    with pytest.raises(ServerError, match="is the address its /v1"):
+    with pytest.raises(ServerError, match=r"; .*its /v1\?"):
         served_model(f"http://127.0.0.1:{server.server_port}", None)
     server.shutdown()
 
 
 def test_server_that_does_not_run_is_a_clear_error(questions):
-    with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*is the server up"):
+    with pytest.raises(ServerError, match=r"127\.0\.0\.1:9/v1: .*; .*its /v1\?"):
         server_predictions("http://127.0.0.1:9/v1", "m", questions[:2], 5)
 
 

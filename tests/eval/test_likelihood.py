@@ -162,7 +162,7 @@ def test_prompt_that_the_model_has_no_positions_for_is_not_asked(model, tokenize
 
 
 def test_empty_candidate_is_an_error(model, tokenizer):
-    with pytest.raises(DataError, match="prompt 0: the answer is empty"):
+    with pytest.raises(DataError, match="prompt 0: .* empty"):
         answer_logprobs(model, tokenizer, [turns("a")], [[" "]], 2000)
 
 

@@ -130,12 +130,12 @@ def test_threshold_and_version_1_decide_on_no_answer():
 def test_logits_that_are_not_finite_or_of_other_windows_are_refused(questions):
     windows = make_windows(questions, bert_tokenizer())
     starts, ends = random_logits(windows)
-    with pytest.raises(ValueError, match="96 rows of logits for|95 and 96"):
+    with pytest.raises(ValueError, match="95 and 96 rows .* 96 windows"):
         best_spans(windows, starts[1:], ends, questions)
     with pytest.raises(ValueError, match="logits for the"):
         best_spans(windows, [starts[0][:-1], *starts[1:]], ends, questions)
     ends[3][5] = np.nan
-    with pytest.raises(DataError, match="not finite; evaluate it in float32"):
+    with pytest.raises(DataError, match="not finite; .* float32"):
         best_spans(windows, starts, ends, questions)
 
 
@@ -167,7 +167,7 @@ def test_threshold_of_questions_without_spans_or_of_none():
     assert tune_threshold([math.inf, -1.0, 2.0], [1.0, 1.0, 0.0], [1.0, 0.0, 1.0]) == (0.0, 1.0)
     assert tune_threshold([math.inf], [0.0], [1.0]) == (0.0, 1.0)
     for wrong in ([], [math.nan]):
-        with pytest.raises(ValueError, match="one of each for every question"):
+        with pytest.raises(ValueError, match=f"{len(wrong)} differences, .* NaN"):
             tune_threshold(wrong, [1.0] * len(wrong), [0.0] * len(wrong))
 
 

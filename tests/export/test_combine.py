@@ -46,7 +46,7 @@ def test_runs_of_the_same_name_are_recorded_by_their_paths(plain, tmp_path):
 
 
 def test_single_run_is_not_combined(plain, tmp_path):
-    assert "two runs or more" in combine(plain, "--out", tmp_path / "out", code=2).stderr
+    assert "name two runs" in combine(plain, "--out", tmp_path / "out", code=2).stderr
 
 
 @pytest.mark.parametrize("kind", ["dora", "rslora", "bias", "trainable_tokens", "ia3"])

@@ -3,6 +3,7 @@ LLAMA_CPP names it."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -74,32 +75,32 @@ def test_format_is_written_with_its_own_parity(run, tmp_path, monkeypatch):
     assert "rounded them" in command(out, "--run", run, name="verify").stderr
     weights = load_file(out / "model.safetensors")
     save_file({name: torch.zeros_like(w) for name, w in weights.items()}, out / "model.safetensors", {"format": "pt"})
-    assert "w4a16 and adapter agree on" in command(out, "--run", run, code=2, name="verify").stderr
+    assert "w4a16 and adapter agree" in command(out, "--run", run, code=2, name="verify").stderr
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("sys.exit('no space for the scales')\n", "llm-compressor failed (1): no space for the scales; see "),
+        ("sys.exit('no space for the scales')\n", r"llm-compressor failed \(1\): no space for the scales; see "),
         (
             "from safetensors.torch import load_file, save_file\n"
             "w = load_file(out / 'model.safetensors')\n"
             "save_file({k: v * 0 for k, v in w.items()}, out / 'model.safetensors', {'format': 'pt'})\n",
-            "less than export.min_format_agreement 95.00%; nothing was written",
+            "export.min_format_agreement 95.00%; nothing was written",
         ),
         (
             "from safetensors.torch import load_file, save_file\n"
             "w = load_file(out / 'model.safetensors')\n"
             "del w['model.layers.0.mlp.down_proj.weight']\n"
             "save_file(w, out / 'model.safetensors', {'format': 'pt'})\n",
-            "down_proj.weight, which its config.json asks for, is missing",
+            "down_proj.weight, .*config.json .* missing",
         ),
     ],
 )
 def test_what_a_compressor_breaks_is_not_written(damage, message, run, tmp_path, monkeypatch):
     compressor(tmp_path, damage, monkeypatch)
     done = command(run, "--format", "w4a16", "--out", tmp_path / "out", code=2)
-    assert message in " ".join(done.stderr.split())
+    assert re.search(message, " ".join(done.stderr.split()))
     assert not (tmp_path / "out").exists()
     log = run / "export-w4a16.log"
     assert log.exists() == ("failed" in message)
@@ -133,7 +134,7 @@ def test_format_that_rounds_nothing_must_agree_as_much_as_a_merge(name, key, run
         ("w8a8", "python3 -m venv lc && lc/bin/pip install llmcompressor"),
         (
             "gguf-q8_0",
-            "convert_hf_to_gguf.py, which is not on PATH; run: git clone https://github.com/ggml-org/llama.cpp",
+            "convert_hf_to_gguf.py, .* PATH; run: git clone https://github.com/ggml-org/llama.cpp",
         ),
     ],
 )
@@ -142,7 +143,9 @@ def test_missing_tool_is_reported_before_anything_is_merged(name, message, run, 
     for variable in ("GRAFT_LLMCOMPRESSOR", "LLAMA_CPP"):
         monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr("sft.export.pipeline.read_trained", lambda run: pytest.fail("read the run first"))
-    assert message in " ".join(command(run, "--format", name, "--out", tmp_path / "out", code=2).stderr.split())
+    assert re.search(
+        message, " ".join(command(run, "--format", name, "--out", tmp_path / "out", code=2).stderr.split())
+    )
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
@@ -156,7 +159,7 @@ def test_converter_gets_no_model_that_names_code(file, tmp_path, monkeypatch):
     merged = tmp_path / "merged"
     merged.mkdir()
     (merged / file).write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil/repo--t.T", None]}}))
-    with pytest.raises(RunError, match=f"{file} of the base names code"):
+    with pytest.raises(RunError, match=rf"{file} .* names code .*\(auto_map\)"):
         sft.export.formats.find_writer("gguf-f16")(merged, tmp_path / "out", [], tmp_path / "log")
     assert not (tmp_path / "out").exists()
 

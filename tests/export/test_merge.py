@@ -126,7 +126,7 @@ def test_added_rows_that_nothing_holds_are_an_error(dtype, untied, tmp_path):
     """The head's new rows were drawn at random, and by this setting of PEFT saved nowhere."""
     config = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["embed_tokens"], task_type="CAUSAL_LM")
     tune(untied, config, tmp_path / "adapter", rows=108, save_embedding_layers=False)
-    with pytest.raises(ParityError, match=r"lm_head.weight is stored as \(100, 32\) and was trained as \(108, 32\)"):
+    with pytest.raises(ParityError, match=r"lm_head.weight .*\(100, 32\) .*\(108, 32\), .*modules_to_save"):
         merge(untied, tmp_path / "adapter", tmp_path / "out", dtype)
 
 

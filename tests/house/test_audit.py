@@ -27,7 +27,8 @@ def test_package_below_its_floor_is_named_with_reason():
         return old[name]
 
     (line,) = audit.below(FLOORS, installed)
-    assert line.startswith("transformers 5.16.1 is below its safe floor >5.16.1 (CVE-")
+    assert line.startswith("transformers 5.16.1 ")
+    assert " >5.16.1 (CVE-" in line
 
 
 def test_every_floor_has_a_source():

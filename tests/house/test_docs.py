@@ -296,7 +296,9 @@ def options() -> set[str]:
     return found | {name for parser in parsers for name in parser._option_string_actions}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [*PAGES, *sorted((ROOT / "tests").rglob("README.md"))], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_page_names_what_there_is(page):
     assert list(problems(page.read_text(encoding="utf-8"), page)) == []
 

@@ -98,9 +98,9 @@ def test_pickled_adapter_is_refused_unopened(adapted: Path, marker: Path):
     weights = adapted / "adapter" / "adapter_model.safetensors"
     weights.with_suffix(".bin").write_bytes(payload)
     weights.unlink()
-    with pytest.raises(RecipeError, match=r"no adapter_model\.safetensors; adapter_model\.bin may be a pickle"):
+    with pytest.raises(RecipeError, match=r"no adapter_model\.safetensors; adapter_model\.bin .* pickle, .* not read"):
         load_target(str(adapted))
-    with pytest.raises(RecipeError, match="may be a pickle"):
+    with pytest.raises(RecipeError, match=r"no adapter_model\.safetensors; adapter_model\.bin .* pickle, .* not read"):
         load_trained(adapted, "classification", Model(base=load_recipe(adapted / "recipe.yaml").model.base), 0)
     assert not marker.exists()
 
@@ -110,7 +110,7 @@ def test_pickled_base_is_refused_unopened(base: Path, marker: Path):
     weights = next(base.glob("*.safetensors"))
     weights.unlink()
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(marker)))
-    with pytest.raises(RecipeError, match=r"pytorch_model\.bin is not read: convert it to safetensors"):
+    with pytest.raises(RecipeError, match=r"pytorch_model\.bin is not read: .* safetensors"):
         load_target(str(base))
     shutil.move(base / "pytorch_model.bin", weights)
     with pytest.raises(RecipeError, match="can't be loaded"):
@@ -175,14 +175,14 @@ def test_tokenizer_that_peft_would_load_is_the_bases_own(settings, base: Path):
     recipe = check_recipe(tree)
     tuned = tune_model(load_base(recipe.model, torch.device("cpu")), recipe.tune, 1)
     assert tuned.peft_config["default"].tokenizer_name_or_path == str(base)
-    with pytest.raises(RecipeError, match="unknown key of method prompt_tuning"):
+    with pytest.raises(RecipeError, match=r"tune\.\w+: unknown key .* prompt_tuning"):
         check_recipe(tree | {"tune": {**tree["tune"], **settings}})
 
 
 def test_model_that_needs_its_own_code_is_refused(base: Path, marker: Path):
     """S3: auto_map for an architecture that transformers has not."""
     plant_code(base, marker, model_type="evil")
-    with pytest.raises(RecipeError, match=r"needs code of its own \(auto_map\), which Graft never runs") as caught:
+    with pytest.raises(RecipeError, match=r"needs code .*\(auto_map\), .* never runs") as caught:
         load_base(Model(base=str(base)), torch.device("cpu"))
     assert "trust_remote_code" not in str(caught.value)
     assert not marker.exists()
@@ -235,12 +235,12 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (BOMB, "r.yaml:1: anchors and aliases are not allowed"),
-        ("task: squad_v2\n" * 2, "r.yaml:2: the key task occurs twice"),
+        (BOMB, "r.yaml:1: anchors and aliases"),
+        ("task: squad_v2\n" * 2, "r.yaml:2: .* task occurs twice"),
         ("task: squad_v2\nhook: os.system", "hook: unknown key"),
-        ("a: " + "[" * 60_000, "not a recipe's value"),
+        ("a: " + "[" * 60_000, "r.yaml: .* recipe's value"),
         ('task: "\\0"', "r.yaml:1: the character U\\+0000 is not allowed"),
-        ("- 1\n" * 20_000, "80,000 bytes, a recipe has at most 65,536"),
+        ("- 1\n" * 20_000, "80,000 bytes, .* 65,536"),
     ],
 )
 def test_hostile_recipe_is_one_line_at_once(text, message, tmp_path: Path):
@@ -259,19 +259,19 @@ def test_huge_recipe_is_refused_unread(tmp_path: Path, monkeypatch):
     with path.open("wb") as file:
         file.truncate(100 * 2**20)
     monkeypatch.setattr(Path, "read_text", lambda *args, **more: pytest.fail("it was read"))
-    with pytest.raises(RecipeError, match="104,857,600 bytes, a recipe has at most"):
+    with pytest.raises(RecipeError, match="104,857,600 bytes, .* 65,536"):
         load_recipe(path)
 
 
 @pytest.mark.parametrize(
     ("folder", "message"),
     [
-        ("../../etc", "leads out of the current folder, to /"),
-        ("runs/../../x", "leads out of the current folder"),
-        ("out/x", "leads out of the current folder, to .*elsewhere"),
+        ("../../etc", r"\.\./\.\./etc.* leads out .*, to /"),
+        ("runs/../../x", r"runs/\.\./\.\./x.* leads out"),
+        ("out/x", "out/x.* leads out .*, to .*elsewhere"),
         ("~/runs", "holds '~'"),
         ("C:\\runs", "holds '.*', which a shell"),
-        ("C:runs", "is a Windows path"),
+        ("C:runs", "C:runs.* a Windows path"),
         ("runs/a\x00b", "holds '.x00'"),
         ("/etc", "/etc is not empty"),
     ],
@@ -301,7 +301,7 @@ def test_names_that_a_shell_would_act_on_are_refused(name, tmp_path: Path, base:
     path = tmp_path / f"{name}.yaml"
     write_recipe(path, base, train="{max_steps: 1}")
     before = sorted(os.listdir(ROOT))
-    assert "the recipe's file name" in run("train", "--", path, code=2).stderr
+    assert "recipe's file name" in run("train", "--", path, code=2).stderr
     assert sorted(os.listdir(ROOT)) == before
 
 
@@ -330,7 +330,7 @@ def test_index_names_no_file_elsewhere(shard, base: Path):
     (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
     if shard == "fifo.safetensors":
         os.mkfifo(base / shard)
-    with pytest.raises(RecipeError, match=r"no regular file|which is no file of this folder"):
+    with pytest.raises(RecipeError, match=rf"no regular file|index\.json names .* '{shard}', .*no file"):
         load_target(str(base))
 
 
@@ -339,7 +339,7 @@ def test_fifo_in_place_of_a_file_is_refused_unopened(base: Path, adapted: Path):
     for folder in (base, adapted / "adapter"):
         (folder / "tokenizer.json").unlink()
         os.mkfifo(folder / "tokenizer.json")
-        with pytest.raises(RecipeError, match=r"tokenizer\.json is no regular file"):
+        with pytest.raises(RecipeError, match=r"tokenizer\.json is no regular"):
             load_target(str(folder.parent if folder.name == "adapter" else folder))
 
 
@@ -421,7 +421,7 @@ def test_gzip_bomb_ends_with_one_line(name, tmp_path: Path, monkeypatch):
     (tmp_path / name).write_bytes(packed.getvalue())
     ledger = Ledger("bomb")
     assert list(read_rows(FileSource(str(tmp_path / name)), "instruct", ledger)) == []
-    assert "unpacks to more than 1,048,576 bytes, 200 times its size" in ledger.unread[0]
+    assert re.search("unpacks to .* 1,048,576 bytes, 200 times", ledger.unread[0])
 
 
 def test_other_archives_are_not_opened(tmp_path: Path):
@@ -506,14 +506,14 @@ def test_template_of_an_adapter_that_differs_is_told(adapted: Path, capsys):
     load_run(adapted)
     told = capsys.readouterr().err
     assert "warning:" in told
-    assert "brings a chat template other than that of its base" in told
+    assert re.search("warning: .*/adapter .* template other than .* base", told)
 
 
 @pytest.mark.parametrize("named", ["https://evil.example/model", "evil/model", "../other", "s3://bucket/model"])
 def test_adapter_of_another_base_is_refused(named, adapted: Path):
     """S13: base_model_name_or_path elsewhere or at a URL."""
     changed(adapted / "adapter" / "adapter_config.json", base_model_name_or_path=named)
-    with pytest.raises(RecipeError, match="adapter_config.json is of base .* the run's recipe of"):
+    with pytest.raises(RecipeError, match=rf"adapter_config\.json names base .*{re.escape(named)}.*, the run's recipe"):
         load_target(str(adapted))
 
 
@@ -550,7 +550,7 @@ def test_recipe_with_a_secret_is_refused_without_showing_it(secret, tmp_path: Pa
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     (tmp_path / "r.yaml").write_text(f"task: squad_v2\n{secret}\n")
     done = run("train", tmp_path / "r.yaml", code=2)
-    assert "r.yaml:2: holds a token, key or password" in done.stderr
+    assert "r.yaml:2: holds a token" in done.stderr
     assert not any(s in done.stderr for s in (HF, KEY, "hunter2x"))
 
 
@@ -560,7 +560,7 @@ def test_command_line_with_a_secret_is_refused_without_showing_it(argument, monk
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     monkeypatch.setattr(sys, "argv", ["graft", "eval", argument])
     done = run("eval", argument, code=2)
-    assert "the command line holds a token, key or password" in done.stderr
+    assert re.search("command line .* token, key or password", done.stderr)
     assert argument not in done.stderr
 
 
@@ -669,7 +669,7 @@ def test_card_warns_of_data_without_a_licence(tmp_path: Path, tiny: Path):
     report = DataReport([], totals=Totals(examples=1, contexts=1, trained_tokens=1))
     card = model_card(recipe, facts, report, [{"loss": 1.0}])
     assert "- `squad_train.json`: licence `CC0-1.0`" in card
-    assert "- `squad_dev.json`: **warning: no licence is named**" in card
+    assert "- `squad_dev.json`: **warning: no licence" in card
     assert "\n# evil" not in card
 
 

@@ -25,17 +25,17 @@ def test_minimal_recipe_is_complete():
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("train.learning_rat", 1e-4, "train.learning_rat: unknown key, did you mean learning_rate?"),
-        ("trian", {}, "trian: unknown key, did you mean train?"),
-        ("model.quantization.load_in_4bits", True, "model.quantization.load_in_4bits: unknown key, did you mean load_in_4bit?"),
-        ("tune.lora_alfa", 3, "tune.lora_alfa: unknown key of method lora, did you mean lora_alpha?"),
+        ("train.learning_rat", 1e-4, r"train.learning_rat: unknown key, .* learning_rate\?"),
+        ("trian", {}, r"trian: unknown key, .* train\?"),
+        ("model.quantization.load_in_4bits", True, r"model.quantization.load_in_4bits: unknown key, .* load_in_4bit\?"),
+        ("tune.lora_alfa", 3, r"tune.lora_alfa: unknown key .* lora, .* lora_alpha\?"),
         ("tune.method", "lorra", "tune.method: 'lorra' is none of"),
-        ("tune.r", "many", "tune.r: input should be a valid integer"),
-        ("train.learning_rate", "abc", "train.learning_rate: input should be a valid number.*found 'abc'"),
-        ("train.learning_rate", True, "train.learning_rate: a number is needed"),
-        ("train.learning_rate", -1, "train.learning_rate: input should be greater than 0, found -1"),
+        ("tune.r", "many", "tune.r: .*integer"),
+        ("train.learning_rate", "abc", "train.learning_rate: .* number.*found 'abc'"),
+        ("train.learning_rate", True, "train.learning_rate: a number .* not true"),
+        ("train.learning_rate", -1, "train.learning_rate: .* greater than 0, found -1"),
         ("train.examples_per_step", 2.5, "train.examples_per_step: .*integer"),
-        ("train.lr_scheduler_type", "cosin", "train.lr_scheduler_type: input should be 'linear', 'cosine'"),
+        ("train.lr_scheduler_type", "cosin", "train.lr_scheduler_type: .* 'linear', 'cosine'"),
         ("train.per_device_train_batch_size", 4, "use train.examples_per_step"),
         ("train.warmup_ratio", 0.1, "use train.warmup_steps"),
         ("data.train", "missing.json", r"data.train\[0\].path: missing.json: no such file"),
@@ -43,14 +43,14 @@ def test_minimal_recipe_is_complete():
         ("eval.data", "missing.json", "eval.data.path: missing.json: no such file"),
         ("model.base", "nowhere", "model.base: nowhere is no folder"),
         ("model.chat_template", "none.jinja", "model.chat_template: no such file"),
-        ("task", "squad", "task: input should be 'squad_v2'"),
+        ("task", "squad", "task: .* 'squad_v2'"),
         ("train.eval_strategy", "epoch", "eval_strategy epoch needs eval.data"),
         ("tune.method", "freeze", "tune: method freeze needs trainable"),
         ("tune.trainable", ["x"], "tune: trainable works only with method freeze"),
         ("model.quantization", {"load_in_4bit": True, "load_in_8bit": True}, "exclude each other"),
         ("model.quantization", {"bnb_4bit_quant_type": "nf4"}, "neither load_in_4bit nor load_in_8bit is true"),
-        ("train.seed", 2**32, "train.seed: input should be less than 4294967296"),
-        ("tune", {"method": "freeze", "trainable": ["("]}, r"tune.trainable: '\(' is no regular expression"),
+        ("train.seed", 2**32, "train.seed: .* less than 4294967296"),
+        ("tune", {"method": "freeze", "trainable": ["("]}, r"tune.trainable: '\(' .* regular expression"),
     ],
 )  # fmt: skip
 def test_mistake_is_one_line_that_names_key_and_remedy(key, value, message):
@@ -61,7 +61,7 @@ def test_mistake_is_one_line_that_names_key_and_remedy(key, value, message):
 
 def test_quantized_base_refuses_methods_that_train_it():
     tree = with_key("model.quantization", {"load_in_4bit": True}) | {"tune": {"method": "full"}}
-    with pytest.raises(RecipeError, match="tune.method full trains weights of the base"):
+    with pytest.raises(RecipeError, match="tune.method full .* model.quantization"):
         check_recipe(tree)
 
 
@@ -80,15 +80,15 @@ def test_scalars_are_those_of_yaml_1_2(text, value):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", r"r\.yaml:2: the key a occurs twice"),
-        ("a: {b: 1, b: 2}", r"r\.yaml:1: the key b occurs twice"),
-        ("a: &x 1\nb: *x", r"r\.yaml:1: anchors and aliases are not allowed"),
+        ("a: 1\na: 2", r"r\.yaml:2: the key a .*twice"),
+        ("a: {b: 1, b: 2}", r"r\.yaml:1: the key b .*twice"),
+        ("a: &x 1\nb: *x", r"r\.yaml:1: anchors and aliases"),
         ("a: !!python/object/apply:os.system ['x']", r"r\.yaml:1: the tag .* is not allowed"),
         ("a: [1,", r"r\.yaml:1"),
-        ("a: " + 5000 * "7", r"r\.yaml: not a recipe's value: Exceeds the limit"),
-        ("a: " + 3000 * "[", r"r\.yaml: not a recipe's value: maximum recursion depth"),
+        ("a: " + 5000 * "7", r"r\.yaml: .* value: Exceeds"),
+        ("a: " + 3000 * "[", r"r\.yaml: .* value: maximum recursion"),
         ("a:\n\t- b", r"r\.yaml:2"),
-        ("? [1]\n: 2", r"r\.yaml:1: a key must be plain text"),
+        ("? [1]\n: 2", r"r\.yaml:1: a key .*plain text"),
     ],
 )
 def test_surprising_yaml_is_refused_with_its_line(text, message):
@@ -122,7 +122,7 @@ def test_overrides_set_keys_at_any_depth(tmp_path):
     [
         ("train", "write KEY=VALUE"),
         ("data.train.0.path=x", "no such file|is a value|is a list"),
-        ("task.x=1", "task is a value, not a section"),
+        ("task.x=1", "--set task.x: task is a value"),
         ("train.lr=1", "unknown key"),
     ],
 )

@@ -67,13 +67,13 @@ def test_each_damaged_file_is_named_and_the_checkpoint_before_it_taken(harm, run
         assert [*broken] == [newer]
         assert name in broken[newer]
     HARM[harm](good / "nested" / "part")
-    with pytest.raises(RunError, match=r"no checkpoint is whole.*\n  checkpoint-10: .*\n  checkpoint-5: nested/part "):
+    with pytest.raises(RunError, match=r"no checkpoint .*\n  checkpoint-10: .*\n  checkpoint-5: nested/part "):
         last_checkpoint(run)
 
 
 def test_renamed_checkpoint_is_none(run):
     write(run, 5).rename(run / "checkpoint-6")
-    assert damage(run / "checkpoint-6") == "it was renamed: it holds step 5"
+    assert str(damage(run / "checkpoint-6")).endswith("holds step 5")
 
 
 def test_a_flipped_bit_anywhere_in_a_manifest_is_noticed_or_harmless(run):
@@ -90,11 +90,11 @@ def test_file_that_does_not_belong_and_pickle_are_refused_unopened(run):
     """S2: PyTorch would unpickle a planted optimizer.pt."""
     folder = write(run, 5)
     (folder / "optimizer.pt").write_bytes(b"\x80\x04")
-    assert damage(folder) == "optimizer.pt does not belong to it"
+    assert str(damage(folder)).startswith("optimizer.pt does not belong")
     temporary = run / ".temporary"
     folder.rename(temporary)
     commit_checkpoint(temporary, run / "checkpoint-6", {"step": 6})
-    assert damage(run / "checkpoint-6") == "optimizer.pt is a pickle, which is never opened"
+    assert str(damage(run / "checkpoint-6")).startswith("optimizer.pt is a pickle")
     assert damage(run / "checkpoint-6", pickles=True) is None
 
 
@@ -129,7 +129,7 @@ def test_a_checkpoint_that_the_disk_does_not_return_is_not_published(run, monkey
         return hashed(path)
 
     monkeypatch.setattr(sft.runs.checkpoint, "file_sha256", lose)
-    with pytest.raises(OSError, match="does not return what was written"):
+    with pytest.raises(OSError, match="checkpoint-10 .*; the disk does not"):
         write(run, 10)
     monkeypatch.undo()
     assert flush is sft.runs.checkpoint.flush
@@ -213,16 +213,16 @@ def test_damaged_checkpoint_is_set_aside_and_written_again(run):
 
 def test_finished_run_without_checkpoints_and_folder_that_is_no_run_are_refused(run, tmp_path_factory):
     (run / "adapter").mkdir()
-    with pytest.raises(RunError, match="is finished and has no checkpoint"):
+    with pytest.raises(RunError, match=f"{run}: is finished .*--set train.output_dir"):
         last_checkpoint(run)
-    with pytest.raises(RunError, match="is no run folder"):
+    with pytest.raises(RunError, match="no run folder: recipe.yaml"):
         last_checkpoint(tmp_path_factory.mktemp("empty"))
 
 
 def test_too_small_a_disk_is_an_error_before_training(run, monkeypatch):
     model = torch.nn.Linear(1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(0, 0, 20_000_000))
-    with pytest.raises(DiskFull, match="room for 0.02 GiB, and two checkpoints take 0.02 GiB"):
+    with pytest.raises(DiskFull, match="0.02 GiB, .* checkpoints .* 0.02 GiB; .* train.output_dir"):
         sft.runs.checkpoint.check_space(run, model, "adamw_torch_fused")
     sft.runs.checkpoint.check_space(run, model, "sgd")
 
@@ -248,7 +248,7 @@ def test_state_comes_back_bit_for_bit(tmp_path):
 
 
 def test_a_value_that_a_state_cannot_hold_is_named(tmp_path):
-    with pytest.raises(TypeError, match="can't hold a set"):
+    with pytest.raises(TypeError, match="hold a set"):
         save_state(tmp_path / "state", {"a": {1, 2}})
 
 

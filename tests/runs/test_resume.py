@@ -131,7 +131,7 @@ def test_pickles_of_a_checkpoint_are_not_opened_by_resuming(saved, tmp_path):
     (planted / MANIFEST).unlink()
     commit_checkpoint(planted, copy / "checkpoint-4", facts)
     done = graft("train", "--resume", copy)
-    assert re.search("checkpoint-4: .* is a pickle, which is never opened", done.stdout)
+    assert re.search("checkpoint-4: .* is a pickle", done.stdout)
     assert "resumes from checkpoint-2" in done.stdout
     assert not marker.exists()
     pickle.loads((copy / "damaged-checkpoint-4" / "optimizer.pt").read_bytes())  # noqa: S301  it would have worked
@@ -144,7 +144,7 @@ def test_run_without_a_checkpoint_begins_again(saved, tmp_path):
     shutil.copy(saved / "recipe.yaml", copy)
     half = new_folder(copy / "checkpoint-2")  # it was killed in its first write
     done = graft("train", "--resume", copy)
-    assert "no checkpoint was saved yet: the run starts at its first step" in done.stdout
+    assert "its first step" in done.stdout
     assert everything(copy) == everything(saved)
     assert not half.exists()
 
@@ -203,7 +203,7 @@ def test_contents_that_changed_places_are_a_change(saved):
     made = read_manifest(saved / "checkpoint-4")["made_from"]
     then, swapped = made | {"data": {"a.json": "1", "b.json": "2"}}, made | {"data": {"a.json": "2", "b.json": "1"}}
     assert check_unchanged(saved, then, made | {"data": {"moved/a.json": "1", "moved/b.json": "2"}}) == []
-    with pytest.raises(RunError, match="data: the same contents in other places"):
+    with pytest.raises(RunError, match="data: .* in other places: .*a.json"):
         check_unchanged(saved, then, swapped)
     with pytest.raises(RunError, match='base: commit: then null|base: commit: then nothing, now "f00"'):
         check_unchanged(saved, made, made | {"base": made["base"] | {"commit": "f00"}})
@@ -221,10 +221,10 @@ def test_other_number_of_processes_needs_permission(saved, tmp_path):
 
 
 def test_options_of_resume_are_refused_without_it(saved):
-    assert "--allow-changed is read with --resume" in graft("train", saved, "--allow-changed", "data", code=2).stderr
-    assert "--elastic is read with --resume" in graft("train", saved, "--elastic", code=2).stderr
+    assert "--allow-changed works only with --resume" in graft("train", saved, "--allow-changed", "data", code=2).stderr
+    assert "--elastic works only with --resume" in graft("train", saved, "--elastic", code=2).stderr
     wrong = graft("train", "--resume", saved, "--allow-changed", "date", code=2)
-    assert "--allow-changed date: must be one or several of recipe,data,base" in wrong.stderr
+    assert re.search("--allow-changed date: .* recipe,data,base", wrong.stderr)
 
 
 def test_data_that_changes_during_a_run_is_reported(tiny, tmp_path, monkeypatch):

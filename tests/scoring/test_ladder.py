@@ -227,7 +227,7 @@ def test_an_interrupted_ladder_resumes(tiny, tmp_path, fake, capsys):
     (out / "lora" / "checkpoint-1" / "trainer_state.json").write_text("{}")
     (out / "full").mkdir()  # a rung that failed before its first checkpoint
     shutil.copy(out / "lora.yaml", out / "full.yaml")
-    with pytest.raises(RecipeError, match="full was made by other settings"):
+    with pytest.raises(RecipeError, match="/full was made .* --out"):
         ladder(recipe, methods, ["train.max_steps=1"], out, ["full=1e-5"])
     shutil.rmtree(out / "full")
     ran = fake()
@@ -256,9 +256,9 @@ def test_finished_rungs_of_other_settings_are_not_mixed_in(tiny, tmp_path, fake)
     recipe, out = write_recipe(tmp_path / "r.yaml", tiny), tmp_path / "out"
     fake()
     ladder(recipe, ["lora"], [], out)
-    with pytest.raises(RecipeError, match="remove it, or name another --out"):
+    with pytest.raises(RecipeError, match="/lora was made .* --out"):
         ladder(recipe, ["lora"], ["tune.r=2"], out)
-    with pytest.raises(RecipeError, match="remove it, or name another --out"):
+    with pytest.raises(RecipeError, match="/lora was made .* --out"):
         ladder(recipe, ["lora"], [], out, ["lora=1e-5"])
 
 
@@ -291,7 +291,7 @@ def test_mistakes_on_the_command_line_are_named_before_anything_runs(methods, ra
 def test_a_recipe_without_held_out_data_or_weights_is_no_ladder(tiny, tmp_path):
     with pytest.raises(RecipeError, match=r"needs eval\.data or eval\.share"):
         ladder(write_recipe(tmp_path / "r.yaml", tiny, eval="{limit: 3}"), [], [], tmp_path / "out")
-    with pytest.raises(RecipeError, match="floor:majority has no weights to tune"):
+    with pytest.raises(RecipeError, match="floor:majority has no weights"):
         ladder(encoder_recipe(tmp_path / "f.yaml", "floor:majority"), [], [], tmp_path / "out")
     with pytest.raises(RecipeError, match="mlm has no score"):
         ladder(encoder_recipe(tmp_path / "m.yaml", tiny, "mlm"), [], [], tmp_path / "out")

@@ -64,7 +64,7 @@ def test_refused_request_ends_it_with_one_line(url, monkeypatch):
     monkeypatch.setattr("sft.serving.bench.served_models", lambda url: ["broken"])
     with pytest.raises(ServerError, match="broken: status 500"):
         bench_serve([url], [], [2], 4, 5, 4, 1)
-    with pytest.raises(ServerError, match="--model base: is not among those served: broken"):
+    with pytest.raises(ServerError, match="--model base: .* served: broken"):
         bench_serve([url], ["base"], [2], 4, 5, 4, 1)
 
 
@@ -75,7 +75,7 @@ def test_command_prints_a_table_and_writes_the_same(url, tmp_path):
         app, ["bench", "serve", url, "--clients", "1,2", *common, "--out", str(out)], env={"COLUMNS": "120"}
     )
     assert done.exit_code == 0, done.output
-    assert "relative to base's tokens/s" in " ".join(done.output.split())
+    assert "base's tokens/s" in " ".join(done.output.split())
     rows = json.loads(out.read_text())
     assert [(row["clients"], row["model"]) for row in rows] == [(1, "base"), (1, "merged"), (2, "base"), (2, "merged")]
     assert CliRunner().invoke(app, ["bench", "serve", url, "--clients", "x"]).exit_code == 2

@@ -159,7 +159,7 @@ def test_runs_of_one_base_are_served_together_each_under_its_name(tmp_path, tiny
 def test_adapters_of_different_bases_are_refused(tmp_path, tiny, tiny_qwen):
     one, other = make_run(tmp_path / "one", tiny), make_run(tmp_path / "other", tiny_qwen)
     for targets, loras in (([one, other], {}), ([tiny_qwen], {"squad": str(one)})):
-        with pytest.raises(ServerError, match="trained on .*, and the server's model is"):
+        with pytest.raises(ServerError, match="trained on .*, .* server's model .* --port"):
             command_of(*targets, **loras)
 
 
@@ -167,13 +167,13 @@ def test_adapters_of_different_templates_are_refused(tmp_path, tiny):
     one, other = make_run(tmp_path / "one", tiny), make_run(tmp_path / "other", tiny)
     template = other / "adapter" / "chat_template.jinja"
     template.write_text(template.read_text().replace("helpful", "hateful"))
-    with pytest.raises(ServerError, match="its chat_template differs from that of"):
+    with pytest.raises(ServerError, match="its chat_template differs .* --port"):
         command_of(one, other)
 
 
 def test_names_of_two_targets_are_refused(tmp_path, tiny):
     runs = [make_run(tmp_path / part / "same", tiny) for part in ("a", "b")]
-    with pytest.raises(ServerError, match="same: two of them have this name; .* --lora NAME=RUN"):
+    with pytest.raises(ServerError, match="same: two of them .* --lora NAME=RUN"):
         command_of(*runs)
     with pytest.raises(ServerError, match="several models"):
         command_of(tiny, ROOT / "data")
@@ -214,7 +214,7 @@ def test_adapter_with_pickled_weights_is_refused_and_never_opened(tmp_path, tiny
 
 
 def test_wrong_path_is_named(tmp_path):
-    with pytest.raises(RunError, match="no run folder, exported model"):
+    with pytest.raises(RunError, match="nowhere: no run folder, "):
         command_of(tmp_path / "nowhere")
 
 
@@ -347,7 +347,7 @@ def test_ctrl_c_during_the_start_leaves_no_process(fake_vllm, tmp_path, tiny, mo
 def test_server_that_crashes_after_its_start_ends_with_the_reason(fake_vllm, tmp_path, tiny, monkeypatch):
     monkeypatch.setenv("FAKE", "dies")
     with (
-        pytest.raises(ServerError, match="out of memory; lower"),
+        pytest.raises(ServerError, match="out of memory; .*VLLM_CPU_KVCACHE_SPACE"),
         server([str(tiny)], "127.0.0.1", free_port(), tmp_path / "log") as running,
     ):
         running.wait()
@@ -365,7 +365,7 @@ def test_server_that_crashes_is_restarted_up_to_retries_times(fake_vllm, tmp_pat
     for log in logs:
         log.unlink()
     assert "restarting it, 2 of 2" in shown
-    assert shown.count("out of memory; lower") == 3
+    assert shown.count("out of memory;") == 3
     assert gone(processes(fake_vllm), 0)
 
 
@@ -407,12 +407,12 @@ def test_kill_9_of_the_supervisor_leaves_no_process(fake_vllm, tmp_path, tiny):
             "ValueError: To serve at least one request with the model's max seq len (8192), (0.70 GiB KV cache is needed, "
             "which is larger than the available KV cache memory (0.50 GiB). Based on the available memory, the estimated "
             "maximum model length is 5824. Try increasing `gpu_memory_utilization`",
-            r"takes 8192 tokens, whose cache needs 0.70 GiB, and there are 0.50 GiB; pass --vllm=--max-model-len=5824",
+            r"8192 tokens, .* 0.70 GiB, .* 0.50 GiB; .*--vllm=--max-model-len=5824",
         ),
         (
             "ValueError: Available memory on node 0 (14.22/23.5 GiB) on kv cache allocation is less than requested memory "
             "for kv (100.0 GiB). Decrease",
-            r"a cache of 100.0 GiB is asked for and 14.22 GiB are free; lower VLLM_CPU_KVCACHE_SPACE",
+            r"100.0 GiB .* 14.22 GiB are free; .*VLLM_CPU_KVCACHE_SPACE",
         ),
         ("ValueError: LoRA rank 64 is greater than max_lora_rank 16.", "rank 64 exceeds --max-lora-rank 16"),
         ("OSError: [Errno 98] Address already in use", "name another with --port"),

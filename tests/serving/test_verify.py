@@ -178,7 +178,7 @@ def test_server_that_returns_no_ids_passes_no_check_that_needs_them(run, engine)
     engine.returns_ids = False
     record, shown = verified(run, engine, 1)
     assert results(record) == {"render": None, "stop": None, "first token": None, "score": True}
-    assert "the server returns no prompt_token_ids (vLLM does)" in shown
+    assert "returns no prompt_token_ids" in shown
 
 
 def test_server_that_refuses_a_prompt_for_its_length_is_found(run, engine):
@@ -190,13 +190,13 @@ def test_server_that_refuses_a_prompt_for_its_length_is_found(run, engine):
 
     record, shown = verified(run, short, 1)
     assert results(record)["render"] is False
-    assert "too long for the server" in shown
+    assert "(too long " in shown
 
 
 def test_unreachable_server_is_one_line(run):
     done = CliRunner().invoke(app, ["verify", str(run), "http://127.0.0.1:9/v1"])
     assert done.exit_code == 2
-    assert "is the server up" in done.output
+    assert "its /v1?" in done.output
 
 
 def test_invalid_address_is_one_line(run):

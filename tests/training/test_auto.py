@@ -53,7 +53,7 @@ def test_prefixes_are_shared_if_that_pays_and_the_ratio_is_printed(tiny, squad, 
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
     resolved, layout, lines = resolve_auto(recipe, tuned(tiny), squad, True)
     assert resolved.data.share_prefixes is layout.share_prefixes is True
-    assert "flat tokens per executed token" in lines[0]
+    assert "flat tokens per" in lines[0]
     assert lines[0].endswith("on")
     _, layout, _ = resolve_auto(recipe, tuned(tiny), unrelated, True)
     assert layout.share_prefixes is True  # attention by pieces costs the same with it
@@ -73,7 +73,7 @@ def test_a_base_that_takes_no_mask_trains_unshared_and_says_so(tokenizer, squad,
     resolved, layout, lines = resolve_auto(recipe, tuned(windows), squad, takes_packs(tuned(windows)))
     assert resolved.data.share_prefixes is False
     assert layout.attention == "padded"
-    assert "prefixes are not shared" in lines[0]
+    assert "prefixes are not" in lines[0]
     asked = recipe.model_copy(update={"data": recipe.data.model_copy(update={"share_prefixes": True})})
     with pytest.raises(RecipeError, match="auto or false"):
         resolve_auto(asked, tuned(windows), squad, False)
@@ -96,7 +96,7 @@ def test_attention_follows_device_and_architecture(tiny):
 
 def test_flex_attention_on_a_cpu_is_a_mistake_with_a_remedy(tiny, squad, tmp_path):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=flex_attention"])
-    with pytest.raises(RecipeError, match="no backward on a CPU; use auto or forest"):
+    with pytest.raises(RecipeError, match="train.attn_implementation flex_attention: .* CPU; use auto"):
         resolve_auto(recipe, tuned(tiny), squad, True)
     resolved, _, lines = resolve_auto(recipe, tuned(tiny), squad, True, resumed=True)  # a run that began on a GPU
     assert resolved.train.attn_implementation == "forest"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -60,7 +61,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_publishes_nothing(tiny, tmp_p
 
     monkeypatch.setattr(sft.training.step, "pack_loss", loss)
     done = graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2), code=3)
-    assert "the loss of step 3 is nan" in done.stderr
+    assert "loss of step 3 is nan" in done.stderr
     assert not (tmp_path / "run" / "adapter").exists()
     assert [p.name for p in checkpoints(tmp_path / "run")] == ["checkpoint-2"]
     assert all_finite(tmp_path / "run")
@@ -92,7 +93,7 @@ def test_gradient_that_is_not_finite_stops_before_the_optimizer_steps(trainer, m
         return loss
 
     monkeypatch.setattr(PackTrainer, "training_step", spoil)
-    with pytest.raises(TrainingDiverged, match="the gradient of step 2 is not finite"):
+    with pytest.raises(TrainingDiverged, match="gradient of step 2 "):
         trainer.train()
     assert weights
     assert all(torch.equal(p, weights[n]) for n, p in trainer.model.named_parameters() if p.requires_grad)
@@ -142,7 +143,7 @@ def test_too_little_memory_halves_the_packs_and_keeps_the_examples_of_a_step(tin
             data="{train: data/samples/squad_train.json, max_contexts: 4, share_prefixes: true}",
         ),
     )
-    assert "out of memory at" in done.stdout
+    assert re.search(r"step \d+: out of memory .*data\.pack_tokens", done.stdout)
     assert refused
     rows = [read_metrics(tmp_path / name) for name in ("plain", "run")]
     assert [r["examples"] for r in rows[0]] == [r["examples"] for r in rows[1]]
@@ -194,7 +195,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_later(method, r
             done = graft("train", recipe_of(tmp_path, tiny, steps=4, save_steps=2, logging_steps=1), code=4)
     finally:
         limit_file_size(resource.RLIM_INFINITY)
-    assert "the disk is full" in done.stderr
+    assert "disk is full" in done.stderr
     assert "checkpoint-2 is whole" in done.stderr
     assert [p.name for p in checkpoints(run)] == ["checkpoint-2"]
     assert not (run / "adapter").exists()
@@ -241,7 +242,7 @@ def test_two_runs_on_one_folder_refuse_each_other(tiny, tmp_path):
     (tmp_path / "recipe.yaml").rename(tmp_path / "run" / "recipe.yaml")
     with locked(tmp_path / "run", main=True):
         done = graft("train", "--resume", tmp_path / "run", code=5)
-        assert f"is being trained by process {os.getpid()} on" in done.stderr
+        assert f"trained by process {os.getpid()} on" in done.stderr
         with locked(tmp_path / "run", main=False):
             pass  # another process of the same run
     with locked(tmp_path / "run", main=True):
@@ -333,7 +334,7 @@ def test_supervised_training_survives_a_kill_and_passes_signals_on(tiny, tmp_pat
     for child in psutil.Process(process.pid).children():
         child.kill()
     _, errors = process.communicate(timeout=120)
-    assert "the training was killed by SIGKILL; trying again, 1 of 2" in errors
+    assert re.search("killed by SIGKILL; .* 1 of 2", errors)
     assert process.returncode == 0
     assert everything(run) == everything(tmp_path / "whole" / "run")
     process, run = start("asked", 400)

@@ -130,7 +130,7 @@ def test_file_that_changes_while_it_is_read_is_an_error(recipe, monkeypatch, tmp
         return real(*arguments)
 
     monkeypatch.setattr(module, "examine", examine)
-    with pytest.raises(DataError, match=r"rows\.jsonl: changed while it was read"):
+    with pytest.raises(DataError, match=r"rows\.jsonl: changed while"):
         load_examples(recipe, load_tokenizer(recipe.model))
 
 
@@ -176,7 +176,7 @@ def test_held_out_share_is_what_eval_scores(tmp_path, tiny):
 
 def test_share_that_holds_out_nothing_stops_before_training(tmp_path, tiny):
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny, eval="{share: 1e-9}"))
-    with pytest.raises(DataError, match=r"eval\.share 1e-09 holds out nothing; raise it"):
+    with pytest.raises(DataError, match=r"eval\.share 1e-09 holds out nothing"):
         load_examples(recipe, load_tokenizer(recipe.model))
     with pytest.raises(DataError, match="holds out nothing"):
         held_out_conversations(recipe)
