@@ -231,6 +231,7 @@ def test_five_hundred_plants_neither_change_nor_show_anything_outside(places, co
         attack(seed, places, commands, tmp_path, cache)
 
 
+@pytest.mark.slow
 def test_commands_end_well_without_plants(places, commands, tmp_path, cache):
     """So a refusal above is one of the plant."""
     place, whole = places

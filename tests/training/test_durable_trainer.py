@@ -288,6 +288,7 @@ def test_supervisor_that_is_asked_to_stop_does_not_begin_again(training, tmp_pat
     assert len(begun) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's signal at the end of a parent is Linux's")
 @pytest.mark.parametrize("start", ["sft.training.retries._run(child)", "sft.scoring.ladder.run_logged(child, log)"])
 def test_training_ends_with_the_process_that_started_it_even_if_that_is_killed(start, tmp_path):
