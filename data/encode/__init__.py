@@ -1,7 +1,8 @@
 """Text -> token ids -> packs. It may import only the files directly in data/.
 
 chat.py               conversation -> ids and loss mask: the chat template is applied here only
-template.py           renders a chat template within limits of time and size
+template.py           renders a chat template within limits of time, memory and size
+template_worker.py    the process that template.py starts for it
 tokens.py             text -> ids as the tokenizer gives them; repeated texts are encoded once
 pack.py               examples -> micro-batches; a shared prefix is computed once
 prefix_savings.py     how much time and how many tokens shared prefixes save

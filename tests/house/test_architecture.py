@@ -1,6 +1,7 @@
 """The shape of the house: imports run one way, rooms stay small, and every module has one place."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,6 +169,16 @@ def test_rooms_and_files_stay_small():
     lengths = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in known.items()}
     assert {name: n for name, n in lengths.items() if n > MOST_LINES} == {}
     assert sorted(lengths.values())[len(lengths) // 2] <= MOST_MEDIAN
+
+
+def test_each_package_describes_its_files():
+    wrong = []
+    for package in PACKAGES:
+        for page in sorted((ROOT / package).rglob("__init__.py")):
+            described = re.findall(r"^(\w+\.py) ", ast.get_docstring(ast.parse(page.read_text())) or "", re.MULTILINE)
+            files = [path.name for path in page.parent.glob("*.py") if path != page]
+            wrong += [f"{page.relative_to(ROOT)}: {name}" for name in {*files} ^ {*described}]
+    assert wrong == []
 
 
 def test_no_module_is_named_after_what_it_is_not():
