@@ -221,7 +221,7 @@ def cache(tmp_path: Path, monkeypatch) -> Iterator[Path]:
 
 
 def test_plants_neither_change_nor_show_anything_outside(places, commands, tmp_path, cache):
-    for seed in range(20):
+    for seed in range(10):
         attack(seed, places, commands, tmp_path, cache)
 
 

@@ -183,9 +183,7 @@ def test_shipped_baseline_loads(path: Path):
 @pytest.mark.parametrize(
     "path",
     [
-        pytest.param(
-            path, marks=[pytest.mark.slow] if path.stem not in ("qwen_lora", "smollm_mixed") else [], id=path.stem
-        )
+        pytest.param(path, marks=[pytest.mark.slow] if path.stem != "qwen_lora" else [], id=path.stem)
         for path in SHIPPED
         if path not in BASELINES
     ],

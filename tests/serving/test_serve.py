@@ -354,6 +354,7 @@ def test_server_that_crashes_after_its_start_ends_with_the_reason(fake_vllm, tmp
     assert gone(processes(fake_vllm), 0)
 
 
+@pytest.mark.slow
 def test_server_that_crashes_is_restarted_up_to_retries_times(fake_vllm, tmp_path, tiny, capfd):
     """It crashes with each first answer, before or after the answer has arrived."""
     with pytest.raises(SystemExit) as ended:

@@ -174,7 +174,7 @@ def limit_file_size(number: int) -> None:
 @pytest.mark.parametrize(
     ("method", "room"),
     [
-        ("_save_checkpoint", 20_000),
+        pytest.param("_save_checkpoint", 20_000, marks=pytest.mark.slow),
         pytest.param("_save_rng_state", 100, marks=pytest.mark.slow),
         pytest.param("training_step", 0, marks=pytest.mark.slow),
     ],
