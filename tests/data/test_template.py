@@ -13,6 +13,8 @@ from data.conversation import DataError
 from data.encode.template import literals, render
 from tests.helpers.families import FAMILIES, build
 
+pytestmark = pytest.mark.heavy
+
 TURNS = [
     {"role": "user", "content": "Who? "},
     {"role": "assistant", "content": "\n it is\n\nblue"},
