@@ -50,6 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             print("torch.OutOfMemoryError: CUDA out of memory", flush=True)
             os._exit(3)
     def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))  # a socket closed with unread bytes resets the connection
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
