@@ -103,10 +103,10 @@ def quiet_libraries() -> None:
 
 def lost_a_process(error: BaseException) -> bool:
     """Whether one of several processes no longer hears from another."""
-    import torch
-
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not isinstance(error, RuntimeError):
         return False
+    import torch
+
     return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 

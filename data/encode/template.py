@@ -2,7 +2,7 @@
 
 A chat template is a program that comes with a model. transformers runs it in a sandbox without access to Python's
 internals, but with no limit of time or memory. Here another process renders (data/encode/template_worker.py), and the
-kernel limits it, so the limits hold for whatever a template calls. A render takes 20 to 60 microseconds longer.
+kernel limits it, so the limits hold for whatever a template calls.
 """
 
 import atexit
@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from data.conversation import DataError, Message
 from data.encode import template_worker
 
-SECONDS = 10.0  # CPU time of one render; real templates take about 20 microseconds
+SECONDS = 10.0  # CPU time of one render
 CHARACTERS = 10_000_000  # of one render, plus 100 for each character of the messages
 TEMPLATE_CHARACTERS = 200_000  # the longest real templates have about 20,000
 

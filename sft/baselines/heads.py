@@ -5,6 +5,7 @@ Heads do not depend on optimizers, and sft/baselines/trainer.py does not depend 
 
 import json
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -43,7 +44,7 @@ from sft.recipe.baseline_schema import BaselineRecipe
 CHOSEN = "chosen.json"
 
 
-class Head:
+class Head(ABC):
     """Task of an encoder. `rows`: the training rows. `notes`: lines for the user before training."""
 
     rows: Sequence[Row]
@@ -57,14 +58,14 @@ class Head:
     def collate(self, rows: Sequence[Row]) -> dict[str, torch.Tensor]:
         return pad(rows, self.tokenizer)
 
+    @abstractmethod
     def score_dev(self, model: nn.Module) -> dict[str, float]:
         """Loss and metrics on the dev slice, which chooses the checkpoint; metrics are from 0 to 100, except
         perplexity."""
-        raise NotImplementedError
 
+    @abstractmethod
     def choose(self, model: nn.Module) -> dict[str, Any]:
         """What scoring needs besides the weights, chosen on the dev slice: labels, or the no-answer threshold."""
-        raise NotImplementedError
 
 
 class Classifier(Head):
