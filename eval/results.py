@@ -110,6 +110,7 @@ def sample_row(scored: Scored) -> dict[str, Any]:
         "label": conversation.label,
         "gold": list(conversation.answers),
         "predicted": prediction.text,
+        **({"written": prediction.written} if prediction.written is not None else {}),
         "finished": prediction.finished,
         "asked": prediction.asked,
         "probability": prediction.probability,

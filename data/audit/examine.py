@@ -31,11 +31,13 @@ from data.audit.row_counts import (
 from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
-from data.encode.chat import AUDITS, Example, TooLong, encode_turns, markers_in
+from data.encode.chat import AUDITS, Example, TooLong, encode_turns, has_thought, learning_last_turn, markers_in
 from data.encode.example_store import Examples, Writer
 from data.encode.template import OVER_LIMITS
 from data.progress import track
 from data.readers.source import SourceLike, read_rows
+
+THOUGHTS = "a thought before an answer, which is learnt too"  # a note
 
 
 class WeightedSource(SourceLike, Protocol):
@@ -57,6 +59,7 @@ class Rules:
     near_duplicates: str = "keep"
     leaks: str = "keep"
     max_contexts: int | None = None
+    train_turns: str = "all"
     unanswerable_share: float | None = None
     held_out_share: float | None = None
     held_out_seed: int = 0
@@ -121,6 +124,8 @@ class _Examination:
             return ledger.leave_out(HELD_OUT)
         if self.drawn is not None and context not in self.drawn:
             return ledger.leave_out(NOT_DRAWN)
+        if rules.train_turns == "last":
+            conversation = learning_last_turn(conversation)
         try:
             examples = encode_turns(conversation, self.tokenizer, rules.max_length)
         except TooLong as error:
@@ -136,6 +141,8 @@ class _Examination:
             return None
         if markers := markers_in(conversation, self.tokenizer):
             ledger.note(conversation.where, "control markers in the text, encoded as plain text", ", ".join(markers))
+        if any(map(has_thought, conversation.messages)):
+            ledger.note(conversation.where, THOUGHTS)
         self.triggers.add(conversation, ledger)
         for example in examples:
             self._keep(dataclasses.replace(example, context=context), account)

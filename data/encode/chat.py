@@ -10,14 +10,16 @@ token of one character has no halves: a row with one is a defect.
 """
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Message
-from data.encode.template import literals, render, render_parts
+from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, with_thought
+from data.encode.template import arguments_of, literals, render, render_parts, row_arguments
 from data.encode.tokens import Encoder, any_of, encoder_of
 
 # defects of an example: key in the recipe -> kind of the DataError
@@ -63,10 +65,15 @@ class Example:
     where: str = field(default="", compare=False)
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the rendered messages, up to the beginning of the assistant's answer."""
-    safe, separator = _protect(messages, tokenizer, "", generation=True)
-    return _ids(render(safe, tokenizer, generation=True), separator, encoder_of(tokenizer), "")
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Ids of the rendered messages, up to the beginning of the assistant's answer. arguments: of the row, for the
+    template, besides the tokenizer's."""
+    given = row_arguments(tokenizer, arguments)
+    messages = [with_thought(m, frame_of(tokenizer, given)) for m in messages]
+    safe, separator = _protect(messages, tokenizer, "", True, given)
+    return _ids(render(safe, tokenizer, True, arguments=given), separator, encoder_of(tokenizer), "")
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
@@ -83,27 +90,32 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """Ids and mask; every assistant turn is trained, including the token that ends it.
+    """Ids and mask; every assistant turn is trained, including the token that ends it, unless the row says that it is
+    not to be learnt. What the template writes before an answer without a thought is not trained either: a thought that
+    the data does not hold must not be learnt.
 
     The result is one example if the template renders a turn independently of later turns. If it does not (Qwen3 drops
     the thoughts of earlier turns), a new example begins, so that each answer is trained after the prompt that a server
     sees. Prompt and answer are tokenized separately, so the ids before an answer equal encode_prompt's.
     Raises DataError with the row's place; its kind is one of AUDITS if an example would be trained wrongly.
     """
-    messages, where = conversation.messages, conversation.where
-    encoder = encoder_of(tokenizer)
-    safe, separator = _protect(messages, tokenizer, where, generation=False)
+    where, encoder = conversation.where, encoder_of(tokenizer)
+    arguments = training_arguments(conversation, tokenizer)
+    frame = frame_of(tokenizer, arguments)
+    messages = [_thinking(m, frame, where) for m in conversation.messages]
+    safe, separator = _protect(messages, tokenizer, where, False, arguments)
     examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
     encoded, end = "", 0  # the text of `ids`, and the index in it of the marker that ends the last turn
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i in conversation.not_learnt:
             continue
         if not message["content"].strip():
             problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
             raise DataError(where, problem, "empty answer")
-        prompt, full = render_parts(safe[: i + 1], tokenizer, [(i, True), (i + 1, False)], where)
+        parts = [(i, True), (i + 1, False)]
+        prompt, full = render_parts(safe[: i + 1], tokenizer, parts, where, arguments=arguments)
         if not full.startswith(prompt):
             problem = (
                 f"the chat template renders the turns before answer {i} differently with the answer, so no prefix of "
@@ -116,14 +128,51 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         # a control token separates the texts around it, so continuing from the last one in `ids` is exact
         prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
         answer, length = _answer(full[len(prompt) :], where, encoder)
-        answer_ids = _continued(prompt[end:], answer, separator, encoder, where)
-        ids += prompt_ids + answer_ids
-        mask += [0] * len(prompt_ids) + [1] * len(answer_ids)
+        opening = frame.opening or ""
+        if not has_thought(message) and opening and answer.startswith(opening):
+            opening_ids = _continued(prompt[end:], opening, separator, encoder, where)
+            given = prompt[end:] + opening
+        else:
+            opening, opening_ids, given = "", [], prompt[end:]
+        answer_ids = _continued(given, answer[len(opening) :], separator, encoder, where)
+        ids += prompt_ids + opening_ids + answer_ids
+        mask += [0] * (len(prompt_ids) + len(opening_ids)) + [1] * len(answer_ids)
         encoded = prompt + answer
         end = len(prompt) + length
     if not ids:
-        raise DataError(where, "no assistant turn, so there is nothing to learn", AUDITS["untrained"])
+        problem = "no assistant turn is learnt" if conversation.not_learnt else "no assistant turn"
+        raise DataError(where, f"{problem}, so there is nothing to learn", AUDITS["untrained"])
     return [*examples, _example(ids, mask, conversation, tokenizer, max_length)]
+
+
+def learning_last_turn(conversation: Conversation) -> Conversation:
+    """The conversation, of whose assistant's turns only the last is learnt."""
+    earlier = (i for i, m in enumerate(conversation.messages[:-1]) if m["role"] == "assistant")
+    return replace(conversation, not_learnt=tuple({*conversation.not_learnt, *earlier}))
+
+
+def training_arguments(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the template is given for a row: its own arguments and the tokenizer's; if neither has any and the row holds
+    no thought, the switch that leaves thoughts out."""
+    undecided = arguments_of(tokenizer) is None and not conversation.template_arguments
+    if undecided and not any(has_thought(m) for m in conversation.messages):
+        return quiet_arguments(tokenizer)
+    return row_arguments(tokenizer, conversation.template_arguments)
+
+
+def has_thought(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(message.get(FIELDS[0]) or THOUGHT.match(message["content"]))
+
+
+def _thinking(message: Message, frame: Frame, where: str) -> Message:
+    """The turn with its thought where the template looks for it. Raises DataError if the template renders none."""
+    if message.get(FIELDS[0]) and not frame.thoughts:
+        problem = (
+            "the chat template leaves thoughts out; remove reasoning_content from the row, or set model.chat_template "
+            "to one that renders it"
+        )
+        raise DataError(where, problem, "thought that the chat template leaves out")
+    return with_thought(message, frame)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -216,7 +265,11 @@ def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool =
 
 
 def _protect(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, generation: bool
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    generation: bool,
+    arguments: Mapping[str, Any],
 ) -> tuple[Sequence[Message], str]:
     """Messages with their control markers split by a separator, and the separator; "" without control tokens.
 
@@ -224,7 +277,7 @@ def _protect(
     rendered text then holds fewer markers.
     """
     encoder, template = encoder_of(tokenizer), str(tokenizer.get_chat_template())
-    text = "".join(m["content"] for m in messages)
+    text = "".join(m["content"] + m.get(FIELDS[0], "") for m in messages)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -239,7 +292,7 @@ def _protect(
     inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
     outside = [_split_ends(m, encoder, separator) for m in inside]
     if outside != inside:
-        plain, split = (render(each, tokenizer, generation, where) for each in (inside, outside))
+        plain, split = (render(each, tokenizer, generation, where, arguments=arguments) for each in (inside, outside))
         if len(encoder.markers.findall(split)) < len(encoder.markers.findall(plain)):
             return outside, separator
     return inside, separator
@@ -247,19 +300,22 @@ def _protect(
 
 def _split(message: Message, template: str, markers: re.Pattern[str], separator: str, where: str) -> Message:
     """The message with each of its markers split after the first character."""
-    content = message["content"]
-    if not markers.search(content):
-        return message
-    for start, end in reversed(_data_spans(message, template)):
-        safe = content[start:end]
+
+    def split(safe: str) -> str:
         while match := markers.search(safe):  # in a loop: the rest of a marker may hold a shorter one
             marker = match[0]
             if len(marker) == 1:
                 problem = f"{marker!r} is a control token of one character and can't be split; remove it"
                 raise DataError(where, problem, "control token of one character")
             safe = safe.replace(marker, marker[0] + separator + marker[1:])
-        content = content[:start] + safe + content[end:]
-    return {**message, "content": content}
+        return safe
+
+    content = message["content"]
+    if markers.search(content):
+        for start, end in reversed(_data_spans(message, template)):
+            content = content[:start] + split(content[start:end]) + content[end:]
+    thoughts = {key: split(message[key]) for key in FIELDS if key in message}
+    return {**message, "content": content, **thoughts}
 
 
 def _split_ends(message: Message, encoder: Encoder, separator: str) -> Message:

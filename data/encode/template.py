@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import IO, Any, cast
 
@@ -32,6 +32,7 @@ PROBES = [
     for turns in (TURNS, TURNS[1:], TURNS[1:2])
 ]
 
+ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
 
 
@@ -88,6 +89,18 @@ _worker = _Worker()
 atexit.register(_worker.stop)
 
 
+def arguments_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """What the tokenizer's template is given by default; None if that is not decided. It is saved with the tokenizer,
+    so that an adapter and an export are asked as they were trained."""
+    own: dict[str, Any] | None = tokenizer.init_kwargs.get(ARGUMENTS)
+    return own
+
+
+def row_arguments(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The tokenizer's arguments with a row's own."""
+    return {**(arguments_of(tokenizer) or {}), **(own or {})}
+
+
 def render(
     messages: Sequence[Message],
     tokenizer: PreTrainedTokenizerBase,
@@ -95,12 +108,15 @@ def render(
     where: str = "",
     seconds: float = SECONDS,
     characters: int = CHARACTERS,
+    arguments: Mapping[str, Any] | None = None,
 ) -> str:
-    """Text of the messages; `generation` appends the beginning of the assistant's turn.
+    """Text of the messages; `generation` appends the beginning of the assistant's turn. arguments: for the template, in
+    place of the tokenizer's.
 
     Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
     """
-    return render_parts(messages, tokenizer, [(len(messages), generation)], where, seconds, characters)[0]
+    parts = [(len(messages), generation)]
+    return render_parts(messages, tokenizer, parts, where, seconds, characters, arguments)[0]
 
 
 def render_parts(
@@ -110,10 +126,12 @@ def render_parts(
     where: str = "",
     seconds: float = SECONDS,
     characters: int = CHARACTERS,
+    arguments: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """The text of each part (n, generation), the first n messages, by one request. See `render`."""
     limit = characters + 100 * sum(len(m["content"]) for m in messages)
-    request = {"messages": list(messages), "parts": list(parts), "variables": tokenizer.special_tokens_map}
+    variables = {**tokenizer.special_tokens_map, **(row_arguments(tokenizer) if arguments is None else arguments)}
+    request = {"messages": list(messages), "parts": list(parts), "variables": variables}
     reply = _ask(str(tokenizer.get_chat_template()), where, seconds, characters=limit, **request)
     if "refused" in reply:
         roles = ", ".join(m["role"] for m in messages[: reply["turns"]])

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from data.encode.template import ARGUMENTS
 from eval.predict import max_positions
 from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config
@@ -46,6 +47,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"model.chat_template: {error}; name a Jinja file in UTF-8") from error
+    if model.template_arguments != "auto":
+        tokenizer.init_kwargs[ARGUMENTS] = model.template_arguments
     return tokenizer
 
 

@@ -96,6 +96,10 @@ class Model(Section):
     """On CUDA: fused kernels for norms, MLP and more, by transformers' own switch; needs `pip install kernels`."""
     chat_template: Path | None = None
     """A Jinja file, for a base whose tokenizer has no chat template or a wrong one."""
+    template_arguments: dict[str, Any] | Literal["auto"] = "auto"
+    """What the chat template is given, in training, evaluation and serving: {enable_thinking: false}. auto: the switch
+    that leaves thoughts out, if the template has one and no training row holds a thought. A row's own
+    chat_template_kwargs come first."""
 
 
 class Tune(BaseModel):
@@ -195,6 +199,8 @@ class Data(Section):
     pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(_auto)] = "auto"
     """Most tokens of a micro-batch, which bounds memory; only a longer example makes a larger one. auto: 1024 on a CPU,
     4096 on CUDA, 512 if attention computes all pairs of tokens."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learnt; one whose weight, train or loss is 0 never is."""
     max_branches: Count | None = None
     """Most examples of one context in a step, which may then be smaller. Default: examples_per_step."""
 

@@ -76,7 +76,7 @@ def evaluate(
         known = training_questions(recipe, conversations) if options.shots or options.threshold_from else []
         if options.shots:
             conversations = with_shots(conversations, known, options.shots, recipe.train.seed if recipe else 0)
-        answer = model_answerer(target, task, base, settings, options, known, out / NAME)
+        answer = model_answerer(target, task, base, settings, options, known, out / NAME, source_run)
     trained_files = trained_on(source_run, data, split) if source_run and data and not base else []
     resumed = (out / NAME).exists()  # then a part of the answers is not in the time below
     start = time.monotonic()

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from data.terminal import Console, print
 from sft.models.capabilities import has_virtual_tokens
-from sft.models.load import check_length, compute_dtype, default_device, load_config, load_tokenizer
+from sft.models.load import check_length, compute_dtype, default_device, load_config
 from sft.models.resolve import readable
 from sft.models.tune import count_parameters, tune_model
 from sft.recipe.load import dump_recipe
@@ -15,7 +15,7 @@ from sft.session import use_all_cores
 from sft.training.attention import choose_attention
 from sft.training.auto import resolve_dtype
 from sft.training.compile_layers import training_seconds
-from sft.training.examples import layout_of, load_examples, rows_layout, sharing_of
+from sft.training.examples import layout_of, load_examples, rows_layout, sharing_of, training_tokenizer
 from sft.training.flops import split_weights
 from sft.training.step import plan_steps
 
@@ -28,7 +28,7 @@ def print_plan(recipe: Recipe) -> None:
     device = default_device()
     recipe = resolve_dtype(recipe, device)
     dtype = compute_dtype(recipe.model, device)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = training_tokenizer(recipe)
     examples, report = load_examples(recipe, tokenizer)
     counts = report.totals
     config = load_config(recipe.model)

@@ -1,0 +1,133 @@
+"""What a chat template writes around an answer, found by rendering: no loss falls on it, and no score counts it.
+
+Templates of thinking models write an empty thought before an answer that has none (Qwen3's <think></think>), or name its
+channel (gpt-oss' <|channel|>final<|message|>).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from data.conversation import DataError, Message
+from data.encode.template import arguments_of, render
+
+QUESTION, ANSWER, THOUGHT = "Where does the ferry go?", "To the island.", "The map shows an island."
+FIELDS = ("reasoning_content", "thinking")  # names of a thought in templates
+QUIET: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False})  # what templates call the switch
+
+
+@dataclass(frozen=True)
+class Frame:
+    """opening: between the generation prompt and an answer without a thought, "" if it is only white space, which is a
+    part of the answer's first token; None if the prompt is no prefix then.
+    before, closing: before a thought, and between it and the answer; closing is empty if none is rendered.
+    thoughts: whether the template takes them as a field of the turn, as tags in its content, or not at all."""
+
+    opening: str | None = ""
+    before: str | None = ""
+    closing: str = ""
+    thoughts: Literal["field", "tags", ""] = ""
+
+    def answer_start(self, text: str) -> int | None:
+        """Where the answer begins in what a model wrote; None if it ended within its thought."""
+        closing, opening, before = (part.strip() for part in (self.closing, self.opening or "", self.before or ""))
+        if closing and (at := text.rfind(closing)) >= 0:
+            return at + len(closing)
+        leading = len(text) - len(text.lstrip())
+        if opening and text.startswith(opening, leading):
+            return leading + len(opening)
+        # the prompt opens the thought, or the model did
+        unfinished = closing and (self.before == "" or (before and text.startswith(before, leading)))
+        return None if unfinished else 0
+
+
+SERVED = Frame("<think>\n\n</think>", None, "</think>", "tags")  # of a server whose template is not known
+
+
+def frame_of(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> Frame:
+    """The frame of the tokenizer's template with the arguments (None: the tokenizer's own)."""
+    own = arguments_of(tokenizer) or {} if arguments is None else arguments
+    return _frame(tokenizer, str(tokenizer.get_chat_template()), json.dumps(own, sort_keys=True))
+
+
+def quiet_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Template arguments by which the prompt already holds what the template writes before an answer without a thought;
+    none if the template has no such switch, or needs none."""
+    if frame_of(tokenizer, {}).opening == "":
+        return {}
+    return next((dict(quiet) for quiet in QUIET if frame_of(tokenizer, quiet).opening == ""), {})
+
+
+def with_thought(message: Message, frame: Frame) -> Message:
+    """The turn with its thought where the template looks for it."""
+    thought = message.get(FIELDS[0])
+    if not thought:
+        return message
+    if frame.thoughts == "field":
+        return {**message, **dict.fromkeys(FIELDS, thought)}
+    rest = {key: value for key, value in message.items() if key != FIELDS[0]}
+    return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+
+
+def without_markers(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """The frame as it is in a server's text, which holds no special tokens."""
+
+    def plain(part: str | None) -> str | None:
+        for token in tokenizer.all_special_tokens if part else ():
+            part = str(part).replace(token, "")
+        return part
+
+    return replace(frame, opening=plain(frame.opening), before=plain(frame.before), closing=plain(frame.closing) or "")
+
+
+def spoken(text: str, frame: Frame) -> str:
+    """The answer in what a model wrote, without its thought."""
+    start = frame.answer_start(text)
+    return "" if start is None else text[start:].strip()
+
+
+def spoken_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, frame: Frame) -> str:
+    """The same for ids, whose control tokens count for the frame and are left out of the answer."""
+    start = frame.answer_start(str(tokenizer.decode(list(tokens), skip_special_tokens=False)))
+    if start is None:
+        return ""
+    first = 0
+    while start and first < len(tokens) and len(str(tokenizer.decode(list(tokens[:first])))) < start:
+        first += 1
+    return str(tokenizer.decode(list(tokens[first:]), skip_special_tokens=True)).strip()
+
+
+@lru_cache(maxsize=64)
+def _frame(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) -> Frame:
+    question = {"role": "user", "content": QUESTION}
+    own = json.loads(arguments)
+
+    def rendered(**answer: str) -> str:
+        return render([question, {"role": "assistant", **answer}], tokenizer, False, arguments=own)
+
+    def after_prompt(text: str, part: str) -> str | None:
+        return text[len(prompt) : text.index(part)] if text.startswith(prompt) and part in text else None
+
+    try:
+        prompt = render([question], tokenizer, True, arguments=own)
+        opening = after_prompt(rendered(content=ANSWER), ANSWER)
+        opening = "" if opening is not None and not opening.strip() else opening
+    except DataError:  # the template refuses such turns; a row's own are refused with their place
+        return Frame()
+    kinds: tuple[tuple[Literal["field", "tags"], dict[str, str]], ...] = (
+        ("field", {"content": ANSWER, **dict.fromkeys(FIELDS, THOUGHT)}),
+        ("tags", {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}),
+    )
+    for kind, answer in kinds:
+        try:
+            text = rendered(**answer)
+        except DataError:
+            continue
+        if THOUGHT in text and (kind == "field" or "</think>" in template):
+            closing = text[text.index(THOUGHT) + len(THOUGHT) : text.rindex(ANSWER)]
+            return Frame(opening, after_prompt(text, THOUGHT), closing, kind)
+    return Frame(opening)
