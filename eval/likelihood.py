@@ -159,7 +159,8 @@ def _choice(
         encode(Conversation(messages, "", where, template_arguments=own), tokenizer, sys.maxsize) for messages in turns
     ]
     # what the template writes before an answer that has no thought is given, as in training
-    opening = examples[0].ids[len(encode_prompt(last, tokenizer, own)) : examples[0].loss_mask.index(1)]
+    given = len(encode_prompt(last, tokenizer, own))
+    opening = examples[0].ids[given : examples[0].loss_mask.index(1)] if examples else []
     return _Choice(encode_prompt(prompt, tokenizer, own) + opening, [e.ids[e.loss_mask.index(1) :] for e in examples])
 
 

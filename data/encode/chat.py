@@ -18,7 +18,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Message
-from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, with_thought
+from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, thinking_arguments, with_thought
 from data.encode.template import arguments_of, literals, render, render_parts, row_arguments
 from data.encode.tokens import Encoder, any_of, encoder_of
 
@@ -152,12 +152,12 @@ def learning_last_turn(conversation: Conversation) -> Conversation:
 
 
 def training_arguments(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What the template is given for a row: its own arguments and the tokenizer's; if neither has any and the row holds
-    no thought, the switch that leaves thoughts out."""
-    undecided = arguments_of(tokenizer) is None and not conversation.template_arguments
-    if undecided and not any(has_thought(m) for m in conversation.messages):
-        return quiet_arguments(tokenizer)
-    return row_arguments(tokenizer, conversation.template_arguments)
+    """What the template is given for a row: its own arguments and the tokenizer's; if neither has any, the switch that
+    lets thoughts in or leaves them out, as the row needs it."""
+    if arguments_of(tokenizer) is not None or conversation.template_arguments:
+        return row_arguments(tokenizer, conversation.template_arguments)
+    thinks = any(map(has_thought, conversation.messages))
+    return thinking_arguments(tokenizer) if thinks else quiet_arguments(tokenizer)
 
 
 def has_thought(message: Message) -> bool:
@@ -172,6 +172,9 @@ def _thinking(message: Message, frame: Frame, where: str) -> Message:
             "to one that renders it"
         )
         raise DataError(where, problem, "thought that the chat template leaves out")
+    if frame.thoughts == "tags" and "</think>" in message.get(FIELDS[0], ""):
+        problem = "a thought holds </think>, by which the chat template ends thoughts; remove it"
+        raise DataError(where, problem, "</think> in a thought")
     return with_thought(message, frame)
 
 

@@ -1,7 +1,7 @@
 """What a chat template writes around an answer, found by rendering: no loss falls on it, and no score counts it.
 
-Templates of thinking models write an empty thought before an answer that has none (Qwen3's <think></think>), or name its
-channel (gpt-oss' <|channel|>final<|message|>).
+Templates of thinking models write an empty thought before an answer that has none (Qwen3's <think></think>), or name
+its channel (gpt-oss' <|channel|>final<|message|>).
 """
 
 import json
@@ -17,7 +17,7 @@ from data.encode.template import arguments_of, render
 
 QUESTION, ANSWER, THOUGHT = "Where does the ferry go?", "To the island.", "The map shows an island."
 FIELDS = ("reasoning_content", "thinking")  # names of a thought in templates
-QUIET: tuple[dict[str, Any], ...] = ({"enable_thinking": False}, {"thinking": False})  # what templates call the switch
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,15 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | 
 def quiet_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Template arguments by which the prompt already holds what the template writes before an answer without a thought;
     none if the template has no such switch, or needs none."""
-    if frame_of(tokenizer, {}).opening == "":
-        return {}
-    return next((dict(quiet) for quiet in QUIET if frame_of(tokenizer, quiet).opening == ""), {})
+    tried: list[dict[str, Any]] = [{}, *({switch: False} for switch in SWITCHES)]
+    return next((own for own in tried if frame_of(tokenizer, own).opening == ""), {})
+
+
+def thinking_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Template arguments by which a thought follows the prompt; none if the template needs none or renders none."""
+    tried: list[dict[str, Any]] = [{}, *({switch: True} for switch in SWITCHES)]
+    frames = ((own, frame_of(tokenizer, own)) for own in tried)
+    return next((own for own, frame in frames if frame.thoughts and frame.before is not None), {})
 
 
 def with_thought(message: Message, frame: Frame) -> Message:

@@ -18,7 +18,7 @@ from data.cache import build_once, cache_key, file_digests, text_sha256
 from data.conversation import Conversation, DataError
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
-from data.encode.frame import frame_of, quiet_arguments
+from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.encode.template import ARGUMENTS, arguments_of
@@ -90,8 +90,12 @@ def decide_template_arguments(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport
 ) -> tuple[Recipe, list[str]]:
     """The recipe with template_arguments that ask the model as it is trained, which the tokenizer gets too, and lines
-    for the user. `auto` stays if the data holds thoughts, or the template has no switch."""
-    if recipe.model.template_arguments != "auto" or any(THOUGHTS in source.notes for source in report.sources):
+    for the user. `auto` stays if the data holds thoughts, since rows then differ, or if the template has no switch."""
+    if recipe.model.template_arguments != "auto":
+        return recipe, []
+    if any(THOUGHTS in source.notes for source in report.sources):
+        if thinking := thinking_arguments(tokenizer):
+            tokenizer.init_kwargs[ARGUMENTS] = thinking
         return recipe, []
     quiet, opening = quiet_arguments(tokenizer), frame_of(tokenizer, {}).opening
     if quiet:
