@@ -5,6 +5,7 @@ at random and must be free, nothing is opened through a link, and only names of 
 """
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import shutil
 import stat
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, TextIO
@@ -46,15 +47,43 @@ def new_folder(path: Path) -> Path:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A new file beside `path`, renamed to `path` at the end of the block; after an error `path` is unchanged."""
-    temporary = hidden_name(path)
-    os.close(os.open(temporary, CREATE, 0o666))
+    """A new file beside `path`, renamed to `path` at the end of the block; after an error `path` is unchanged. Files
+    that killed processes left behind for `path` are removed: nobody holds their lock any more."""
+    with suppress(OSError):  # a folder that can't be listed can be written to
+        for left in path.parent.iterdir():
+            if is_hidden_name(left, re.escape(path.name)) and stat.S_ISREG(left.lstat().st_mode):
+                _remove_left(left)
+    temporary, descriptor = _new_locked(path)
     try:
         yield temporary
         flush(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _new_locked(path: Path) -> tuple[Path, int]:
+    """A new file under a hidden name beside `path`, and its descriptor, which holds its lock until it is closed."""
+    while True:
+        temporary = hidden_name(path)
+        descriptor = os.open(temporary, CREATE, 0o666)
+        with suppress(OSError):  # without locks on this disk no leftover is removed
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)  # another process took it for a leftover before it was locked
+
+
+def _remove_left(file: Path) -> None:
+    """Remove a file unless its writer holds its lock."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.unlink()
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import flush
+from data.inside import first_stray
 from data.terminal import print
 
 SUMS = "SHA256SUMS"  # in every folder, in the format of sha256sum(1)
@@ -118,6 +119,8 @@ def _seal(folder: Path) -> None:
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a folder; None if every file is the one that was written."""
+    if stray := first_stray(folder):  # opening a FIFO may never end
+        return f"it was changed ({stray.partition(';')[0]})"
     try:
         lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
         for digest, _, name in (line.partition("  ") for line in lines):

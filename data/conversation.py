@@ -1,13 +1,15 @@
 """Conversation, which every reader yields and every later step takes, and the ledger of defects."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.errors import UserError
 
 Message = dict[str, Any]  # role, content, and of an assistant's turn the thought before it, as reasoning_content
+
+Finding = tuple[Counter[str], str, str, str]  # counter, kind, where, "where: problem"
 
 NAMED = 5  # places named for each kind of finding; all places are counted
 
@@ -70,30 +72,46 @@ class Ledger:
     left_out: Counter[str] = field(default_factory=Counter)  # rows that are not trained on, by reason
     named: dict[str, list[str]] = field(default_factory=dict)  # kind -> "where: problem"
     places: dict[str, list[str]] = field(default_factory=dict)  # kind -> "where"
+    postponed: list[Finding] | None = None  # findings that wait, see `ahead`
 
     def defect(self, error: DataError) -> None:
-        self.defects[error.kind] += 1
-        self._name(error.kind, error.where, str(error))
+        self.record(self.defects, error.kind, error.where, str(error))
 
     def break_off(self, error: DataError) -> None:
         """Record that a file can't be read to its end. The number of lost rows is unknown, so a run must stop."""
         self.unread.append(str(error))
 
     def note(self, where: str, kind: str, problem: str = "") -> None:
-        self.notes[kind] += 1
-        self._name(kind, where, f"{where}: {problem or kind}")
+        self.record(self.notes, kind, where, f"{where}: {problem or kind}")
 
     def leave_out(self, kind: str, error: DataError | None = None) -> None:
         """Count a row that is not trained on; `error` gives details, kept for the first rows of the kind."""
-        self.left_out[kind] += 1
-        if error:
-            self._name(kind, error.where, str(error))
+        self.record(self.left_out, kind, error.where if error else "", str(error or ""))
 
-    def _name(self, kind: str, where: str, text: str) -> None:
-        named = self.named.setdefault(kind, [])
-        if len(named) < NAMED:
+    def record(self, counts: Counter[str], kind: str, where: str, text: str) -> None:
+        if self.postponed is not None:
+            self.postponed.append((counts, kind, where, text))
+            return
+        counts[kind] += 1
+        if text and len(named := self.named.setdefault(kind, [])) < NAMED:
             named.append(text)
             self.places.setdefault(kind, []).append(where)
+
+    def ahead(self, rows: Iterable[Conversation]) -> Iterator[tuple[Conversation | None, list[Finding]]]:
+        """Each row with the findings up to it, and None with those after the last. They are not recorded: the caller
+        does so at the row's turn, so that they keep their order if rows are read while earlier ones wait."""
+        iterator = iter(rows)
+        row: Conversation | None
+        while True:
+            findings: list[Finding] = []
+            self.postponed = findings
+            try:
+                row = next(iterator, None)
+            finally:
+                self.postponed = None
+            yield row, findings
+            if row is None:
+                return
 
     def explain(self) -> Iterator[str]:
         """One line for each file that could not be read to its end, and for each kind of defect."""

@@ -5,12 +5,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from typer import BadParameter
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from data.errors import ExitCode, UserError, is_disk_full
 from data.redact import print_scrubbed, scrub, secret_line
@@ -27,15 +28,30 @@ R = TypeVar("R")
 UsageError: Any = BadParameter.__mro__[1]  # typer exports its subclass only
 
 
+@contextmanager
+def _scrubbed_usage() -> Iterator[None]:
+    """The parser's errors, which show what was typed, hold no password and no control characters."""
+    try:
+        yield
+    except UsageError as error:
+        error.message = printable(scrub(error.message))
+        raise
+
+
 class Commands(TyperGroup):
-    """All commands; the parser's errors, which show what was typed, hold no password and no control characters."""
+    """All commands, with scrubbed usage errors."""
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _scrubbed_usage():
             return super().invoke(ctx)
-        except UsageError as error:
-            error.message = printable(scrub(error.message))
-            raise
+
+
+class OneCommand(TyperCommand):
+    """The only command of a program, with scrubbed usage errors."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        with _scrubbed_usage():
+            return super().parse_args(ctx, args)
 
 
 def user_errors(command: Callable[P, R]) -> Callable[P, R]:

@@ -18,7 +18,7 @@ from data.terminal import print, quoted
 from sft.errors import RecipeError
 from sft.recipe.load import load_any_recipe
 from sft.recipe.schema import Recipe
-from sft.session import tune_allocator, user_errors
+from sft.session import OneCommand, tune_allocator, user_errors
 
 RecipePath = Annotated[Path | None, typer.Argument(help="A recipe (YAML).", metavar="RECIPE", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="Override a key: train.learning_rate=1e-4")]
@@ -85,4 +85,6 @@ def _print_next(run: Path | None, step: str) -> None:
 
 if __name__ == "__main__":
     tune_allocator()
-    user_errors(typer.run)(main)  # refuses a secret before the parser, whose error would show it
+    app = typer.Typer(add_completion=False)
+    app.command(cls=OneCommand)(main)
+    user_errors(app)()  # refuses a secret before the parser, whose error would show it

@@ -31,7 +31,7 @@ from data.audit.row_counts import (
 from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
-from data.encode.chat import AUDITS, Example, TooLong, encode_turns, has_thought, learning_last_turn, markers_in
+from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, has_thought, learning_last_turn, markers_in
 from data.encode.example_store import Examples, Writer
 from data.encode.template import OVER_LIMITS
 from data.progress import track
@@ -78,8 +78,9 @@ def examine(
     examination = _Examination(tokenizer, rules, Writer(folder))
     held_out_ledger = Ledger(held_out.path) if held_out else None
     if held_out and held_out_ledger:
-        for conversation in track(read_rows(held_out, rules.task, held_out_ledger), "read held-out data"):
-            examination.hold_out(conversation, held_out_ledger)
+        rows = track(read_rows(held_out, rules.task, held_out_ledger), "read held-out data")
+        for conversation, examples in encode_ahead(rows, tokenizer, rules.max_length, held_out_ledger):
+            examination.hold_out(conversation, examples, held_out_ledger)
     elif rules.held_out_share:
         for conversation in read_held_out(sources, rules):
             examination.comparison.hold_out(conversation)
@@ -90,8 +91,11 @@ def examine(
     for source in sources:
         account = SourceAccount(Ledger(source.path), source.weight)
         accounts.append(account)
-        for conversation in track(read_rows(source, rules.task, account.ledger), f"encode {Path(source.path).name}"):
-            examination.take(conversation, account)
+        rows = track(read_rows(source, rules.task, account.ledger), f"encode {Path(source.path).name}")
+        chosen = (row for row in rows if examination.chooses(row, account.ledger))
+        learnt = map(learning_last_turn, chosen) if rules.train_turns == "last" else chosen
+        for conversation, examples in encode_ahead(learnt, tokenizer, rules.max_length, account.ledger):
+            examination.take(conversation, examples, account)
     examination.writer.close()
     examination.triggers.note()
     ledgers = [account.ledger for account in accounts]
@@ -116,27 +120,27 @@ class _Examination:
         self.sample = Sample(SHOWN, rules.seed)
         self.triggers = Triggers()
 
-    def take(self, conversation: Conversation, account: SourceAccount) -> None:
-        """Encode one row, or count the reason why it is left out."""
-        rules, ledger = self.rules, account.ledger
-        context = context_key(conversation)
-        if _is_held_out(conversation, rules):
-            return ledger.leave_out(HELD_OUT)
-        if self.drawn is not None and context not in self.drawn:
-            return ledger.leave_out(NOT_DRAWN)
-        if rules.train_turns == "last":
-            conversation = learning_last_turn(conversation)
-        try:
-            examples = encode_turns(conversation, self.tokenizer, rules.max_length)
-        except TooLong as error:
-            self.lengths.append(error.tokens)
-            return ledger.leave_out(error.kind, error)
-        except DataError as error:
-            if error.kind in AUDITS.values():
-                return ledger.leave_out(error.kind, error)
-            if error.kind == OVER_LIMITS:  # the same for every row, and each takes seconds
-                raise
-            return ledger.defect(error)
+    def chooses(self, conversation: Conversation, ledger: Ledger) -> bool:
+        """Whether a row is of the training data; if not, it is counted."""
+        if _is_held_out(conversation, self.rules):
+            ledger.leave_out(HELD_OUT)
+        elif self.drawn is not None and context_key(conversation) not in self.drawn:
+            ledger.leave_out(NOT_DRAWN)
+        else:
+            return True
+        return False
+
+    def take(self, conversation: Conversation, examples: list[Example] | DataError, account: SourceAccount) -> None:
+        """Keep the examples of one row, or count the reason why it is left out."""
+        ledger = account.ledger
+        if isinstance(examples, DataError):
+            if isinstance(examples, TooLong):
+                self.lengths.append(examples.tokens)
+            if examples.kind in AUDITS.values():
+                return ledger.leave_out(examples.kind, examples)
+            if examples.kind == OVER_LIMITS:  # the same for every row, and each takes seconds
+                raise examples
+            return ledger.defect(examples)
         if self.comparison.leaves_out(conversation, ledger):
             return None
         if markers := markers_in(conversation, self.tokenizer):
@@ -144,23 +148,23 @@ class _Examination:
         if any(map(has_thought, conversation.messages)):
             ledger.note(conversation.where, THOUGHTS)
         self.triggers.add(conversation, ledger)
+        context = context_key(conversation)
         for example in examples:
             self._keep(dataclasses.replace(example, context=context), account)
         if conversation.label:
             self.labels[conversation.label] += 1
         return None
 
-    def hold_out(self, conversation: Conversation, ledger: Ledger) -> None:
+    def hold_out(self, conversation: Conversation, examples: list[Example] | DataError, ledger: Ledger) -> None:
         """Add a held-out row to the comparison. If it can't be encoded, it gets a note: its prompt is still scored."""
         self.comparison.hold_out(conversation)
-        try:
-            encode_turns(conversation, self.tokenizer, self.rules.max_length)
-        except TooLong as error:
-            ledger.note(error.where, "longer than max_length, so not in held-out loss and parity check", error.problem)
-        except DataError as error:
-            if error.kind == OVER_LIMITS:
-                raise
-            ledger.defect(error)
+        if isinstance(examples, TooLong):
+            kind = "longer than max_length, so not in held-out loss and parity check"
+            ledger.note(examples.where, kind, examples.problem)
+        elif isinstance(examples, DataError):
+            if examples.kind == OVER_LIMITS:
+                raise examples
+            ledger.defect(examples)
 
     def _keep(self, example: Example, account: SourceAccount) -> None:
         self.writer.add(example, account.weight)

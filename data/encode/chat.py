@@ -10,17 +10,21 @@ token of one character has no halves: a row with one is a defect.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import Conversation, DataError, Message
+from data.conversation import Conversation, DataError, Ledger, Message
 from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, thinking_arguments, with_thought
-from data.encode.template import arguments_of, literals, render, render_parts, row_arguments
+from data.encode.template import Render, arguments_of, literals, render_all, row_arguments
 from data.encode.tokens import Encoder, any_of, encoder_of
+
+R = TypeVar("R")
+Steps = Generator[Render, list[str], R]  # an encoding: yields each render that it needs, and gets its texts
+BATCH_ROWS, BATCH_CHARACTERS = 32, 100_000  # the most that is rendered by one request
 
 # defects of an example: key in the recipe -> kind of the DataError
 AUDITS = {
@@ -70,10 +74,7 @@ def encode_prompt(
 ) -> list[int]:
     """Ids of the rendered messages, up to the beginning of the assistant's answer. arguments: of the row, for the
     template, besides the tokenizer's."""
-    given = row_arguments(tokenizer, arguments)
-    messages = [with_thought(m, frame_of(tokenizer, given)) for m in messages]
-    safe, separator = _protect(messages, tokenizer, "", True, given)
-    return _ids(render(safe, tokenizer, True, arguments=given), separator, encoder_of(tokenizer), "")
+    return _only(_prompt(messages, tokenizer, row_arguments(tokenizer, arguments)), tokenizer)
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
@@ -99,11 +100,93 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     sees. Prompt and answer are tokenized separately, so the ids before an answer equal encode_prompt's.
     Raises DataError with the row's place; its kind is one of AUDITS if an example would be trained wrongly.
     """
+    return _only(_turns(conversation, tokenizer, max_length), tokenizer)
+
+
+def encode_ahead(
+    rows: Iterable[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, ledger: Ledger
+) -> Iterator[tuple[Conversation, list[Example] | DataError]]:
+    """Each row with what `encode_turns` returns or raises for it, at half the time. Rows are read ahead; what the
+    ledger gets while they are read is recorded when their turn comes."""
+    for batch in _batches(ledger.ahead(rows)):
+        results = _encoded([_turns(row, tokenizer, max_length) for row, _ in batch if row], tokenizer)
+        for row, findings in batch:
+            for finding in findings:
+                ledger.record(*finding)
+            if row:
+                yield row, next(results)
+
+
+def _batches(rows: Iterable[tuple[Conversation | None, R]]) -> Iterator[list[tuple[Conversation | None, R]]]:
+    """The rows in lists of at most BATCH_ROWS rows and BATCH_CHARACTERS characters; a longer row is alone."""
+    batch: list[tuple[Conversation | None, R]] = []
+    characters = 0
+    for row, rest in rows:
+        length = sum(len(m["content"]) for m in row.messages) if row else 0
+        if batch and (len(batch) == BATCH_ROWS or characters + length > BATCH_CHARACTERS):
+            yield batch
+            batch, characters = [], 0
+        batch.append((row, rest))
+        characters += length
+    yield batch
+
+
+def _only(steps: Steps[R], tokenizer: PreTrainedTokenizerBase) -> R:
+    (result,) = _encoded([steps], tokenizer)
+    if isinstance(result, DataError):
+        raise result
+    return result
+
+
+def _encoded(rows: Sequence[Steps[R]], tokenizer: PreTrainedTokenizerBase) -> Iterator[R | DataError]:
+    """The result of each row, in order. One request renders for all rows that wait for a text, and the worker goes on
+    to the next text while one is tokenized."""
+    renders: dict[int, Render] = {}  # what each unfinished row waits for
+    asked: list[int] = []  # the rows whose texts come next
+    results: dict[int, R | DataError] = {}
+
+    def resume(row: int, step: Callable[[], Render]) -> None:
+        try:
+            renders[row] = step()
+        except StopIteration as end:
+            results[row] = end.value
+        except DataError as error:
+            results[row] = error
+
+    def receive(texts: list[str] | DataError) -> None:
+        row = asked.pop(0)
+        del renders[row]
+        if isinstance(texts, DataError):
+            results[row] = texts
+        else:
+            resume(row, partial(rows[row].send, texts))
+
+    for row, steps in enumerate(rows):
+        resume(row, partial(next, steps))
+    for row in range(len(rows)):
+        while row not in results:
+            asked[:] = sorted(renders)
+            render_all([renders[each] for each in asked], tokenizer, receive)
+        yield results.pop(row)
+
+
+def _prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
+) -> Steps[list[int]]:
+    """The steps of `encode_prompt`."""
+    messages = [with_thought(m, frame_of(tokenizer, arguments)) for m in messages]
+    safe, separator = yield from _protect(messages, tokenizer, "", True, arguments)
+    (text,) = yield Render(safe, [(len(safe), True)], "", arguments)
+    return _ids(text, separator, encoder_of(tokenizer), "")
+
+
+def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Steps[list[Example]]:
+    """The steps of `encode_turns`."""
     where, encoder = conversation.where, encoder_of(tokenizer)
     arguments = training_arguments(conversation, tokenizer)
     frame = frame_of(tokenizer, arguments)
     messages = [_thinking(m, frame, where) for m in conversation.messages]
-    safe, separator = _protect(messages, tokenizer, where, False, arguments)
+    safe, separator = yield from _protect(messages, tokenizer, where, False, arguments)
     examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
@@ -114,8 +197,7 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
         if not message["content"].strip():
             problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
             raise DataError(where, problem, "empty answer")
-        parts = [(i, True), (i + 1, False)]
-        prompt, full = render_parts(safe[: i + 1], tokenizer, parts, where, arguments=arguments)
+        prompt, full = yield Render(safe[: i + 1], [(i, True), (i + 1, False)], where, arguments)
         if not full.startswith(prompt):
             problem = (
                 f"the chat template renders the turns before answer {i} differently with the answer, so no prefix of "
@@ -272,8 +354,8 @@ def _protect(
     tokenizer: PreTrainedTokenizerBase,
     where: str,
     generation: bool,
-    arguments: Mapping[str, Any],
-) -> tuple[Sequence[Message], str]:
+    arguments: dict[str, Any],
+) -> Steps[tuple[Sequence[Message], str]]:
     """Messages with their control markers split by a separator, and the separator; "" without control tokens.
 
     A marker can also span the end of a content and the text after it. Contents are split at their ends too if the
@@ -295,7 +377,8 @@ def _protect(
     inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
     outside = [_split_ends(m, encoder, separator) for m in inside]
     if outside != inside:
-        plain, split = (render(each, tokenizer, generation, where, arguments=arguments) for each in (inside, outside))
+        (plain,) = yield Render(inside, [(len(inside), generation)], where, arguments)
+        (split,) = yield Render(outside, [(len(outside), generation)], where, arguments)
         if len(encoder.markers.findall(split)) < len(encoder.markers.findall(plain)):
             return outside, separator
     return inside, separator

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import DataError, Message
-from data.encode.template import arguments_of, render
+from data.encode.template import Render, Result, arguments_of, render_all
 
 QUESTION, ANSWER, THOUGHT = "Where does the ferry go?", "To the island.", "The map shows an island."
 FIELDS = ("reasoning_content", "thinking")  # names of a thought in templates
@@ -109,31 +109,29 @@ def spoken_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, fra
 
 @lru_cache(maxsize=64)
 def _frame(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) -> Frame:
-    question = {"role": "user", "content": QUESTION}
-    own = json.loads(arguments)
-
-    def rendered(**answer: str) -> str:
-        return render([question, {"role": "assistant", **answer}], tokenizer, False, arguments=own)
+    question, own = {"role": "user", "content": QUESTION}, json.loads(arguments)
+    answers: tuple[Message, ...] = (
+        {"content": ANSWER},
+        {"content": ANSWER, **dict.fromkeys(FIELDS, THOUGHT)},
+        {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"},
+    )
+    renders = [Render([question], [(1, True)], arguments=own)]
+    renders += [Render([question, {"role": "assistant", **a}], [(2, False)], arguments=own) for a in answers]
+    results: list[Result] = []
+    render_all(renders, tokenizer, results.append)
+    # a template may refuse such turns; a row's own are refused with their place
+    prompt, plain, field, tags = ("" if isinstance(r, DataError) else r[0] for r in (*results, *[[""]] * 4)[:4])
 
     def after_prompt(text: str, part: str) -> str | None:
         return text[len(prompt) : text.index(part)] if text.startswith(prompt) and part in text else None
 
-    try:
-        prompt = render([question], tokenizer, True, arguments=own)
-        opening = after_prompt(rendered(content=ANSWER), ANSWER)
-        opening = "" if opening is not None and not opening.strip() else opening
-    except DataError:  # the template refuses such turns; a row's own are refused with their place
+    if not prompt or not plain:
         return Frame()
-    kinds: tuple[tuple[Literal["field", "tags"], dict[str, str]], ...] = (
-        ("field", {"content": ANSWER, **dict.fromkeys(FIELDS, THOUGHT)}),
-        ("tags", {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"}),
-    )
-    for kind, answer in kinds:
-        try:
-            text = rendered(**answer)
-        except DataError:
-            continue
-        if THOUGHT in text and (kind == "field" or "</think>" in template):
+    opening = after_prompt(plain, ANSWER)
+    opening = "" if opening is not None and not opening.strip() else opening
+    kinds: tuple[tuple[Literal["field", "tags"], str], ...] = (("field", field), ("tags", tags))
+    for kind, text in kinds:
+        if THOUGHT in text and ANSWER in text and (kind == "field" or "</think>" in template):
             closing = text[text.index(THOUGHT) + len(THOUGHT) : text.rindex(ANSWER)]
             return Frame(opening, after_prompt(text, THOUGHT), closing, kind)
     return Frame(opening)

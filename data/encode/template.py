@@ -13,7 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import IO, Any, cast
 
@@ -33,7 +34,22 @@ PROBES = [
 ]
 
 ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
+ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
+
+
+@dataclass
+class Render:
+    """One render: the text of each part (n, generation), the first n messages; `generation` appends the beginning of
+    the assistant's turn. arguments: what the template is given besides."""
+
+    messages: Sequence[Message]
+    parts: Sequence[tuple[int, bool]]
+    where: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+Result = list[str] | DataError  # the texts of a render
 
 
 class _Worker:
@@ -41,31 +57,47 @@ class _Worker:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
-        self.owner, self.template = 0, ""
+        self.owner = 0
+        self.given: dict[str, Any] = {}  # template and variables of the last request
         self.lock = threading.Lock()  # one request at a time
 
-    def ask(self, template: str, **request: Any) -> dict[str, Any]:
-        """The reply, or {"over": what} if the render ended the process."""
+    def ask(
+        self,
+        template: str,
+        variables: dict[str, Any],
+        renders: Sequence[dict[str, Any]],
+        seconds: float,
+        receive: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Call `receive` with the reply to each render, while the worker goes on to the next. The reply to a render
+        that ends the process is {"over": what}; those after it get none. `receive` must not ask for a render."""
+        if len(template) > TEMPLATE_CHARACTERS:
+            return receive({"over": "length"})
+        given = {"template": template, "variables": variables}
         with self.lock:
             process = self.process
             if process is None or self.owner != os.getpid():  # a forked process needs a worker of its own
                 process = self._start()
-            if template != self.template:
-                request["template"] = self.template = template
+            request: dict[str, Any] = {"renders": renders, "seconds": seconds}
+            if given != self.given:
+                request["given"] = self.given = given
             try:
                 with contextlib.suppress(BrokenPipeError):
                     cast(IO[bytes], process.stdin).write(json.dumps(request).encode() + b"\n")
                     cast(IO[bytes], process.stdin).flush()
-                line = cast(IO[bytes], process.stdout).readline()
-            except BaseException:  # Ctrl-C: the next request must not get this one's reply
+                for _ in renders:
+                    if not (line := cast(IO[bytes], process.stdout).readline()):
+                        break
+                    receive(json.loads(line))
+                else:
+                    return
+            except BaseException:  # Ctrl-C: the next request must not get this one's replies
                 self.stop()
                 raise
-            if line:
-                return dict(json.loads(line))
             self.process = None
             process.communicate()  # waits for its end
             ended = process.returncode
-            return {"over": "seconds" if ended == -signal.SIGPROF else f"exit code {ended}"}
+        return receive({"over": "seconds" if ended == -signal.SIGPROF else f"exit code {ended}"})
 
     def _start(self) -> "subprocess.Popen[bytes]":
         self.process = subprocess.Popen(
@@ -75,7 +107,7 @@ class _Worker:
             stderr=subprocess.DEVNULL,
             start_new_session=True,  # Ctrl-C is for this process only
         )
-        self.owner, self.template = os.getpid(), ""
+        self.owner, self.given = os.getpid(), {}
         return self.process
 
     def stop(self) -> None:
@@ -101,75 +133,73 @@ def row_arguments(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, Any] | N
     return {**(arguments_of(tokenizer) or {}), **(own or {})}
 
 
-def render(
-    messages: Sequence[Message],
+def render_all(
+    renders: Sequence[Render],
     tokenizer: PreTrainedTokenizerBase,
-    generation: bool,
-    where: str = "",
+    receive: Callable[[Result], None],
     seconds: float = SECONDS,
     characters: int = CHARACTERS,
-    arguments: Mapping[str, Any] | None = None,
-) -> str:
-    """Text of the messages; `generation` appends the beginning of the assistant's turn. arguments: for the template, in
-    place of the tokenizer's.
+    template: str | None = None,
+) -> None:
+    """Call `receive` with the texts of each render, in order, while the worker goes on to the next; with a DataError
+    that names model.chat_template if the template refuses the messages, fails or exceeds a limit. Renders after one
+    that exceeds a limit may be left out. `receive` must not render itself.
 
-    Raises DataError, naming model.chat_template, if the template refuses the messages, fails or exceeds a limit.
+    template: another one than the tokenizer's default.
     """
-    parts = [(len(messages), generation)]
-    return render_parts(messages, tokenizer, parts, where, seconds, characters, arguments)[0]
+    if template is None:
+        template = str(tokenizer.get_chat_template())
+    limits = [characters + 100 * sum(len(m["content"]) for m in each.messages) for each in renders]
+    requests = [
+        {"messages": each.messages, "parts": each.parts, "characters": limit, "arguments": each.arguments}
+        for each, limit in zip(renders, limits, strict=True)
+    ]
+    answered = iter(zip(renders, limits, strict=True))
 
+    def received(reply: dict[str, Any]) -> None:
+        asked, limit = next(answered)
+        if "texts" in reply:
+            receive(reply["texts"])
+        elif "refused" in reply:
+            roles = ", ".join(m["role"] for m in asked.messages[: reply["turns"]])
+            problem = (
+                f"the chat template refuses the turns {roles}: {reply['refused']}; "
+                "change the turns or set model.chat_template"
+            )
+            receive(DataError(asked.where, problem, "chat template refuses the turns"))
+        else:
+            receive(_over(reply["over"], template, asked.where, seconds, limit))
 
-def render_parts(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    parts: Sequence[tuple[int, bool]],
-    where: str = "",
-    seconds: float = SECONDS,
-    characters: int = CHARACTERS,
-    arguments: Mapping[str, Any] | None = None,
-) -> list[str]:
-    """The text of each part (n, generation), the first n messages, by one request. See `render`."""
-    limit = characters + 100 * sum(len(m["content"]) for m in messages)
-    variables = {**tokenizer.special_tokens_map, **(row_arguments(tokenizer) if arguments is None else arguments)}
-    request = {"messages": list(messages), "parts": list(parts), "variables": variables}
-    reply = _ask(str(tokenizer.get_chat_template()), where, seconds, characters=limit, **request)
-    if "refused" in reply:
-        roles = ", ".join(m["role"] for m in messages[: reply["turns"]])
-        raise DataError(
-            where,
-            f"the chat template refuses the turns {roles}: {reply['refused']}; "
-            "change the turns or set model.chat_template",
-            "chat template refuses the turns",
-        )
-    return list(reply["texts"])
+    _worker.ask(template, tokenizer.special_tokens_map, requests, seconds, received)
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise DataError if a template of the tokenizer exceeds a limit with usual turns. It may refuse turns."""
     own = tokenizer.chat_template or ""
+    renders = [Render(turns, [(len(turns), True)]) for turns in PROBES]
+    results: list[Result] = []
     for template in own.values() if isinstance(own, dict) else [own]:
-        for turns in PROBES:
-            request = {"messages": turns, "parts": [(len(turns), True)], "variables": tokenizer.special_tokens_map}
-            _ask(template, "", SECONDS, characters=CHARACTERS, **request)
+        render_all(renders, tokenizer, results.append, template=template)
+        for result in results:
+            if isinstance(result, DataError) and result.kind == OVER_LIMITS:
+                raise result
 
 
 @lru_cache(maxsize=16)
 def literals(template: str) -> tuple[str, ...]:
     """The literal texts of a template, including those in its conditions; none if it can't be parsed."""
-    return tuple(_ask(template, "", SECONDS).get("literals", ()))
+    replies: list[dict[str, Any]] = []
+    _worker.ask(template, {}, [{}], SECONDS, replies.append)
+    if "over" in replies[0]:
+        raise _over(replies[0]["over"], template, "", SECONDS, 0)
+    return tuple(replies[0].get("literals", ()))
 
 
-def _ask(template: str, where: str, seconds: float, **request: Any) -> dict[str, Any]:
-    """The worker's reply. Raises DataError if a limit is exceeded."""
-    if len(template) > TEMPLATE_CHARACTERS:
-        problem = f"has {len(template):,} characters, the limit is {TEMPLATE_CHARACTERS:,}"
-    else:
-        reply = _worker.ask(template, seconds=seconds, **request)
-        if "over" not in reply:
-            return reply
-        problem = {
-            "seconds": f"takes more than {seconds:g} s in one render",
-            "memory": f"needs more than {template_worker.MEMORY / 2**20:,.0f} MiB in one render",
-            "characters": f"makes more than {request.get('characters', 0):,} characters in one render",
-        }.get(reply["over"], f"ended the process that renders it ({reply['over']})")
-    raise DataError(where, f"the chat template {problem}; set model.chat_template to another one", OVER_LIMITS)
+def _over(what: str, template: str, where: str, seconds: float, characters: int) -> DataError:
+    problem = {
+        "length": f"has {len(template):,} characters, the limit is {TEMPLATE_CHARACTERS:,}",
+        "seconds": f"takes more than {seconds:g} s in one render",
+        "memory": f"needs more than {template_worker.MEMORY / 2**20:,.0f} MiB in one render",
+        "characters": f"makes more than {characters:,} characters in one render",
+    }.get(what, f"ended the process that renders it ({what})")
+    return DataError(where, f"the chat template {problem}; set model.chat_template to another one", OVER_LIMITS)

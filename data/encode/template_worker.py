@@ -2,8 +2,9 @@
 
 python -P data/encode/template_worker.py
 
-One request and one reply a line, JSON each. The process ends with its stdin. Standard library and Jinja only, so that
-it starts in a tenth of a second.
+A line of JSON asks for several renders, and each has a line of JSON as its reply and limits of its own. The next line
+is written once all replies are read, so neither process waits for the other to read. The process ends with its stdin.
+Standard library and Jinja only, so that it starts in a tenth of a second.
 """
 
 import json
@@ -74,7 +75,12 @@ def literals(template: str) -> list[str]:
 
 
 def texts(
-    template: str, messages: list[Any], parts: list[tuple[int, bool]], variables: dict[str, Any], characters: int
+    template: str,
+    messages: list[Any],
+    parts: list[tuple[int, bool]],
+    variables: dict[str, Any],
+    characters: int,
+    arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """The text of each part, the first n messages with or without the generation prompt, or why there is none."""
     done: list[str] = []
@@ -82,7 +88,7 @@ def texts(
         given = {"messages": messages[:turns], "tools": None, "documents": None, "add_generation_prompt": generation}
         pieces, left = [], characters
         try:
-            for piece in compiled(template).generate(**{**variables, **given}):
+            for piece in compiled(template).generate(**{**variables, **arguments, **given}):
                 left -= len(piece)
                 if left < 0:
                     return {"over": "characters"}
@@ -95,11 +101,11 @@ def texts(
     return {"texts": done}
 
 
-def reply(template: str, request: dict[str, Any]) -> dict[str, Any]:
-    """The texts of the request's parts, or the template's literals if it names none; or the limit that is exceeded."""
+def reply(template: str, variables: dict[str, Any], render: dict[str, Any]) -> dict[str, Any]:
+    """The texts of the render's parts, or the template's literals if it names none; or the limit that is exceeded."""
     try:
-        if "parts" in request:
-            return texts(template, **request)
+        if "parts" in render:
+            return texts(template, variables=variables, **render)
         return {"literals": literals(template)}
     except MemoryError:
         return {"over": "memory"}
@@ -111,20 +117,20 @@ def main() -> None:
     hard = resource.getrlimit(resource.RLIMIT_AS)[1]
     limit = MEMORY if hard == resource.RLIM_INFINITY else min(MEMORY, hard)
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    template = ""
+    given: dict[str, Any] = {}  # template and variables; a request names them if they change
     for line in sys.stdin.buffer:
         request = json.loads(line)
-        template = request.pop("template", template)
-        signal.setitimer(
-            signal.ITIMER_PROF, request.pop("seconds")
-        )  # SIGPROF ends the process, also within a call in C
-        try:
-            answer = json.dumps(reply(template, request))
-        except MemoryError:
-            answer = '{"over": "memory"}'
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.buffer.write(answer.encode() + b"\n")
-        sys.stdout.buffer.flush()
+        given = request.get("given", given)
+        for render in request["renders"]:
+            # SIGPROF ends the process, also within a call in C
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            try:
+                answer = json.dumps(reply(**given, render=render))
+            except MemoryError:
+                answer = '{"over": "memory"}'
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            sys.stdout.buffer.write(answer.encode() + b"\n")
+            sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ def fit_floor(recipe: BaselineRecipe, train: Sequence[Conversation], folder: Pat
     if base == "floor:majority":
         facts["label"] = min(Counter(c.label for c in train).most_common(), key=lambda pair: (-pair[1], pair[0]))[0]
     elif base == "floor:overlap":
-        documents = {c.context for c in train}
-        counts = Counter(word for text in documents for word in set(_words(text)))
+        documents = dict.fromkeys(c.context for c in train)  # a set has another order in each process
+        counts = Counter(word for text in documents for word in dict.fromkeys(_words(text)))
         facts |= {"documents": len(documents), "counts": dict(counts.most_common(50_000))}
     elif base.startswith("sklearn:"):
         vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)

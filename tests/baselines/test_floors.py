@@ -14,9 +14,10 @@ from sklearn.preprocessing import normalize
 from sklearn.svm import LinearSVC
 from transformers import AutoModel, AutoTokenizer
 
+from data.conversation import Conversation
 from data.readers.squad import UNANSWERABLE
 from sft.baselines.data import baseline_questions, read_split
-from sft.baselines.floors import load_floor
+from sft.baselines.floors import fit_floor, load_floor
 from sft.errors import RecipeError, RunError
 from sft.scoring.evaluate import evaluate
 from tests.helpers.baselines import NEWS, recipe, trained
@@ -129,3 +130,12 @@ def test_overlap_quotes_words_next_to_those_of_the_question(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "eval" / "samples.jsonl").read_text().splitlines()]
     assert results["scores"]["HasAns"]["f1"] > 0
     assert all(row["predicted"] in row["prompt"] or row["predicted"] == UNANSWERABLE for row in rows)
+
+
+def test_overlap_counts_the_same_words_in_every_process(tmp_path):
+    """Of equally frequent words the first ones; the order of a set depends on PYTHONHASHSEED."""
+    words = [f"w{i}" for i in range(50_100)]
+    texts = [" ".join(words[:30_000]), " ".join(words[30_000:])]
+    train = [Conversation((), str(i), "", context=text) for i, text in enumerate(texts)]
+    fit_floor(recipe("extractive_qa", "floor:overlap", tmp_path / "run"), train, tmp_path / "model", lambda x, _: x)
+    assert list(json.loads((tmp_path / "model" / "floor.json").read_text())["counts"]) == words[:50_000]

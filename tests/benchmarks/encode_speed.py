@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTConfig, SFTTrainer
 
 from data.conversation import Conversation, Ledger
-from data.encode.chat import encode_turns
+from data.encode.chat import encode_ahead
 from data.readers.source import FileSource, read_rows
 from sft.models.load import load_tokenizer
 from sft.recipe.schema import Model
@@ -50,8 +50,9 @@ def main() -> None:
         trainer = trl_trainer(tokenizer, folder)
         for name in ORDER:
             start = time.perf_counter()
-            read = conversations(options.file, options.limit, Ledger(options.file))
-            counts = graft(read, tokenizer) if name == "Graft" else trl(read, trainer, tokenizer)
+            ledger = Ledger(options.file)
+            read = conversations(options.file, options.limit, ledger)
+            counts = graft(read, tokenizer, ledger) if name == "Graft" else trl(read, trainer, tokenizer)
             took = time.perf_counter() - start
             seconds[name] += took
             examples, tokens, trained = counts
@@ -65,8 +66,9 @@ def conversations(file: str, limit: int, ledger: Ledger) -> Iterator[Conversatio
     return islice(read_rows(FileSource(file), "squad_v2", ledger), limit)
 
 
-def graft(read: Iterator[Conversation], tokenizer: PreTrainedTokenizerBase) -> Counts:
-    examples = [example for c in read for example in encode_turns(c, tokenizer, MAX_LENGTH)]
+def graft(read: Iterator[Conversation], tokenizer: PreTrainedTokenizerBase, ledger: Ledger) -> Counts:
+    encoded = encode_ahead(read, tokenizer, MAX_LENGTH, ledger)
+    examples = [example for _, result in encoded if isinstance(result, list) for example in result]
     return len(examples), sum(len(e.ids) for e in examples), sum(sum(e.loss_mask) for e in examples)
 
 

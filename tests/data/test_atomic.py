@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from data.atomic import (
     write_text,
 )
 from data.errors import UserError
+from tests.helpers.places import ROOT
 
 
 @pytest.fixture
@@ -92,6 +95,31 @@ def test_a_temporary_name_is_new_each_time_and_made_not_found(tmp_path: Path, pr
     with pytest.raises(FileExistsError):
         new_folder(path)
     assert hidden_name(path).is_symlink()  # it is not this process's to remove
+    assert untouched(private)
+
+
+def test_what_a_killed_writer_left_is_removed_by_the_next_and_a_running_one_stays(tmp_path: Path, private: Path):
+    path, others = tmp_path / "x.json", [".y.json.12345678.new", ".x.json.1234567.new", "x.json.12345678.new"]
+    for name in others:
+        (tmp_path / name).touch()
+    hidden_name(path).symlink_to(private)
+    os.mkfifo(hidden_name(path))
+    new_folder(path)
+    stay = set(os.listdir(tmp_path))
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom data.atomic import atomic_path\n"
+        "with atomic_path(Path(sys.argv[1])): print(flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", script, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT) as writer:
+        assert writer.stdout.readline()
+        running = set(os.listdir(tmp_path)) - stay
+        write_text(path, "new")
+        assert set(os.listdir(tmp_path)) == stay | running | {"x.json"}
+        writer.kill()
+    write_text(path, "newer")
+    assert set(os.listdir(tmp_path)) == stay | {"x.json"}
+    assert len(running) == 1
     assert untouched(private)
 
 

@@ -27,6 +27,12 @@ def flip(path: Path) -> None:
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
 
 
+def linked_out(path: Path) -> None:
+    """The file elsewhere, with a link in its place."""
+    elsewhere = path.parents[2] / f"of-{path.parents[1].name}"
+    path.symlink_to(path.rename(elsewhere))
+
+
 DAMAGE = {
     "flipped": lambda folder: flip(folder / "a"),
     "flipped in a subfolder": lambda folder: flip(folder / "sub" / "b"),
@@ -35,6 +41,10 @@ DAMAGE = {
     "digests removed": lambda folder: (folder / SUMS).unlink(),
     "digests lost": lambda folder: (folder / SUMS).write_bytes(b""),
     "digests zeroed": lambda folder: (folder / SUMS).write_bytes(bytes(200)),
+    "a FIFO": lambda folder: ((folder / "a").unlink(), os.mkfifo(folder / "a")),
+    "digests in a FIFO": lambda folder: ((folder / SUMS).unlink(), os.mkfifo(folder / SUMS)),
+    "a device": lambda folder: ((folder / "a").unlink(), (folder / "a").symlink_to("/dev/zero")),
+    "a link to the same bytes elsewhere": lambda folder: linked_out(folder / "a"),
     "all lost": lambda folder: [path.write_bytes(b"") for path in (folder / "a", folder / SUMS)],
 }
 

@@ -1,18 +1,25 @@
 """The token ids that a model sees, and those that are trained."""
 
 import copy
+import dataclasses
 import gzip
 import json
+from functools import partial
 
 import pytest
 from tokenizers import AddedToken, normalizers
 
-from data.conversation import Conversation, DataError
+from data.conversation import Conversation, DataError, Ledger
+from data.encode import chat
 from data.encode.chat import (
     AUDITS,
+    BATCH_CHARACTERS,
+    BATCH_ROWS,
     NONCHARACTERS,
+    Example,
     TooLong,
     encode,
+    encode_ahead,
     encode_prompt,
     encode_turns,
     end_of_turn,
@@ -20,6 +27,7 @@ from data.encode.chat import (
     special_ids,
 )
 from data.encode.frame import quiet_arguments
+from data.encode.template import OVER_LIMITS, render_all
 from data.encode.tokens import encoder_of
 from tests.helpers.families import FAMILIES, build
 from tests.helpers.places import REAL_DATA, needs_real
@@ -62,6 +70,46 @@ def with_template(tokenizer, template: str):
     other = copy.deepcopy(tokenizer)
     other.chat_template = template
     return other
+
+
+def numbered(*rows: Conversation) -> list[Conversation]:
+    return [dataclasses.replace(row, where=f"f.jsonl:{i}") for i, row in enumerate(rows, start=1)]
+
+
+def outcome(row: Conversation, tokenizer) -> list[Example] | DataError:
+    try:
+        return encode_turns(row, tokenizer, 4096)
+    except DataError as error:
+        return error
+
+
+def test_rows_encoded_together_give_what_each_gives_alone(family):
+    tokenizer = build(family)
+    long = [conversation("word " * (BATCH_CHARACTERS // 5), "yes")] * 2
+    rows = [conversation(f"It says {text}", text, "And?", "no") for text in HOSTILE * 3]
+    rows = numbered(*rows, conversation("q", " "), *long, conversation("q", "a", "q", ""), conversation("a", "b"))
+    assert len(rows) > 2 * BATCH_ROWS
+    for row, (same, result) in zip(rows, encode_ahead(rows, tokenizer, 4096, Ledger("")), strict=True):
+        assert same is row
+        alone = outcome(row, tokenizer)
+        assert (str(result), type(result)) == (str(alone), type(alone))
+
+
+@pytest.mark.parametrize(
+    "evil", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}"]
+)
+def test_row_that_exceeds_a_limit_is_named_among_rows_encoded_together(evil, tokenizer, monkeypatch):
+    monkeypatch.setattr(chat, "render_all", partial(render_all, seconds=0.3))
+    template = "{% for m in messages if m.content == 'evil' %}" + evil + "{% endfor %}" + tokenizer.chat_template
+    changed = with_template(tokenizer, template)
+    rows = numbered(*(conversation("evil" if i in (3, 6) else f"q{i}", "a", "more", "b") for i in range(1, 9)))
+    over = []
+    for row, result in encode_ahead(rows, changed, 512, Ledger("")):
+        if isinstance(result, DataError):
+            over.append((result.where, result.kind))
+        else:
+            assert result == encode_turns(row, tokenizer, 512)
+    assert over == [("f.jsonl:3", OVER_LIMITS), ("f.jsonl:6", OVER_LIMITS)]
 
 
 def test_prompt_ids_are_those_that_a_server_computes(family):

@@ -58,6 +58,17 @@ def test_defects_stop_the_run_grouped_counted_and_with_the_remedy(tmp_path, toke
     assert "data.on_error: skip" in stop
 
 
+def test_findings_are_in_the_order_of_rows_though_rows_are_read_ahead(tmp_path, tokenizer):
+    source = rows(
+        tmp_path / "t.jsonl", ("q", "a"), ("q", "word " * 600), ("a\ufffdb", "a"), ("q", " "), ("<|im_end|>", "a")
+    )
+    with open(source.path, "a") as file:
+        file.write("not json\n")
+    report = report_of(tokenizer, tmp_path / "x", source, near_duplicates="remove")
+    lines = [texts[0].split(":")[1] for texts in report.sources[0].named.values()]
+    assert lines == ["2", "3", "4", "5", "6"]
+
+
 def test_row_whose_answer_would_be_cut_stops_the_run_unless_allowed_or_skipped(tmp_path, tokenizer):
     source = rows(tmp_path / "a.jsonl", ("word " * 600, "cut"), ("short", "kept"))
     (stop,) = report_of(tokenizer, tmp_path / "x", source).stops

@@ -10,8 +10,9 @@ import pytest
 import trl
 
 from data.conversation import DataError
-from data.encode.template import literals, render
+from data.encode.template import Render, literals, render_all
 from tests.helpers.families import FAMILIES, build
+from tests.helpers.render import render
 
 pytestmark = pytest.mark.heavy
 
@@ -181,6 +182,18 @@ def test_render_that_is_interrupted_leaves_no_answer_to_the_next(rendered):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
+    assert rendered("next") == "next"
+
+
+def test_renders_that_are_interrupted_between_two_replies_leave_none_to_the_next(rendered):
+    """Ctrl-C while a row is tokenized and the process renders the rows after it."""
+
+    def interrupt(texts: list[str]) -> None:
+        raise InterruptedError
+
+    tokenizer = copy.deepcopy(build("llama3"))
+    with pytest.raises(InterruptedError):
+        render_all([Render(TURNS, [(1, True)])] * 9, tokenizer, interrupt)
     assert rendered("next") == "next"
 
 

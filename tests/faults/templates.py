@@ -23,9 +23,10 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data.conversation import DataError
 from data.encode import template
-from data.encode.template import OVER_LIMITS, SECONDS, render
+from data.encode.template import OVER_LIMITS, SECONDS
 from data.progress import Bar
 from tests.helpers.families import build
+from tests.helpers.render import render
 
 GRACE_S, MEMORY = 3, 2 * 2**30  # CPU time above the limit of a render; bytes of the process that renders
 REAL = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))

@@ -28,7 +28,6 @@ from data.audit.row_counts import Totals
 from data.audit.triggers import KIND
 from data.conversation import Conversation, DataError, Ledger
 from data.encode.chat import encode_turns, special_ids
-from data.encode.template import render
 from data.errors import UserError
 from data.page import plain_markdown
 from data.readers.source import FileSource, read_rows
@@ -50,6 +49,7 @@ from tests.helpers.families import FAMILIES, build
 from tests.helpers.graft import run
 from tests.helpers.places import ROOT
 from tests.helpers.recipes import with_key
+from tests.helpers.render import render
 
 pytestmark = pytest.mark.heavy
 

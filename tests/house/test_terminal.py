@@ -4,6 +4,7 @@ import ast
 import io
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -124,3 +125,12 @@ def test_error_of_the_parser_hides_what_is_named_a_password_and_control_characte
     assert ended.value.code == 2
     assert "hunter2" not in shown
     assert "\x1b[2J" not in shown
+
+
+@pytest.mark.parametrize("arguments", [["a", "password=hunter2hunter2"], ["--password=hunter2hunter2"]])
+def test_train_started_as_a_file_hides_them_too(arguments):
+    command = [sys.executable, ROOT / "sft" / "train.py", *arguments, "\x1b[2J"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Usage: train.py" in done.stderr
+    assert not any(hidden in done.stdout + done.stderr for hidden in ("hunter2", "\x1b[2J"))
