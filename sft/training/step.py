@@ -52,8 +52,8 @@ def train_step(
 
 def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
-    logits, target = source_logits(model, pack, device), torch.tensor(pack.target, device=device)
-    return cast(torch.Tensor, SumOfNll.apply(logits.float(), target))
+    logits = source_logits(model, pack, device)
+    return cast(torch.Tensor, SumOfNll.apply(logits.float(), pack.tensors(device).target))
 
 
 class SumOfNll(torch.autograd.Function):
