@@ -1,18 +1,15 @@
-"""Bases and recipes for a GPU. GRAFT_TEST_DEVICE=cpu runs the tests on a CPU, with a small model in place of the 1.5B:
+"""Bases for a GPU. GRAFT_TEST_DEVICE=cpu runs the tests on a CPU, with a small model in place of the 1.5B:
 it tests the tests, and proves nothing about a GPU."""
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.builders import save_tiny, write_recipe
+from tests.helpers.builders import save_tiny
 from tests.helpers.families import build
-from tests.helpers.places import SAMPLES
 
 DEVICE = os.environ.get("GRAFT_TEST_DEVICE", "cuda")
-SQUAD = {"train": SAMPLES / "squad_train.json", "dev": SAMPLES / "squad_dev.json"}
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -61,20 +58,3 @@ def shape(tmp_path_factory: pytest.TempPathFactory, device) -> Path:
     del model
     torch.cuda.empty_cache()
     return folder
-
-
-def recipe(folder: Path, base: Path, quantized: bool = False, dtype: str = "float32", **train: object) -> Path:
-    """A recipe of four steps, most of several packs; `train` overrides its section."""
-    settings = {
-        "examples_per_step": 32, "learning_rate": 1e-2, "max_steps": 4, "save_strategy": "steps", "save_steps": 2,
-        "save_total_limit": 4, "report_to": [], "output_dir": str(folder / "run"), **train,
-    }  # fmt: skip
-    folder.mkdir(exist_ok=True)
-    nf4 = {"quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}} if quantized else {}
-    sections = {
-        "model": {"base": str(base), "dtype": dtype, **nf4},
-        "data": {"train": str(SQUAD["train"]), "max_contexts": 12, "max_length": 2048, "pack_tokens": 2048},
-        "train": settings,
-        "eval": {"data": str(SQUAD["dev"]), "limit": 12, "max_new_tokens": 8},
-    }
-    return write_recipe(folder / "recipe.yaml", base, **{key: json.dumps(value) for key, value in sections.items()})

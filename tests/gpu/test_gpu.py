@@ -18,9 +18,9 @@ import sft.training.step
 from sft.runs.metrics import read_metrics
 from sft.runs.state import load_state
 from sft.training.trainer import PackTrainer
-from tests.gpu.conftest import SQUAD, recipe
+from tests.helpers.gpu import gpu_recipe
 from tests.helpers.graft import run as graft
-from tests.helpers.places import ROOT
+from tests.helpers.places import ROOT, SAMPLES
 
 pytestmark = pytest.mark.gpu
 
@@ -47,12 +47,12 @@ def moments(checkpoint: Path) -> torch.Tensor:
 def run(tmp_path_factory, small) -> Path:
     """A run of LoRA in autocast, with a checkpoint for each of its four steps."""
     folder = tmp_path_factory.mktemp("lora")
-    graft("train", recipe(folder, small, bf16=True, save_steps=1))
+    graft("train", gpu_recipe(folder, small, bf16=True, save_steps=1))
     return folder / "run"
 
 
 def test_steps_equal_those_of_a_cpu_within_bfloat16(run, small, tmp_path):
-    on_cpu("train", recipe(tmp_path, small, bf16=False, save_steps=1))
+    on_cpu("train", gpu_recipe(tmp_path, small, bf16=False, save_steps=1))
     reference = tmp_path / "run"
     assert losses(run) == pytest.approx(losses(reference), rel=5e-3)
     assert losses(run, "grad_norm") == pytest.approx(losses(reference, "grad_norm"), rel=5e-2)
@@ -93,7 +93,7 @@ def test_merged_model_answers_like_the_adapter(run):
 
 
 def test_nf4_trains_evaluates_and_trains_on(small, tmp_path):
-    graft("train", recipe(tmp_path, small, quantized=True, dtype="bfloat16", eval_strategy="steps", eval_steps=2))
+    graft("train", gpu_recipe(tmp_path, small, quantized=True, dtype="bfloat16", eval_strategy="steps", eval_steps=2))
     assert losses(tmp_path / "run")[-1] < losses(tmp_path / "run")[0]
     first, second = losses(tmp_path / "run", "eval_loss")
     assert second < first
@@ -114,7 +114,7 @@ def test_too_little_memory_halves_the_packs(run, small, device, tmp_path, monkey
         return result
 
     monkeypatch.setattr(sft.training.step, "pack_loss", loss)
-    done = graft("train", recipe(tmp_path, small, bf16=True))
+    done = graft("train", gpu_recipe(tmp_path, small, bf16=True))
     assert refused
     assert "out of memory" in done.stdout
     assert losses(tmp_path / "run") == pytest.approx(losses(run), rel=5e-3)
@@ -135,7 +135,7 @@ def test_step_that_is_not_finite_is_neither_trained_on_nor_saved(small, device, 
         return loss
 
     monkeypatch.setattr(PackTrainer, "training_step", spoil)
-    done = graft("train", recipe(tmp_path, small, save_steps=3), code=3)
+    done = graft("train", gpu_recipe(tmp_path, small, save_steps=3), code=3)
     assert "gradient of step 2 " in done.stderr
     assert before
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -145,7 +145,7 @@ def test_step_that_is_not_finite_is_neither_trained_on_nor_saved(small, device, 
 @pytest.mark.parametrize("name", ["qwen_lora", "qwen_qlora"])
 def test_shipped_recipe_goes_the_whole_way(name, shape, tmp_path):
     settings = {
-        "model.base": shape, "data.train": SQUAD["train"], "eval.data": SQUAD["dev"], "eval.limit": 4,
+        "model.base": shape, "data.train": SAMPLES / "squad_train.json", "eval.data": SAMPLES / "squad_dev.json", "eval.limit": 4,
         "eval.max_new_tokens": 8, "train.max_steps": 4, "train.save_steps": 2, "train.examples_per_step": 16,
         "train.output_dir": tmp_path / "run", "train.report_to": "[]",
     }  # fmt: skip
