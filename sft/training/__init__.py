@@ -5,7 +5,8 @@ finetune.py            the order of a training: load, resolve `auto`, train, pub
 open_run.py            a run from the lock to its end, for adapters and baselines
 examples.py            the recipe's data as examples, cached
 auto.py                decide what the recipe leaves to `auto`
-step.py                which examples a step trains on, and its loss
+plan.py                which examples each step trains on
+step.py                the loss and gradients of a step
 trainer.py             TRL's trainer over packs; the only file that knows TRL
 durable_trainer.py     whole checkpoints, exact resume, only finite weights
 attention.py           a pack as arguments of a model; attention back ends

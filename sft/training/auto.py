@@ -16,7 +16,7 @@ from sft.training.attention import choose_attention
 from sft.training.compile_layers import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.examples import layout_of, rows_layout, sharing_of
 from sft.training.fused_lora import fuse_lora
-from sft.training.step import StepPlan
+from sft.training.plan import StepPlan
 
 
 def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:

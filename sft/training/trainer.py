@@ -22,7 +22,8 @@ from sft.recipe.schema import Train
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
 from sft.training.durable_trainer import DurableTrainer
-from sft.training.step import StepPlan, pack_loss, shard_packs, train_step
+from sft.training.plan import StepPlan
+from sft.training.step import pack_loss, shard_packs, train_step
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:

@@ -18,7 +18,8 @@ from sft.training.attention import choose_attention
 from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
 from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.fused_lora import fuse_lora
-from sft.training.step import pack_loss, plan_steps
+from sft.training.plan import plan_steps
+from sft.training.step import pack_loss
 from tests.helpers.builders import save_tiny, stored, write_recipe
 from tests.helpers.graft import run
 
