@@ -1,11 +1,13 @@
 """A pack as arguments of a model, and the attention back ends for its rule k <= q < end[k] (data/encode/pack.py).
 
-forest           each trunk and branch of the pack by itself (sft/training/forest_attention.py); on a CPU
+forest           each trunk and branch of the pack by itself; on a CPU (sft/training/forest_attention.py), and on CUDA in
+                 half precision (sft/training/segment_attention.py)
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
 eager            the model's own plain matrix products, with a dense mask
 flex_attention   a block mask, whose empty blocks cost nothing; CUDA (PyTorch has no CPU backward for it)
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from data.encode.pack import Pack, attention_mask, is_chain
 from data.errors import UserError
 from sft.models.capabilities import has_virtual_tokens
 from sft.training.forest_attention import forest_attention
+from sft.training.segment_attention import segment_attention, segments_of
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
 LENGTHS = 256  # flex_attention packs are padded to a multiple, since its kernels are compiled for each length
@@ -32,6 +35,12 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementa
         return "flex_attention" if model._supports_flex_attn and not drops else "sdpa"
     replaceable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
     return "forest" if replaceable else "sdpa"
+
+
+def on_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """The values as a tensor; on a GPU copied without waiting for the work that is queued there."""
+    tensor = torch.tensor(values, dtype=dtype)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
@@ -49,8 +58,8 @@ def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.T
 
 
 def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.device) -> torch.Tensor:
-    ids = torch.tensor(pack.input_ids, device=device).view(rows, -1)
-    source, width = torch.tensor(pack.source, device=device), ids.shape[1]
+    ids = on_device(pack.input_ids, device).view(rows, -1)
+    source, width = on_device(pack.source, device), ids.shape[1]
     row, column = source // width, source % width - width  # from the end: virtual tokens may come first
 
     def gather(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -74,30 +83,34 @@ def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str,
     implementation = inner.config._attn_implementation
     ids, positions, end = pack.input_ids, pack.position_ids, pack.end
     mask: torch.Tensor | BlockMask | None = None
+    more: dict[str, Any] = {}
     if implementation == "flex_attention":
         padding = -len(ids) % LENGTHS  # tokens that see only themselves and that nothing reads
         end = [*end, *range(len(ids) + 1, len(ids) + 1 + padding)]
         ids, positions = [*ids, *[0] * padding], [*positions, *[0] * padding]
         mask = block_mask(end, device)
     elif implementation == "forest":
-        mask = torch.tensor(end, device=device)[None, None, None]
+        mask = on_device(end, device)[None, None, None]
+        if device.type == "cuda":
+            more["segments"] = segments_of(end).to(device)
     elif not is_chain(pack):
         mask = attention_mask(pack, device)
         if implementation == "eager":
             dtype = inner.get_input_embeddings().weight.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
     inputs = {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([positions], device=device),
+        "input_ids": on_device(ids, device)[None],
+        "position_ids": on_device(positions, device)[None],
         # the head is computed on answers only, a few percent of the tokens
-        "logits_to_keep": torch.tensor(pack.source, device=device),
+        "logits_to_keep": on_device(pack.source, device),
+        **more,
     }
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
 def block_mask(end: list[int], device: torch.device) -> BlockMask:
     """The rule as FlexAttention's block mask."""
-    ends = torch.tensor(end, device=device)
+    ends = on_device(end, device)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return (k <= q) & (q < ends[k])
@@ -105,5 +118,10 @@ def block_mask(end: list[int], device: torch.device) -> BlockMask:
     return create_block_mask(sees, None, None, len(end), len(end), device=device)
 
 
-AttentionInterface.register("forest", forest_attention)
+def _forest(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    attend = segment_attention if query.is_cuda else forest_attention
+    return attend(module, query, *args, **kwargs)
+
+
+AttentionInterface.register("forest", _forest)
 AttentionMaskInterface.register("forest", sdpa_mask)

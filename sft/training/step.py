@@ -13,7 +13,7 @@ from accelerate.utils import DistributedType
 from torch import nn
 
 from data.encode.pack import Pack
-from sft.training.attention import source_logits
+from sft.training.attention import on_device, source_logits
 
 ROWS = 64  # rows of logits handled at a time, so that temporary copies stay small
 
@@ -52,7 +52,7 @@ def train_step(
 
 def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
-    logits, target = source_logits(model, pack, device), torch.tensor(pack.target, device=device)
+    logits, target = source_logits(model, pack, device), on_device(pack.target, device)
     return cast(torch.Tensor, SumOfNll.apply(logits.float(), target))
 
 
