@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: quickstart test test-fast test-slow test-serve lint docs audit serve-cpu clean
+.PHONY: quickstart test test-fast test-slow test-serve test-gpu lint docs audit serve-cpu clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/graft quickstart
@@ -14,13 +14,17 @@ test: $(VENV)/.installed
 
 # for whoever is editing
 test-fast: $(VENV)/.installed
-	$(BIN)/python -m pytest -m 'not serve and not slow and not heavy'
+	$(BIN)/python -m pytest -m 'not serve and not slow and not gpu and not heavy'
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
 
 test-serve: $(VENV)/.serve-cpu
 	$(BIN)/python -m pytest -m serve
+
+# one process, since the card is one; skipped if there is none
+test-gpu: $(VENV)/.installed
+	$(BIN)/python -m pytest -n 0 -m gpu tests/gpu -rs
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Fine-tuning and what follows it: recipe, model, training, export, scores, serving.
 
 It may import data and eval. Inside, imports run one way:
-recipe < models < runs < training < {baselines, export} < scoring < serving < cli.
+recipe < {models, kernels} < runs < training < {baselines, export} < scoring < serving < cli.
 
 cli.py                 the `graft` command: options of every verb
 train.py               the entry of every training: options, then adapter, whole model or baseline
@@ -14,6 +14,7 @@ child_supervisor.py    the process between the two, which stops them even after 
 
 recipe/                the YAML file of a run
 models/                bases: found, loaded, tuned
+kernels/               faster ways to compute a layer
 runs/                  the run folder
 training/              examples, steps, the trainer
 baselines/             BERT heads, TF-IDF, floors

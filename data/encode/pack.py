@@ -8,9 +8,11 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import accumulate, chain, islice
 from typing import Literal
 
+import numpy as np
 import torch
 
 from data.encode.chat import Example
@@ -45,6 +47,17 @@ class Layout:
         return both <= self.pack_tokens and self.cost(both) < self.cost(one) + self.cost(other)
 
 
+@dataclass(frozen=True)
+class PackTensors:
+    """Arrays of a pack as tensors of int64 on one device."""
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    end: torch.Tensor
+    source: torch.Tensor
+    target: torch.Tensor
+
+
 @dataclass
 class Pack:
     """Arrays of a forest with T tokens, M of which are trained.
@@ -63,6 +76,26 @@ class Pack:
     target: list[int] = field(default_factory=list)
     leaf: list[int] = field(default_factory=list)  # index of the last token of each example, in the given order
     rows: int | None = None
+    _on_device: PackTensors | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def host(self) -> torch.Tensor:
+        """The arrays of PackTensors one after the other, so that one copy moves them all. Made at its first use, when
+        the pack is complete."""
+        arrays = self.input_ids, self.position_ids, self.end, self.source, self.target
+        return torch.from_numpy(np.concatenate([np.array(array, dtype=np.int64) for array in arrays]))
+
+    def pin_memory(self) -> None:
+        """Move `host` to page-locked memory, from which a copy to CUDA doesn't stop the training thread."""
+        self.host = self.host.pin_memory()
+
+    def tensors(self, device: torch.device) -> PackTensors:
+        """The arrays on the device, copied there once."""
+        if self._on_device is None or self._on_device.target.device != device:
+            tokens, targets = len(self.input_ids), len(self.target)
+            parts = self.host.to(device, non_blocking=True).split([tokens] * 3 + [targets] * 2)
+            self._on_device = PackTensors(*parts)
+        return self._on_device
 
 
 def build_pack(trees: Iterable[Sequence[Example]]) -> Pack:
@@ -138,7 +171,7 @@ def _for_processes(examples: Sequence[Example], layout: Layout, processes: int) 
 
 def attention_mask(pack: Pack, device: torch.device | str = "cpu") -> torch.Tensor:
     """Boolean [1, 1, T, T]; [.., q, k] says whether token q attends to token k."""
-    end = torch.tensor(pack.end, device=device)
+    end = pack.tensors(torch.device(device)).end
     index = torch.arange(len(pack.end), device=device)
     return ((index[None, :] <= index[:, None]) & (index[:, None] < end[None, :]))[None, None]
 

@@ -1,16 +1,15 @@
 """Training, from the recipe to published weights. It may import data, eval, sft.recipe,
-sft.models and sft.runs.
+sft.models, sft.kernels and sft.runs.
 
 finetune.py            the order of a training: load, resolve `auto`, train, publish
 open_run.py            a run from the lock to its end, for adapters and baselines
 examples.py            the recipe's data as examples, cached
 auto.py                decide what the recipe leaves to `auto`
-step.py                which examples a step trains on, and its loss
+plan.py                which examples each step trains on
+step.py                the loss and gradients of a step
 trainer.py             TRL's trainer over packs; the only file that knows TRL
 durable_trainer.py     whole checkpoints, exact resume, only finite weights
 attention.py           a pack as arguments of a model; attention back ends
-forest_attention.py    attention over a pack on a CPU
-fused_lora.py          LoRA's products in one step on a CPU
 compile_layers.py      compile decoder layers if it pays
 flops.py               floating-point operations of a training
 check_data.py          `graft check` and `graft show`

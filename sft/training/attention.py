@@ -1,24 +1,27 @@
 """A pack as arguments of a model, and the attention back ends for its rule k <= q < end[k] (data/encode/pack.py).
 
-forest           each trunk and branch of the pack by itself (sft/training/forest_attention.py); on a CPU
+forest           each trunk and branch of the pack by itself; on a CPU (sft/kernels/forest_attention.py), and on CUDA in
+                 half precision (sft/kernels/segment_attention.py)
 sdpa             PyTorch's fused attention with a dense mask, or none for a single sequence; anywhere
 eager            the model's own plain matrix products, with a dense mask
 flex_attention   a block mask, whose empty blocks cost nothing; CUDA (PyTorch has no CPU backward for it)
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from data.encode.pack import Pack, attention_mask, is_chain
 from data.errors import UserError
+from sft.kernels.forest_attention import forest_attention
+from sft.kernels.segment_attention import segment_attention, segments_of
 from sft.models.capabilities import has_virtual_tokens
-from sft.training.forest_attention import forest_attention
 
 Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
 LENGTHS = 256  # flex_attention packs are padded to a multiple, since its kernels are compiled for each length
@@ -49,8 +52,9 @@ def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.T
 
 
 def _logits_of_rows(model: nn.Module, pack: Pack, rows: int, device: torch.device) -> torch.Tensor:
-    ids = torch.tensor(pack.input_ids, device=device).view(rows, -1)
-    source, width = torch.tensor(pack.source, device=device), ids.shape[1]
+    arrays = pack.tensors(device)
+    ids = arrays.input_ids.view(rows, -1)
+    source, width = arrays.source, ids.shape[1]
     row, column = source // width, source % width - width  # from the end: virtual tokens may come first
 
     def gather(head: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
@@ -72,38 +76,47 @@ def pack_inputs(model: nn.Module, pack: Pack, device: torch.device) -> dict[str,
     """Arguments of the model's forward for logits [1, M, vocab] at the sources of a forest."""
     inner = extract_model_from_parallel(model, keep_torch_compile=False)
     implementation = inner.config._attn_implementation
-    ids, positions, end = pack.input_ids, pack.position_ids, pack.end
+    arrays = pack.tensors(device)
+    ids, positions = arrays.input_ids, arrays.position_ids
     mask: torch.Tensor | BlockMask | None = None
+    more: dict[str, Any] = {}
     if implementation == "flex_attention":
         padding = -len(ids) % LENGTHS  # tokens that see only themselves and that nothing reads
-        end = [*end, *range(len(ids) + 1, len(ids) + 1 + padding)]
-        ids, positions = [*ids, *[0] * padding], [*positions, *[0] * padding]
-        mask = block_mask(end, device)
+        own = torch.arange(len(ids) + 1, len(ids) + 1 + padding, device=device)
+        ids, positions = pad(ids, (0, padding)), pad(positions, (0, padding))
+        mask = block_mask(torch.cat([arrays.end, own]))
     elif implementation == "forest":
-        mask = torch.tensor(end, device=device)[None, None, None]
+        mask = arrays.end[None, None, None]
+        if device.type == "cuda":
+            more["segments"] = segments_of(pack.end).to(device)
     elif not is_chain(pack):
         mask = attention_mask(pack, device)
         if implementation == "eager":
             dtype = inner.get_input_embeddings().weight.dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=device).masked_fill_(~mask, torch.finfo(dtype).min)
     inputs = {
-        "input_ids": torch.tensor([ids], device=device),
-        "position_ids": torch.tensor([positions], device=device),
+        "input_ids": ids[None],
+        "position_ids": positions[None],
         # the head is computed on answers only, a few percent of the tokens
-        "logits_to_keep": torch.tensor(pack.source, device=device),
+        "logits_to_keep": arrays.source,
+        **more,
     }
     return inputs if mask is None else {**inputs, "attention_mask": mask}
 
 
-def block_mask(end: list[int], device: torch.device) -> BlockMask:
+def block_mask(end: torch.Tensor) -> BlockMask:
     """The rule as FlexAttention's block mask."""
-    ends = torch.tensor(end, device=device)
 
     def sees(batch: torch.Tensor, head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (k <= q) & (q < ends[k])
+        return (k <= q) & (q < end[k])
 
-    return create_block_mask(sees, None, None, len(end), len(end), device=device)
+    return create_block_mask(sees, None, None, len(end), len(end), device=str(end.device))
 
 
-AttentionInterface.register("forest", forest_attention)
+def _forest(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    attend: Any = segment_attention if query.is_cuda else forest_attention
+    return cast(tuple[torch.Tensor, None], attend(module, query, *args, **kwargs))
+
+
+AttentionInterface.register("forest", _forest)
 AttentionMaskInterface.register("forest", sdpa_mask)

@@ -9,14 +9,14 @@ from transformers import PreTrainedModel
 from data.encode.example_store import Examples
 from data.encode.pack import Layout
 from sft.errors import RecipeError
+from sft.kernels.fused_lora import fuse_lora
 from sft.models.capabilities import has_virtual_tokens, sliding_window, takes_padding
 from sft.models.load import compute_dtype
 from sft.recipe.schema import OTHER_METHODS, Recipe, changed
 from sft.training.attention import choose_attention
 from sft.training.compile_layers import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.examples import layout_of, rows_layout, sharing_of
-from sft.training.fused_lora import fuse_lora
-from sft.training.step import StepPlan
+from sft.training.plan import StepPlan
 
 
 def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:

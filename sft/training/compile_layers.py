@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from sft.models.speed import matmul_flops_per_s
 from sft.training.flops import attention_flops, training_flops
-from sft.training.step import StepPlan
+from sft.training.plan import StepPlan
 
 SAMPLED = 100
 # SmolLM2-135M on 2 CPU cores: throughput.py --batch 24 --passages 60 --systems graft,graft-compiled,...

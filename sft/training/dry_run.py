@@ -17,7 +17,7 @@ from sft.training.auto import resolve_dtype
 from sft.training.compile_layers import training_seconds
 from sft.training.examples import layout_of, load_examples, rows_layout, sharing_of, training_tokenizer
 from sft.training.flops import split_weights
-from sft.training.step import plan_steps
+from sft.training.plan import plan_steps
 
 
 def print_plan(recipe: Recipe) -> None:

@@ -6,12 +6,14 @@ optimizer and sharded weights in their own formats, within our folder and manife
 
 import math
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import nested_gather
 
 from sft.errors import RunError, TrainingDiverged
 from sft.runs.checkpoint import commit_checkpoint, damage, rotate, shared_folder
@@ -21,13 +23,38 @@ OPTIMIZER = "optimizer.safetensors"
 STATE = "trainer_state.json"
 
 
-class DurableTrainer(Trainer):
-    """Mixin for a Trainer: list it before the Trainer base class."""
+@dataclass
+class UnreadStep:
+    """What the host has not read yet of a step that CUDA may still compute."""
 
+    step: int
+    epoch: float
+    values: torch.Tensor  # loss, norm of the gradient, sum of the losses since the last log; on the host after `copied`
+    copied: torch.cuda.Event | None
+    logs: dict[str, float] | None  # what is logged beside them; None if the step is not logged
+    steps: int  # since the last log
+
+
+class DurableTrainer(Trainer):
+    """Mixin for a Trainer: list it before the Trainer base class.
+
+    Reading a number from CUDA waits for all work that is queued there. With `reads_late` the host therefore reads loss
+    and gradient norm of a step after it has queued the next one, and logs or refuses them then; until it does, the
+    optimizer's `found_inf` keeps CUDA from changing weights after a loss or gradient that is not finite.
+    """
+
+    reads_late = False  # needs an optimizer with found_inf (torch's fused ones), and one training_step for each step
+    _step_loss: torch.Tensor
+    _step_values: torch.Tensor | None = None  # loss and gradient norm of the current step
+    _found_inf: torch.Tensor | None = None  # 1 from the first step on whose loss or gradient is not finite, else 0
     made_from: dict[str, Any] | None = None  # stored in each checkpoint; runs/resume.py compares it
     executed_tokens = trained_examples = 0  # over all processes
     resumed: State = None  # this process's state at the checkpoint that it resumes from
     epoch_start: State = None  # random state from which the sampler draws the epoch's order
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._unread: list[UnreadStep] = []
+        super().__init__(*args, **kwargs)
 
     def load_own_state(self, checkpoint: Path) -> None:
         """Read this process's state from the checkpoint; train() loads the rest."""
@@ -52,19 +79,67 @@ class DurableTrainer(Trainer):
                 )
 
     def check_loss(self, loss: torch.Tensor) -> None:
-        """Raise TrainingDiverged if the step's loss is not finite."""
-        if not torch.isfinite(loss):
-            raise TrainingDiverged(
-                f"the loss of step {self.state.global_step + 1} is {loss}; lower train.learning_rate"
-            )
+        """Raise TrainingDiverged if the step's loss is not finite; with reads_late only in a later step."""
+        if self.reads_late:
+            self._step_loss = loss.detach()
+        else:
+            _require_finite("loss", float(loss), self.state.global_step + 1)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not math.isfinite(float(norm)):  # before the optimizer's step
-            raise TrainingDiverged(
-                f"the gradient of step {self.state.global_step + 1} is not finite; lower train.learning_rate"
-            )
+        if self.reads_late:
+            self._step_values = torch.stack([self._step_loss, norm]).float()
+            found_inf = (~torch.isfinite(self._step_values).all()).float()
+            optimizer = cast(Any, self.optimizer).optimizer  # within accelerate's
+            if self._found_inf is not None:  # an earlier step's, which the host may not have read yet
+                found_inf = torch.maximum(found_inf, self._found_inf)
+            self._found_inf = optimizer.found_inf = found_inf
+        elif norm is not None:
+            _require_finite("gradient", float(norm), self.state.global_step + 1)
         return norm
+
+    def _maybe_log_save_evaluate(self, tr_loss: torch.Tensor, grad_norm: Any, *args: Any, **kwargs: Any) -> None:
+        if self.reads_late:
+            if self._step_values is not None:  # Trainer calls this once more at the end of an epoch
+                self._unread.append(self._queue_copy(self._step_values, tr_loss, kwargs["learning_rate"]))
+                self._step_values = None
+            control = self.control
+            ends = control.should_save or control.should_evaluate or control.should_training_stop
+            while len(self._unread) > (0 if ends or control.should_epoch_stop else 1):
+                self._read(self._unread.pop(0))
+            control.should_log = False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *args, **kwargs)
+
+    def _queue_copy(self, step_values: torch.Tensor, tr_loss: torch.Tensor, learning_rate: float) -> UnreadStep:
+        """The step just queued, with its values on their way to the host."""
+        step, logs, steps, since_log = self.state.global_step, None, 0, tr_loss.clone()
+        if self.control.should_log:
+            since_log = nested_gather(tr_loss, self.args.parallel_mode).mean()
+            tr_loss.zero_()
+            steps, self._globalstep_last_logged = step - self._globalstep_last_logged, step
+            logs = {"learning_rate": learning_rate, **self._counts()}
+        values = torch.cat([step_values, since_log[None]]).to("cpu", non_blocking=True)
+        copied = torch.cuda.Event() if tr_loss.is_cuda else None
+        if copied is not None:
+            copied.record()
+        return UnreadStep(step, self.state.epoch, values, copied, logs, steps)
+
+    def _read(self, unread: UnreadStep) -> None:
+        """Wait for the step's values; log them, or raise TrainingDiverged."""
+        if unread.copied is not None:
+            unread.copied.synchronize()
+        loss, norm, loss_since_log = unread.values.tolist()
+        _require_finite("loss", loss, unread.step)
+        _require_finite("gradient", norm, unread.step)
+        if unread.logs is None:
+            return
+        self._total_loss_scalar += loss_since_log
+        state, now = self.state, (self.state.global_step, self.state.epoch)
+        state.global_step, state.epoch = unread.step, unread.epoch
+        try:
+            self.log({"loss": loss_since_log / unread.steps, "grad_norm": norm, **unread.logs})
+        finally:
+            state.global_step, state.epoch = now
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         # without Trainer's training_args.bin, which is a pickle
@@ -79,8 +154,10 @@ class DurableTrainer(Trainer):
         return 0  # Trainer's estimate needs padded rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        counts = {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
-        super().log(logs if "eval_loss" in logs else {**logs, **counts}, start_time)
+        super().log(logs if "eval_loss" in logs else {**self._counts(), **logs}, start_time)
+
+    def _counts(self) -> dict[str, int]:
+        return {"executed_tokens": self.executed_tokens, "examples": self.trained_examples}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         run, state, main = Path(cast(str, self.args.output_dir)), self.state, self.args.should_save
@@ -164,6 +241,11 @@ class DurableTrainer(Trainer):
         best = self._best()
         if problem := damage(best, self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise RunError(f"{best}: the best checkpoint so far can't be used: {problem}; start a new run")
+
+
+def _require_finite(name: str, value: float, step: int) -> None:
+    if not math.isfinite(value):
+        raise TrainingDiverged(f"the {name} of step {step} is {value}; lower train.learning_rate")
 
 
 def _process_file(index: int) -> str:

@@ -18,7 +18,7 @@ from sft.session import shards_parameters
 from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
 from sft.training.examples import decide_template_arguments, load_examples, load_held_out, training_tokenizer
 from sft.training.open_run import open_run
-from sft.training.step import plan_steps
+from sft.training.plan import plan_steps
 from sft.training.trainer import PackTrainer, training_arguments
 
 

@@ -1,11 +1,10 @@
-"""One optimizer step: which examples it trains on, and what it computes.
+"""One optimizer step: its packs on this process, and what they compute.
 
 The loss of a step is the sum over its trained tokens, in all packs on all processes, divided by their number.
 """
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -13,43 +12,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 
-from data.encode.chat import Example
-from data.encode.example_store import Examples
-from data.encode.pack import Layout, Pack, make_packs, step_order
-from sft.recipe.schema import Train
+from data.encode.pack import Pack
 from sft.training.attention import source_logits
 
 ROWS = 64  # rows of logits handled at a time, so that temporary copies stay small
-
-
-@dataclass(frozen=True)
-class StepPlan:
-    """Which examples each optimizer step of the whole run trains on; the same on every process."""
-
-    examples: Sequence[Example]
-    steps: Sequence[Sequence[int]]  # of all epochs
-    steps_per_epoch: int
-    layout: Layout
-
-    def packs(self, step: int, processes: int = 1) -> list[Pack]:
-        return make_packs([self.examples[i] for i in self.steps[step]], self.layout, processes)
-
-
-def plan_steps(examples: Examples, train: Train, layout: Layout, max_branches: int | None = None) -> StepPlan:
-    """The steps of all epochs, or the first max_steps of them."""
-
-    def epoch(number: int) -> list[list[int]]:
-        size, weights = train.examples_per_step, examples.weights
-        return step_order(examples.contexts, size, train.seed, number, weights, max_branches)
-
-    steps = epoch(0)
-    per_epoch = len(steps)
-    total = train.max_steps if train.max_steps > 0 else max(1, round(train.num_train_epochs * per_epoch))
-    number = 1
-    while len(steps) < total:
-        steps += epoch(number)
-        number += 1
-    return StepPlan(examples, steps[:total], per_epoch, layout)
 
 
 def shard_packs(packs: Sequence[Pack], rank: int, processes: int) -> list[tuple[Pack, float]]:
@@ -86,8 +52,8 @@ def train_step(
 
 def pack_loss(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:
     """Sum over the pack's trained tokens of -log p(target | its own example's prefix), a scalar in fp32."""
-    logits, target = source_logits(model, pack, device), torch.tensor(pack.target, device=device)
-    return cast(torch.Tensor, SumOfNll.apply(logits.float(), target))
+    logits = source_logits(model, pack, device)
+    return cast(torch.Tensor, SumOfNll.apply(logits.float(), pack.tensors(device).target))
 
 
 class SumOfNll(torch.autograd.Function):

@@ -4,7 +4,8 @@ A row of the trainer's dataset is one process's share of one optimizer step: a l
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +15,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, TrainerCallback
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 
 from data.encode.pack import Pack
@@ -22,7 +24,8 @@ from sft.recipe.schema import Train
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
 from sft.training.durable_trainer import DurableTrainer
-from sft.training.step import StepPlan, pack_loss, shard_packs, train_step
+from sft.training.plan import StepPlan
+from sft.training.step import pack_loss, shard_packs, train_step
 
 
 def leave_casts_to_autocast(model: nn.Module) -> None:
@@ -31,6 +34,18 @@ def leave_casts_to_autocast(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, LoraLayer) and not module.lora_variant:
             module.cast_input_dtype_enabled = False
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """One process's share of one optimizer step; the counts are those of the whole step."""
+
+    row: int
+    pack_tokens: int  # that it was packed for
+    packs: list[tuple[Pack, float]]
+    trained_tokens: int
+    executed_tokens: int
+    examples: int
 
 
 class AllocateRanks(TrainerCallback):
@@ -53,7 +68,9 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         one_dtype: bool = False,
     ) -> None:
         self.plan, self.held_out, self.asked_pack_tokens = plan, held_out, plan.layout.pack_tokens
-        processes = args.world_size
+        processes, self.cuda = args.world_size, args.device.type == "cuda"
+        # accelerate's loader collates a row while the step before it is about to start: this thread packs it meanwhile
+        packer = ThreadPoolExecutor(1, "packs", *((torch.cuda.set_device, (args.device,)) if self.cuda else ()))
         # accelerate deals rows out in turn: row step * processes + rank
         rows = Dataset.from_dict({"row": list(range(len(plan.steps) * processes))})
         super().__init__(
@@ -61,11 +78,15 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             args=args,
             train_dataset=rows,
             eval_dataset=rows.select([0]) if held_out else None,
-            data_collator=lambda batch: self._collate(batch[0]["row"], processes),
+            data_collator=lambda batch: {"packed": packer.submit(self._pack_row, batch[0]["row"], processes)},
             processing_class=tokenizer,
         )
-        if isinstance(model, PeftModel) and hasattr(model.base_model, "update_and_allocate"):
+        allocates = isinstance(model, PeftModel) and hasattr(model.base_model, "update_and_allocate")
+        if allocates:
             self.add_callback(AllocateRanks())
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        fused = args.optim == OptimizerNames.ADAMW_TORCH_FUSED
+        self.reads_late = self.cuda and fused and not sharded and not allocates  # AllocateRanks changes weights too
         self.remove_callback(PrinterCallback)  # Monitor prints the progress
         if not one_dtype:
             for parameter in model.parameters():
@@ -79,16 +100,21 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             # allocated before any activation: among them they would leave holes of about 0.3 GiB
             self.gradients = [(p, torch.zeros_like(p)) for p in model.parameters() if p.requires_grad]
 
-    def _collate(self, row: int, processes: int) -> dict[str, Any]:
-        packs = self.plan.packs(row // processes, processes)
-        return {
-            "row": row,
-            "pack_tokens": self.plan.layout.pack_tokens,
-            "packs": shard_packs(packs, row % processes, processes),
-            "trained_tokens": sum(len(p.target) for p in packs),
-            "executed_tokens": sum(len(p.input_ids) for p in packs),
-            "examples": len(self.plan.steps[row // processes]),
-        }
+    def _pack_row(self, row: int, processes: int) -> PackedRow:
+        plan = self.plan  # another thread may replace it
+        packs = plan.packs(row // processes, processes)
+        mine = shard_packs(packs, row % processes, processes)
+        if self.cuda:
+            for pack, _ in mine:
+                pack.pin_memory()
+        return PackedRow(
+            row=row,
+            pack_tokens=plan.layout.pack_tokens,
+            packs=mine,
+            trained_tokens=sum(len(p.target) for p in packs),
+            executed_tokens=sum(len(p.input_ids) for p in packs),
+            examples=len(plan.steps[row // processes]),
+        )
 
     def _get_train_sampler(self, *args: Any, **kwargs: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(cast(Dataset, self.train_dataset))  # the plan has shuffled already
@@ -98,33 +124,34 @@ class PackTrainer(DurableTrainer, SFTTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """The step's loss; if memory does not suffice, the same examples are tried again in smaller packs."""
+        step = cast(Future[PackedRow], inputs["packed"]).result()
         while True:
-            if inputs["pack_tokens"] != self.plan.layout.pack_tokens:  # packed before they had to become smaller
-                inputs = self._collate(inputs["row"], self.accelerator.num_processes)
+            if step.pack_tokens != self.plan.layout.pack_tokens:  # packed before they had to become smaller
+                step = self._pack_row(step.row, self.accelerator.num_processes)
             before = random_state()
             for parameter, gradient in self.gradients:
                 parameter.grad = gradient.zero_()
             try:
-                loss = train_step(model, inputs["packs"], inputs["trained_tokens"], self.accelerator)
+                loss = train_step(model, step.packs, step.trained_tokens, self.accelerator)
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                self._make_packs_smaller(inputs, error)
+                self._make_packs_smaller(step.packs, error)
             set_random_state(before)
             model.zero_grad()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         self.check_loss(loss)
-        self.executed_tokens += inputs["executed_tokens"]
-        self.trained_examples += inputs["examples"]
+        self.executed_tokens += step.executed_tokens
+        self.trained_examples += step.examples
         return loss
 
-    def _make_packs_smaller(self, inputs: dict[str, Any], error: RuntimeError) -> None:
+    def _make_packs_smaller(self, packs: Sequence[tuple[Pack, float]], error: RuntimeError) -> None:
         """Halve the size that did not fit, for the rest of the run. Raises the error if other processes train too, or
         if a single example does not fit."""
         step = self.state.global_step
-        largest = max(len(pack.input_ids) for pack, _ in inputs["packs"])
+        largest = max(len(pack.input_ids) for pack, _ in packs)
         longest = max(len(self.plan.examples[i].ids) for i in self.plan.steps[step])
         if self.accelerator.num_processes > 1 or largest <= longest:
             raise error

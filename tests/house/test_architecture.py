@@ -21,7 +21,7 @@ ORDER = (
     ("sft.errors",),
     ("sft.session", "sft.untrusted", "sft.child_supervisor", "sft.child_process"),
     ("sft.recipe",),
-    ("sft.models",),
+    ("sft.models", "sft.kernels"),
     ("sft.runs",),
     ("sft.training",),
     ("sft.baselines", "sft.export"),

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from data.encode.pack import build_pack
+from tests.benchmarks import gpu_ladder
 from tests.benchmarks.growth import bounded_steps, points, report_growth
 from tests.benchmarks.passages import (
     first_questions,
@@ -140,3 +141,25 @@ def test_growth_bounds_its_runs_and_reports_them(passages, tokenizer, tmp_path):
     report_growth([(point, m) for m in measured], tmp_path)
     assert "| examples | 20 | graft | 4.00 | 333 | 1.00 | 1.5 | 3 |" in (tmp_path / "growth.md").read_text()
     assert (tmp_path / "growth.png").stat().st_size > 5000
+
+
+@pytest.mark.heavy
+def test_the_ladder_of_a_gpu_step_runs_on_a_cpu():
+    wanted = [replace(v, questions=8, pack_tokens=512) for v in gpu_ladder.variants() if v.rest != "compiled"]
+    device, *lines = gpu_ladder.run("tiny", gpu_ladder.random_examples(48), wanted)
+    assert device["device"] == "CPU"
+    measured = {line["name"]: line for line in lines if "left_out" not in line}
+    assert {line["left_out"] for line in lines if line["name"] not in measured} == {"needs a GPU"}
+    shared, peer = measured["dequantized once, or bf16"], measured["peer: PEFT, packed rows, flash"]
+    assert shared["tokens_per_step"] < 0.5 * peer["tokens_per_step"]
+    assert abs(shared["loss"][0] - peer["loss"][0]) < 1e-4
+    assert peer["gradient_cosine"] > 0.9999
+    assert all(line["questions_per_s"] > 0 and gpu_ladder.as_text(line) for line in measured.values())
+
+
+def test_examples_of_the_ladder_are_read_as_they_were_written(tmp_path):
+    examples = gpu_ladder.random_examples(7)
+    gpu_ladder.save_examples(examples, tmp_path / "e.npz")
+    read = gpu_ladder.load_examples(tmp_path / "e.npz")
+    assert [(e.ids, e.loss_mask) for e in read] == [(e.ids, e.loss_mask) for e in examples]
+    assert [e.context for e in read] == [e.context for e in examples]

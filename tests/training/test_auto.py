@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 from data.encode.chat import Example, encode
 from data.encode.pack import Layout, make_packs
 from sft.errors import RecipeError
+from sft.kernels.fused_lora import fuse_lora
 from sft.models.capabilities import takes_packs
 from sft.models.tune import tune_model
 from sft.recipe.load import load_recipe
@@ -17,8 +18,8 @@ from sft.recipe.schema import Model, Tune
 from sft.training.attention import choose_attention
 from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
 from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds
-from sft.training.fused_lora import fuse_lora
-from sft.training.step import pack_loss, plan_steps
+from sft.training.plan import plan_steps
+from sft.training.step import pack_loss
 from tests.helpers.builders import save_tiny, stored, write_recipe
 from tests.helpers.graft import run
 

@@ -33,7 +33,7 @@ from sft.runs.monitor import SPIKE_ROWS, Spikes
 from sft.runs.state import save_state
 from sft.session import is_out_of_memory
 from sft.training.durable_trainer import DurableTrainer
-from sft.training.step import plan_steps
+from sft.training.plan import plan_steps
 from sft.training.trainer import PackTrainer, training_arguments
 from tests.helpers.builders import stored, write_recipe
 from tests.helpers.graft import run as graft

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from data.conversation import Conversation
 from data.encode.chat import Example, encode, encode_turns
 from data.encode.pack import Layout, attention_mask, is_chain, make_packs
+from sft.kernels.forest_attention import forest_attention, pieces_of
+from sft.kernels.fused_lora import fuse_lora
 from sft.models.load import load_base
 from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
 from sft.training.attention import pack_inputs
-from sft.training.forest_attention import forest_attention, pieces_of
-from sft.training.fused_lora import fuse_lora
 from sft.training.step import pack_loss
 from tests.helpers.builders import read_squad
 from tests.helpers.places import REAL_DATA, SMOLLM, needs_real
@@ -140,7 +140,7 @@ def test_pieces_of_a_pack_see_what_the_mask_lets_them_see(seed):
 @pytest.mark.parametrize("most", [2.0, 0.0])
 def test_pieces_train_in_bfloat16_as_the_dense_mask_does(questions, tokenizer, tiny, monkeypatch, most):
     """By plain products, and by the fused kernel if the scores would take too much memory."""
-    monkeypatch.setattr("sft.training.forest_attention.PLAIN_GIB", most)
+    monkeypatch.setattr("sft.kernels.forest_attention.PLAIN_GIB", most)
     (pack,) = make_packs([encode(q, tokenizer, 1024) for q in questions[:8]], Layout(True, 4096, "sparse"))
     gradients = []
     for dtype, implementation in ((torch.float32, "sdpa"), (torch.bfloat16, "sdpa"), (torch.bfloat16, "forest")):

@@ -14,7 +14,8 @@ from data.encode.pack import Layout, make_packs
 from sft.models.capabilities import has_virtual_tokens
 from sft.models.tune import tune_model
 from sft.recipe.schema import Train, Tune
-from sft.training.step import plan_steps, shard_packs
+from sft.training.plan import plan_steps
+from sft.training.step import shard_packs
 from sft.training.trainer import PackTrainer, leave_casts_to_autocast, training_arguments
 from tests.helpers.builders import stored, write_recipe
 from tests.helpers.places import ROOT
