@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from sft.runs.manifest import machine
 from sft.scoring.answerers import AnswerOptions, baseline_answerer, model_answerer, training_questions
 from sft.session import use_all_cores
 from sft.training.examples import held_out_conversations, with_split
+
+SIDE_BY_SIDE = 3  # scores in one table
 
 
 def evaluate(
@@ -192,6 +195,17 @@ def _name(target: str, base: bool, options: AnswerOptions) -> str:
 def print_scores(results: dict[str, Any]) -> None:
     """Print a row for each part: number of questions, and each score of the task with its interval."""
     names = score_names(results)
+    for first in range(0, len(names), SIDE_BY_SIDE):
+        _print_table(results, names[first : first + SIDE_BY_SIDE])
+    if files := results.get("trained_on"):
+        print(f"warning: the run was trained on {', '.join(files)}: this is no score on held-out questions")
+    if long := results["too_long_for_model"]:
+        print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
+    if cut := results["cut_at_max_new_tokens"]:
+        print(f"{cut} of {results['questions']} answers were cut at {results['max_new_tokens']} tokens")
+
+
+def _print_table(results: dict[str, Any], names: Sequence[str]) -> None:
     table = Table(title=f"{results['target']} on {results['data']}", title_justify="left")
     table.add_column("part")
     for column in ("questions", *(heading for name in names for heading in (column_of(name, results), "95 %"))):
@@ -200,12 +214,6 @@ def print_scores(results: dict[str, Any]) -> None:
         cells = [cell for name in names for cell in (f"{s[name]:.1f}", interval(s[f"{name}_95"]))]
         table.add_row(part, str(s["questions"]), *cells)
     Console(width=max(140, Console().width) if not sys.stdout.isatty() else None).print(table)
-    if files := results.get("trained_on"):
-        print(f"warning: the run was trained on {', '.join(files)}: this is no score on held-out questions")
-    if long := results["too_long_for_model"]:
-        print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
-    if cut := results["cut_at_max_new_tokens"]:
-        print(f"{cut} of {results['questions']} answers were cut at {results['max_new_tokens']} tokens")
 
 
 def score_names(results: dict[str, Any]) -> list[str]:
