@@ -48,7 +48,7 @@ def score(
     which only task instruct has. Raises ValueError if a question lacks its prediction."""
     scored, further = [], further_metrics(metrics if task == "instruct" else (), pattern)
     for c, p in zip(conversations, predictions, strict=True):
-        passage = [c.context] if c.question else []
+        passage = [c.context] if c.question else []  # else the context is a prompt or a post
         scores = TASKS[task].score(c.answers, p.text, *passage)
         scores |= {name: metric(c.answers or (UNANSWERABLE,), p.text) for name, metric in further.items()}
         scored.append(Scored(c, p, scores if p.asked else dict.fromkeys(scores, 0.0)))
