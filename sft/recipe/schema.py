@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from data.readers.source import HUB_ID
 from data.readers.source import is_hub_id as is_hub_dataset
+from eval.metrics import MetricName
 
 OTHER_METHODS = ("full", "freeze", "linear_probe")
 WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
@@ -38,6 +39,14 @@ def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     return value
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -114,12 +123,7 @@ class Tune(BaseModel):
     @field_validator("trainable")
     @classmethod
     def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        return patterns
+        return tuple(map(_regular_expression, patterns))
 
     @model_validator(mode="after")
     def _trainable_is_for_freeze(self) -> "Tune":
@@ -260,6 +264,23 @@ class Eval(HeldOut):
     max_new_tokens: Count = 48
     batch_tokens: Count = 8192
     """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
+    metrics: tuple[MetricName, ...] = ()
+    """Task instruct: scores beside EM and F1, which every answer gets: ROUGE-L, chrF, the last number, whether the
+    answer is JSON, whether it equals the reference as JSON, and `pattern`."""
+    pattern: str | None = None
+    """Regular expression of the metric regex: it must be in the answer; if it has a group, the first group must also be
+    that of the reference answer."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, pattern: str | None) -> str | None:
+        return _regular_expression(pattern) if pattern is not None else None
+
+    @model_validator(mode="after")
+    def _pattern_is_for_regex(self) -> "Eval":
+        if ("regex" in self.metrics) != (self.pattern is not None):
+            raise ValueError("eval.pattern and the metric regex of eval.metrics need each other; set both or neither")
+        return self
 
 
 class Export(Section):
@@ -293,6 +314,8 @@ class Recipe(Section):
                 "use lora, or remove model.quantization"
             )
         check_rows(self.task, self.data, self.eval)
+        if self.eval.metrics and self.task != "instruct":
+            raise ValueError(f"eval.metrics is for task instruct; task {self.task} has scores of its own, leave it out")
         if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
         return self

@@ -104,8 +104,8 @@ def model_answerer(
 def _with_threshold(write: Answerer, differences: Differences, training: Sequence[Conversation]) -> Answerer:
     """`write`, but with the answer UNANSWERABLE if its difference exceeds the threshold tuned on training questions."""
     written = write(training)
-    exact = [squad_scores(c.answers, p.text)["exact"] for c, p in zip(training, written, strict=True)]
-    nulls = [squad_scores(c.answers, "")["exact"] for c in training]
+    exact = [squad_scores(c.answers, p.text, c.context)["exact"] for c, p in zip(training, written, strict=True)]
+    nulls = [squad_scores(c.answers, "", c.context)["exact"] for c in training]
     threshold, tuned = tune_threshold(differences(training, written), exact, nulls)
     print(
         f"unanswerable if its log-likelihood exceeds the answer's by {threshold:.3f}, tuned on {len(training)} "

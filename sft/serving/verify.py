@@ -62,10 +62,11 @@ def verify(
         raise RecipeError(f"--data: none of {len(drawn)} prompts fits into the model's positions; use shorter prompts")
     questions = [drawn[i] for i in local_answers]
     pairs = [(local, served_answers[i]) for i, local in local_answers.items()]
-    scores = [
-        summarize(recipe.task, score(recipe.task, questions, [answer.prediction for answer in answers]))
-        for answers in zip(*pairs, strict=True)
-    ]
+    scores = []
+    for answers in zip(*pairs, strict=True):
+        predictions = [answer.prediction for answer in answers]
+        scored = score(recipe.task, questions, predictions, recipe.eval.metrics, recipe.eval.pattern)
+        scores.append(summarize(recipe.task, scored))
     checks = [
         check_render(pairs),
         check_stop(pairs),
