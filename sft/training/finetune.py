@@ -15,7 +15,14 @@ from sft.runs.folder import warnings_of
 from sft.runs.model_card import write_model_card
 from sft.runs.resume import Resume
 from sft.session import shards_parameters
-from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
+from sft.training.auto import (
+    apply_auto,
+    resolve_auto,
+    resolve_checkpointing,
+    resolve_compile,
+    resolve_dequantize,
+    resolve_dtype,
+)
 from sft.training.examples import load_examples, load_held_out
 from sft.training.open_run import open_run
 from sft.training.step import plan_steps
@@ -37,12 +44,14 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         with run.state.main_process_first():  # encoded once; other processes read the cache
             examples, report = load_examples(recipe, tokenizer)
         held_out = load_held_out(recipe, tokenizer)
+        recipe, unpacking = resolve_dequantize(recipe, examples, run.device)
 
         model = load_base(recipe.model, run.device)
         (takes_mask,) = broadcast_object_list([takes_packs(model, recipe.data.max_length)])
         model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
         recipe, layout, decided = resolve_auto(recipe, model, examples, takes_mask, resume is not None)
         plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
+        recipe, checkpointing = resolve_checkpointing(recipe, model, plan, run.device)
         recipe, compiling = resolve_compile(recipe, model, plan, resume is not None)
         apply_auto(recipe, model, sharded)
 
@@ -62,7 +71,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{report.totals.examples} examples of {report.totals.contexts} contexts, {len(plan.steps)} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
-        lines = (summary, *decided, *compiling, *warnings_of(report, folder))
+        lines = (summary, *unpacking, *decided, *checkpointing, *compiling, *warnings_of(report, folder))
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)
         weights = run.save_weights(trainer)
