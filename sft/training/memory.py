@@ -8,10 +8,9 @@ Not counted: fragmentation of the allocator, workspaces inside of kernels, what 
 of a CPU, which leaves layer norms in bfloat16: a base with nn.LayerNorm takes more on CUDA.
 """
 
-import contextlib
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,11 +52,11 @@ STATES = {"adamw_torch": 8.0, "adamw_torch_fused": 8.0, "sgd": 0.0} | dict.fromk
 
 @dataclass(frozen=True)
 class Load:
-    """The largest micro-batch: tokens in all rows, trained tokens, and pairs of tokens that attention computes."""
+    """The largest micro-batch: tokens in all rows (None: a forest), trained ones, and pairs that attention computes."""
 
     tokens: int
     answers: int
-    rows: int = 1
+    rows: int | None = None
     pairs: int = 0
 
 
@@ -188,7 +187,9 @@ def _run_step(
 ) -> tuple[float, float]:
     """Bytes that a step holds after the forward, and most that it ever holds; without parameters and gradients."""
     live = _LiveBytes()
-    with FakeTensorMode(allow_non_fake_inputs=True), _counted_attention(model, load, attention, device):
+    if model._supports_attention_backend:
+        _count_attention(model, load, attention, device)
+    with FakeTensorMode(allow_non_fake_inputs=True):
         _without_data(model)
         parameters = list(model.parameters())
         for p in parameters:
@@ -196,10 +197,10 @@ def _run_step(
                 p.grad = torch.zeros_like(p)  # a second micro-batch finds the gradients of the first
         live.leave_out(t for p in parameters for t in (p, p.grad) if t is not None)
         model.train()
-        ids = torch.zeros(load.rows, load.tokens // load.rows, dtype=torch.long)
+        ids = torch.zeros(load.rows or 1, load.tokens // (load.rows or 1), dtype=torch.long)
         source = torch.zeros(load.answers, dtype=torch.long)
         inputs: dict[str, Any] = {"input_ids": ids}
-        if load.rows == 1:  # a mask of four dimensions is taken as it is
+        if load.rows is None:  # a mask of four dimensions is taken as it is
             inputs |= {"position_ids": ids, "attention_mask": torch.ones(1, 1, 1, 1), "logits_to_keep": source}
         else:
             head = cast(nn.Module, model.get_output_embeddings())
@@ -272,32 +273,30 @@ class _Attention(torch.autograd.Function):
         return (*(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None)
 
 
-@contextlib.contextmanager
-def _counted_attention(model: PreTrainedModel, load: Load, attention: str, device: torch.device) -> Iterator[None]:
-    """Attention that computes nothing and keeps what `attention` would, if the architecture lets it be replaced."""
-    if not model._supports_attention_backend:
-        yield
-        return
+def _count_attention(model: PreTrainedModel, load: Load, attention: str, device: torch.device) -> None:
+    """Replace the attention by one that computes nothing and keeps what `attention` keeps."""
+    layers = model.config.get_text_config().num_hidden_layers
+
+    def scores(query: torch.Tensor, key: torch.Tensor) -> int:
+        """Bytes of the scores, or of a mask like them, that a layer keeps."""
+        heads, tokens, size = query.shape[1], query.shape[2], query.dtype.itemsize
+        if attention == "eager":
+            return (
+                query.shape[0] * heads * tokens * key.shape[2] * (4 + size % 4)
+            )  # in float32, and in the model's dtype
+        if attention == "sdpa" and load.rows is None:
+            return tokens**2 * size
+        every = 6 * heads * load.pairs if attention == "forest" and size == 2 and device.type == "cpu" else 0
+        return every if every * layers <= PLAIN_GIB * GIB else 0
 
     def counted(
         module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> Any:
-        heads, size = query.shape[1], query.dtype.itemsize
-        square = query.shape[2] * key.shape[2]
-        scores = 0
-        if attention == "eager":
-            scores = load.rows * heads * square * (4 + size % 4)
-        elif attention == "sdpa" and load.pairs:
-            scores = square * size  # the mask in the dtype of the scores
-        elif attention == "forest" and size == 2 and device.type == "cpu":
-            every = 6 * heads * load.pairs  # as fp32 and as bfloat16
-            scores = every if every * model.config.get_text_config().num_hidden_layers <= PLAIN_GIB * GIB else 0
-        return _Attention.apply(query, key, value, scores), None
+    ) -> tuple[torch.Tensor, None]:
+        return cast(torch.Tensor, _Attention.apply(query, key, value, scores(query, key))), None
 
     AttentionInterface.register("counted", counted)
     AttentionMaskInterface.register("counted", lambda *_, **__: None)
     model.set_attn_implementation("counted")
-    yield
 
 
 def load_of(plan: StepPlan, attention: str, processes: int = 1) -> Load:
@@ -307,20 +306,16 @@ def load_of(plan: StepPlan, attention: str, processes: int = 1) -> Load:
     largest = max((pack for packs in steps for pack in packs), key=lambda pack: len(pack.input_ids))
     tokens = len(largest.input_ids)
     pairs = sum(piece.pairs for piece in pieces_of(tuple(largest.end))) if attention == "forest" else tokens**2
-    load = Load(tokens, len(largest.target), largest.rows or 1, pairs)
+    load = Load(tokens, len(largest.target), largest.rows, pairs)
     filled = processes == 1 and plan.layout.attention != "alone" and any(len(packs) > 1 for packs in steps)
     return grown(load, plan.layout.pack_tokens) if filled else load
 
 
 def grown(load: Load, tokens: int) -> Load:
-    """The load with at least this number of tokens, and trained ones in the same share."""
-    if tokens <= load.tokens:
-        return load
-    factor = tokens / load.tokens
-    rows = max(1, round(load.rows * factor)) if load.rows > 1 else 1
-    return replace(
-        load, tokens=tokens, answers=round(load.answers * factor), rows=rows, pairs=round(load.pairs * factor)
-    )
+    """The load with at least this number of tokens, and the rest in proportion."""
+    factor = max(1, tokens / load.tokens)
+    rows = load.rows and round(load.rows * factor)
+    return Load(round(load.tokens * factor), round(load.answers * factor), rows, round(load.pairs * factor))
 
 
 def memory_of(device: torch.device, processes: int = 1) -> int:
