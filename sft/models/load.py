@@ -55,9 +55,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
 def load_base(model: Model, device: torch.device) -> PreTrainedModel:
     """The base in the recipe's precision, in eval mode.
 
-    On a CPU, 4-bit weights are dequantized once: no CPU kernel multiplies them, so every forward and backward would
-    dequantize them again. (bitsandbytes 0.50 also repacks them in the first eval forward for a kernel without
-    autograd.)
+    4-bit weights are dequantized once if model.dequantize is true, and always on a CPU: no CPU kernel multiplies them,
+    so every forward and backward would dequantize them again. (bitsandbytes 0.50 also repacks them in the first eval
+    forward for a kernel without autograd.)
     """
     loaded = load_weights(
         f"model.base: {model.base}",
@@ -68,10 +68,16 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
         device_map={"": device},
         **({"use_kernels": True} if model.use_kernels and device.type == "cuda" else {}),
     )
-    if model.quantization and model.quantization.load_in_4bit and device.type == "cpu":
+    if dequantizes(model, device):
         loaded = loaded.dequantize(dtype=compute_dtype(model, device))
     loaded.config.use_cache = False
     return loaded
+
+
+def dequantizes(model: Model, device: torch.device) -> bool:
+    """Whether load_base unpacks the base's weights; `auto` leaves them packed on CUDA."""
+    four_bits = model.quantization is not None and model.quantization.load_in_4bit
+    return four_bits and (device.type == "cpu" or model.dequantize is True)
 
 
 def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedModel:

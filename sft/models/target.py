@@ -100,7 +100,7 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
     tokenizer = adapter_tokenizer(own)
     if note := template_note(tokenizer, recipe.model, own):
         print(note, file=sys.stderr, flush=True)
-    base = load_base(recipe.model, device)
+    base = load_base(changed(recipe.model, dequantize=False), device)  # answering may have less memory than training
     packed = takes_packs(base)
     fit_vocabulary(base, adapter)
     with readable(str(adapter)):

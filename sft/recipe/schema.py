@@ -101,6 +101,9 @@ class Model(Section):
     """auto: bfloat16 on CUDA; on a CPU bfloat16 for LoRA if its matrix products are measured to be 1.5 times as fast as
     float32, else float32."""
     quantization: Quantization | None = None
+    dequantize: bool | Literal["auto"] = "auto"
+    """On CUDA: unpack 4-bit weights once, when they are loaded for training; the values are the same, products are
+    faster. auto: if the training then fits in 85 % of the free memory. A CPU always unpacks them."""
     use_kernels: bool = False
     """On CUDA: fused kernels for norms, MLP and more, by transformers' own switch; needs `pip install kernels`."""
     chat_template: Path | None = None
@@ -228,7 +231,9 @@ class Train(Section):
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations again in the backward pass: less memory, more time. auto: unless the training fits in 85 % of
+    the free memory without it, by a count of its bytes."""
     attn_implementation: Literal["auto", "forest", "sdpa", "eager", "flex_attention"] = "auto"
     """auto: flex_attention on CUDA if the base supports it, forest (each tree by itself) on a CPU, else sdpa."""
     compile_layers: bool | Literal["auto"] = "auto"

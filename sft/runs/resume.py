@@ -15,7 +15,8 @@ from sft.recipe.load import load_any_recipe
 from sft.untrusted import check_run
 
 KINDS = ("recipe", "data", "base")
-IGNORED = ("train.output_dir", "train.report_to", "export.")  # keys of the recipe that don't change the training
+# keys of the recipe that don't change the training
+IGNORED = ("train.output_dir", "train.report_to", "model.dequantize", "export.")
 
 
 @dataclass(frozen=True)
