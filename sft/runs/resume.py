@@ -16,6 +16,10 @@ from sft.untrusted import check_run
 
 KINDS = ("recipe", "data", "base")
 # keys of the recipe that don't change the training
+# keys that the weights, the optimizer's state or the examples seen so far depend on
+FIXED = (
+    "task", "objective", "tune.", "model.quantization", "train.optim", "train.seed", "train.examples_per_step",
+)  # fmt: skip
 IGNORED = ("train.output_dir", "train.report_to", "model.dequantize", "export.")
 
 
@@ -78,6 +82,13 @@ def check_unchanged(
             f"{run}: {' and '.join(refused)} changed since the checkpoint, so it can't resume as the same run:"
             + "".join(f"\n  {line}" for kind in refused for line in changes[kind])
             + f"\nstart a new run, or allow it: --allow-changed {','.join(refused)}"
+        )
+    then_recipe, now_recipe = then["recipe"], now["recipe"]
+    names = sorted({*then_recipe, *now_recipe})
+    if fixed := [n for n in names if n.startswith(FIXED) and then_recipe.get(n) != now_recipe.get(n)]:
+        raise RunError(
+            f"{run}: {', '.join(fixed)} can't change within a run, whose checkpoint depends on it; change it back, or "
+            "start a new run"
         )
     lines = [f"resumes although changed: {line}" for kind in KINDS for line in changes[kind]]
     if then["processes"] != now["processes"]:
