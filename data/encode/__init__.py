@@ -2,6 +2,7 @@
 
 chat.py               conversation -> ids and loss mask: the chat template is applied here only
 frame.py              what a template writes around an answer: thoughts, channels
+steps.py              one request renders for many rows
 template.py           renders a chat template within limits of time, memory and size
 template_worker.py    the process that template.py starts for it
 tokens.py             text -> ids as the tokenizer gives them; repeated texts are encoded once

@@ -10,20 +10,20 @@ token of one character has no halves: a row with one is a defect.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Ledger, Message
 from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, thinking_arguments, with_thought
-from data.encode.template import Render, arguments_of, literals, render_all, row_arguments
+from data.encode.steps import Steps, finished, finished_all
+from data.encode.template import Render, arguments_of, literals, row_arguments
 from data.encode.tokens import Encoder, any_of, encoder_of
 
 R = TypeVar("R")
-Steps = Generator[Render, list[str], R]  # an encoding: yields each render that it needs, and gets its texts
 BATCH_ROWS, BATCH_CHARACTERS = 32, 100_000  # the most that is rendered by one request
 
 # defects of an example: key in the recipe -> kind of the DataError
@@ -74,7 +74,7 @@ def encode_prompt(
 ) -> list[int]:
     """Ids of the rendered messages, up to the beginning of the assistant's answer. arguments: of the row, for the
     template, besides the tokenizer's."""
-    return _only(_prompt(messages, tokenizer, row_arguments(tokenizer, arguments)), tokenizer)
+    return finished(_prompt(messages, tokenizer, row_arguments(tokenizer, arguments)), tokenizer)
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
@@ -100,7 +100,7 @@ def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase,
     sees. Prompt and answer are tokenized separately, so the ids before an answer equal encode_prompt's.
     Raises DataError with the row's place; its kind is one of AUDITS if an example would be trained wrongly.
     """
-    return _only(_turns(conversation, tokenizer, max_length), tokenizer)
+    return finished(_turns(conversation, tokenizer, max_length), tokenizer)
 
 
 def encode_ahead(
@@ -109,7 +109,7 @@ def encode_ahead(
     """Each row with what `encode_turns` returns or raises for it, at half the time. Rows are read ahead; what the
     ledger gets while they are read is recorded when their turn comes."""
     for batch in _batches(ledger.ahead(rows)):
-        results = _encoded([_turns(row, tokenizer, max_length) for row, _ in batch if row], tokenizer)
+        results = finished_all([_turns(row, tokenizer, max_length) for row, _ in batch if row], tokenizer)
         for row, findings in batch:
             for finding in findings:
                 ledger.record(*finding)
@@ -129,45 +129,6 @@ def _batches(rows: Iterable[tuple[Conversation | None, R]]) -> Iterator[list[tup
         batch.append((row, rest))
         characters += length
     yield batch
-
-
-def _only(steps: Steps[R], tokenizer: PreTrainedTokenizerBase) -> R:
-    (result,) = _encoded([steps], tokenizer)
-    if isinstance(result, DataError):
-        raise result
-    return result
-
-
-def _encoded(rows: Sequence[Steps[R]], tokenizer: PreTrainedTokenizerBase) -> Iterator[R | DataError]:
-    """The result of each row, in order. One request renders for all rows that wait for a text, and the worker goes on
-    to the next text while one is tokenized."""
-    renders: dict[int, Render] = {}  # what each unfinished row waits for
-    asked: list[int] = []  # the rows whose texts come next
-    results: dict[int, R | DataError] = {}
-
-    def resume(row: int, step: Callable[[], Render]) -> None:
-        try:
-            renders[row] = step()
-        except StopIteration as end:
-            results[row] = end.value
-        except DataError as error:
-            results[row] = error
-
-    def receive(texts: list[str] | DataError) -> None:
-        row = asked.pop(0)
-        del renders[row]
-        if isinstance(texts, DataError):
-            results[row] = texts
-        else:
-            resume(row, partial(rows[row].send, texts))
-
-    for row, steps in enumerate(rows):
-        resume(row, partial(next, steps))
-    for row in range(len(rows)):
-        while row not in results:
-            asked[:] = sorted(renders)
-            render_all([renders[each] for each in asked], tokenizer, receive)
-        yield results.pop(row)
 
 
 def _prompt(

@@ -31,13 +31,13 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
+from sft.kernels.forest_attention import PLAIN_GIB, pieces_of
 from sft.kernels.fused_lora import fuse_lora
 from sft.models.load import compute_dtype, dequantizes, is_quantized
 from sft.models.resolve import readable
 from sft.models.tune import tune_model
 from sft.recipe.schema import Quantization, Recipe
 from sft.runs.state import random_state, set_random_state
-from sft.training.forest_attention import PLAIN_GIB, pieces_of
 from sft.training.plan import StepPlan
 from sft.training.step import SumOfNll
 

@@ -10,7 +10,6 @@ import pytest
 from tokenizers import AddedToken, normalizers
 
 from data.conversation import Conversation, DataError, Ledger
-from data.encode import chat
 from data.encode.chat import (
     AUDITS,
     BATCH_CHARACTERS,
@@ -99,7 +98,7 @@ def test_rows_encoded_together_give_what_each_gives_alone(family):
     "evil", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}"]
 )
 def test_row_that_exceeds_a_limit_is_named_among_rows_encoded_together(evil, tokenizer, monkeypatch):
-    monkeypatch.setattr(chat, "render_all", partial(render_all, seconds=0.3))
+    monkeypatch.setattr(steps, "render_all", partial(render_all, seconds=0.3))
     template = "{% for m in messages if m.content == 'evil' %}" + evil + "{% endfor %}" + tokenizer.chat_template
     changed = with_template(tokenizer, template)
     rows = numbered(*(conversation("evil" if i in (3, 6) else f"q{i}", "a", "more", "b") for i in range(1, 9)))
