@@ -75,20 +75,21 @@ def resume_of(
 def check_unchanged(
     run: Path, then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str] = (), elastic: bool = False
 ) -> list[str]:
-    """A line for each allowed change since a checkpoint. Raises RunError with all changes that are not allowed."""
-    changes = {kind: list(_differences(kind, then[kind], now[kind])) for kind in KINDS}
-    if refused := [kind for kind in KINDS if changes[kind] and kind not in allowed]:
-        raise RunError(
-            f"{run}: {' and '.join(refused)} changed since the checkpoint, so it can't resume as the same run:"
-            + "".join(f"\n  {line}" for kind in refused for line in changes[kind])
-            + f"\nstart a new run, or allow it: --allow-changed {','.join(refused)}"
-        )
+    """A line for each allowed change since a checkpoint. Raises RunError with all changes that are not allowed, or that
+    can't be."""
     then_recipe, now_recipe = then["recipe"], now["recipe"]
     names = sorted({*then_recipe, *now_recipe})
     if fixed := [n for n in names if n.startswith(FIXED) and then_recipe.get(n) != now_recipe.get(n)]:
         raise RunError(
             f"{run}: {', '.join(fixed)} can't change within a run, whose checkpoint depends on it; change it back, or "
             "start a new run"
+        )
+    changes = {kind: list(_differences(kind, then[kind], now[kind])) for kind in KINDS}
+    if refused := [kind for kind in KINDS if changes[kind] and kind not in allowed]:
+        raise RunError(
+            f"{run}: {' and '.join(refused)} changed since the checkpoint, so it can't resume as the same run:"
+            + "".join(f"\n  {line}" for kind in refused for line in changes[kind])
+            + f"\nstart a new run, or allow it: --allow-changed {','.join(refused)}"
         )
     lines = [f"resumes although changed: {line}" for kind in KINDS for line in changes[kind]]
     if then["processes"] != now["processes"]:

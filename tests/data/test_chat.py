@@ -10,6 +10,7 @@ import pytest
 from tokenizers import AddedToken, normalizers
 
 from data.conversation import Conversation, DataError, Ledger
+from data.encode import steps
 from data.encode.chat import (
     AUDITS,
     BATCH_CHARACTERS,
