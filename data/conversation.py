@@ -3,10 +3,11 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from data.errors import UserError
 
-Message = dict[str, str]
+Message = dict[str, Any]  # role, content, and of an assistant's turn the thought before it, as reasoning_content
 
 Finding = tuple[Counter[str], str, str, str]  # counter, kind, where, "where: problem"
 
@@ -37,6 +38,8 @@ class Conversation:
     label: str = ""  # for classification
     question: str = ""  # SQuAD: the question without the rest of the prompt
     starts: tuple[int, ...] = ()  # SQuAD: the character of `context` at which each of `answers` begins
+    not_learnt: tuple[int, ...] = ()  # places in `messages` of the assistant's turns that carry no loss
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # of this row, for the chat template
 
     @property
     def prompt(self) -> tuple[Message, ...]:
@@ -44,7 +47,7 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        return self.messages[-1]["content"]
+        return str(self.messages[-1]["content"])
 
     @property
     def cluster(self) -> str:

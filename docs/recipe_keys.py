@@ -67,7 +67,6 @@ MEANING = {
     "adam_beta1": "Of AdamW.",
     "adam_beta2": "Of AdamW.",
     "adam_epsilon": "Of AdamW.",
-    "gradient_checkpointing": "Compute activations again in the backward pass: less memory, more time.",
     "logging_steps": "Optimizer steps between two rows of metrics.jsonl.",
     "save_strategy": "When a checkpoint is saved.",
     "save_steps": "Optimizer steps between two checkpoints, of save_strategy steps.",

@@ -10,7 +10,7 @@ client.py              the same questions to an OpenAI-compatible server
 answer_log.py          the file from which an interrupted evaluation resumes
 server_checks.py       does a server answer as the model does in this process?
 spans.py               logits of a span model -> quotes, and the no-answer threshold
-metrics.py             scores of one answer: EM, F1, labels
+metrics.py             scores of one answer: EM, F1, labels, and those of eval.metrics
 tasks.py               which scorer and which labels a task has
 stats.py               intervals, paired tests, calibration
 breakdown.py           scores by label, by probability and by kind of question

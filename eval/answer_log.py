@@ -15,7 +15,7 @@ from data.terminal import print
 from eval.prediction import Prediction
 
 NAME = "answers.partial.jsonl"
-KEYS = ("text", "new_tokens", "finished", "asked")  # of a prediction
+KEYS = ("text", "new_tokens", "finished", "asked", "written")  # of a prediction
 Note = Callable[[int, Prediction], None]
 Ask = Callable[[Sequence[Conversation], Note], list[Prediction]]
 
@@ -28,7 +28,7 @@ def resume_answers(
     system: everything that identifies who answers. If that can't be known, as of a server, the `recheck` longest of the
     answers are asked again first, and all if one differs. The caller deletes the file once the results are written.
     """
-    asked = json.dumps([system, max_new_tokens, [list(c.prompt) for c in conversations]])
+    asked = json.dumps([system, max_new_tokens, [[list(c.prompt), c.template_arguments] for c in conversations]])
     header = json.dumps({"key": hashlib.sha256(asked.encode()).hexdigest()})
     answers = _read(path, header)
     longest = sorted(answers, key=lambda i: -answers[i].new_tokens)[:recheck]

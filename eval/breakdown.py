@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.metrics import OTHER, gold_label, predicted_labels
+from eval.metrics import OTHER, gold_label, normalize_answer, predicted_labels, script_of
 from eval.stats import brier, expected_calibration_error, reliability_bins, wilson_interval
 
 Row = Mapping[str, Any]  # of samples.jsonl
@@ -77,7 +77,7 @@ def calibration(rows: Sequence[Row]) -> Record | None:
 def question_kinds(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[int]]]:
     """Each division of the questions, each of its kinds that occurs, and the indices of that kind's rows."""
     for by, kinds, kind_of_row in (
-        ("answer length", LENGTHS, [answer_length(row["gold"]) for row in rows]),
+        ("answer length", LENGTHS, [answer_length(row["gold"], script_of((), "", row["prompt"])) for row in rows]),
         ("question word", QUESTION_WORDS, [question_word(row["question"]) for row in rows]),
     ):
         for kind in kinds:
@@ -85,8 +85,9 @@ def question_kinds(rows: Sequence[Row]) -> Iterator[tuple[str, str, list[int]]]:
                 yield by, kind, indices
 
 
-def answer_length(gold: Sequence[str]) -> str:
-    words = max(1, len(gold[0].split())) if gold else 0
+def answer_length(gold: Sequence[str], script: str = "") -> str:
+    """Words of the first gold answer, or characters if the prompt's script has no spaces between words."""
+    words = max(1, len((normalize_answer(gold[0], script) if script else gold[0]).split())) if gold else 0
     return str(words) if words < 3 else "3-5" if words < 6 else "6+"
 
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from data.conversation import Conversation
+from data.encode.frame import SERVED, Frame, spoken
+from data.encode.template import ARGUMENTS
 from data.errors import UserError
 from data.progress import Bar
 from data.terminal import print
@@ -119,30 +121,36 @@ def server_predictions(
     concurrency: int = 16,
     keep: Path | None = None,
     recheck: int = 0,
+    frame: Frame = SERVED,
 ) -> list[Prediction]:
     """The predictions of eval.predict.generate, through POST {url}/chat/completions. Raises ServerError that names the
     question if the server refuses one for another reason than its length.
 
+    frame: what the model writes around an answer.
     keep, recheck: a file for the answers as they come, see eval.answer_log.resume_answers.
     """
 
     def ask(questions: Sequence[Conversation], note: Note = lambda number, answer: None) -> list[Prediction]:
         replies = chat_completions(
-            url, model, questions, max_new_tokens, concurrency, lambda number, reply: note(number, prediction_of(reply))
-        )
-        return [prediction_of(reply) for reply in replies]
+            url, model, questions, max_new_tokens, concurrency,
+            lambda number, reply: note(number, prediction_of(reply, frame)),
+        )  # fmt: skip
+        return [prediction_of(reply, frame) for reply in replies]
 
     if not keep:
         return ask(conversations)
     return resume_answers(keep, f"{url} {model}", conversations, max_new_tokens, ask, recheck)
 
 
-def prediction_of(reply: "ChatCompletion | None") -> Prediction:
+def prediction_of(reply: "ChatCompletion | None", frame: Frame = SERVED) -> Prediction:
     if reply is None:
         return NOT_ASKED
     choice = reply.choices[0]
     new_tokens = reply.usage.completion_tokens if reply.usage else 0
-    return Prediction((choice.message.content or "").strip(), new_tokens, choice.finish_reason == "stop")
+    written = (choice.message.content or "").strip()
+    text = spoken(written, frame)
+    more = None if text == written else written
+    return Prediction(text, new_tokens, choice.finish_reason == "stop", written=more)
 
 
 def chat_completions(
@@ -176,7 +184,7 @@ def chat_completions(
                         messages=list(conversation.prompt),
                         temperature=0,
                         max_tokens=max_new_tokens,
-                        **options,
+                        **_with_arguments(options, conversation),
                     )
                     break
                 except openai.BadRequestError as error:
@@ -216,6 +224,14 @@ def chat_completions(
     if retries:
         print(f"{retries} requests were asked again; all are answered", file=sys.stderr, flush=True)
     return replies
+
+
+def _with_arguments(options: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
+    """The options of a request, with the row's arguments of the chat template, as vLLM takes them."""
+    if not conversation.template_arguments:
+        return options
+    body = {**options.get("extra_body", {}), ARGUMENTS: conversation.template_arguments}
+    return {**options, "extra_body": body}
 
 
 def _first_line(error: BaseException) -> str:

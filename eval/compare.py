@@ -19,7 +19,7 @@ from data.inside import first_stray
 from data.terminal import quoted
 from eval.breakdown import calibration, discordant_examples, question_kinds, scores_per_label
 from eval.compare_report import COSTS, markdown, page
-from eval.metrics import gold_label, label_counts
+from eval.metrics import FURTHER, gold_label, label_counts
 from eval.stats import (
     approximate_randomisation,
     bootstrap_sums,
@@ -57,6 +57,7 @@ class Results(BaseModel, strict=True, extra="allow"):
     scores: dict[str, dict[str, Any]]  # of each part
     scorer: str | None = None
     trained_on: list[str] | None = None
+    pattern: str | None = None
     cut_at_max_new_tokens: int | None = None
     too_long_for_model: int | None = None
     seconds: float | None = None
@@ -80,6 +81,12 @@ class Sample(BaseModel, strict=True):
     exact: Share
     f1: Share | None = None
     valid: Share | None = None
+    rouge_l: Share | None = None
+    chrf: Share | None = None
+    number: Share | None = None
+    is_json: Share | None = Field(None, alias="json")
+    json_equal: Share | None = None
+    regex: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -92,9 +99,10 @@ class System:
     rows: list[Row]
 
     @property
-    def second(self) -> str:
-        """The score beside `exact`."""
-        return "valid" if "valid" in self.results.scores.get("total", {}) else "f1"
+    def metrics(self) -> list[str]:
+        """The scores that every question has; macro-F1 is one of all questions."""
+        total = self.results.scores.get("total", {})
+        return ["exact", "valid" if "valid" in total else "f1", *(name for name in FURTHER if name in total)]
 
     def scores(self, metric: str) -> np.ndarray:
         return np.array([row[metric] for row in self.rows], dtype=float)
@@ -145,7 +153,7 @@ def read_system(folder: Path) -> System:
         results = _parse(Results, (at / "results.json").read_bytes(), str(at / "results.json"))
         remedy = f"score it with `graft eval {quoted(results.target or run)}`"
         lines = enumerate((at / "samples.jsonl").read_bytes().splitlines(), 1)
-        rows = [_parse(Sample, line, f"{at / 'samples.jsonl'}:{i}").model_dump() for i, line in lines]
+        rows = [_parse(Sample, line, f"{at / 'samples.jsonl'}:{i}").model_dump(by_alias=True) for i, line in lines]
         system = System(results.name or run.resolve().name, at, results, rows)
         _refuse_edited(system)
     except OSError as error:
@@ -172,7 +180,7 @@ def _refuse_edited(system: System) -> None:
     if not system.rows or stated.questions != len(system.rows):
         raise DataError(file, f"{stated.questions} questions, but {len(system.rows)} rows in samples.jsonl")
     for part, indices in system.parts().items():
-        for metric in ("exact", system.second):
+        for metric in system.metrics:
             value, score = stated.scores.get(part, {}).get(metric), 100 * system.scores(metric)[indices].mean()
             if not isinstance(value, int | float) or not abs(value - score) <= ROUNDING:
                 values = f"scores.{part}.{metric} is {value}, but samples.jsonl gives {score:.2f}"
@@ -182,7 +190,8 @@ def _refuse_edited(system: System) -> None:
 def _refuse_unlike(first: System, other: System) -> None:
     """Raise CompareError unless both answered the same questions under the same task."""
     remedy = "evaluate both with `graft eval` on the same --task, --limit and held-out --data"
-    for key in ("task", "task_version", "evaluation_sha256"):
+    patterns = ["pattern"] if "regex" in _metrics([first, other]) else []
+    for key in ("task", "task_version", "evaluation_sha256", *patterns):
         mine, theirs = getattr(first.results, key), getattr(other.results, key)
         if mine != theirs:
             raise CompareError(f"{key} is {mine} in {first.folder}, but {theirs} in {other.folder}; {remedy}")
@@ -209,7 +218,7 @@ def build_report(systems: Sequence[System]) -> dict[str, Any]:
     """All numbers of the comparison of systems that answered the same questions."""
     first, parts = systems[0], systems[0].parts()
     clusters = [row["cluster"] for row in first.rows]
-    labels = sorted({gold_label(row) for row in first.rows}) if first.second == "valid" else []
+    labels = sorted({gold_label(row) for row in first.rows}) if "valid" in first.metrics else []
     resampled = {part: _resample(systems, indices, labels) for part, indices in parts.items()}
     cells = {part: _cells(systems, resampled[part], indices) for part, indices in parts.items()}
     rows: list[Row] = []
@@ -230,9 +239,14 @@ def build_report(systems: Sequence[System]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _metrics(systems: Sequence[System]) -> list[str]:
+    """The scores that all systems have."""
+    return [metric for metric in systems[0].metrics if all(metric in system.metrics for system in systems)]
+
+
 def _resample(systems: Sequence[System], indices: list[int], labels: list[str]) -> dict[str, np.ndarray]:
     """Each metric in percent, [1 + resamples, systems]; row 0 is the observed score. All systems share the draws."""
-    metrics, n = ("exact", systems[0].second), len(systems)
+    metrics, n = _metrics(systems), len(systems)
     columns = [np.ones((len(indices), 1)), *(s.scores(m)[indices, None] for m in metrics for s in systems)]
     columns += [label_counts(s.rows, labels)[indices] for s in systems if labels]
     table = np.hstack(columns)
@@ -240,7 +254,7 @@ def _resample(systems: Sequence[System], indices: list[int], labels: list[str]) 
     sums = bootstrap_sums(table, clusters, RESAMPLES, SEED)
     resampled = {m: 100 * sums[:, 1 + i * n : 1 + (i + 1) * n] / sums[:, :1] for i, m in enumerate(metrics)}
     if labels:
-        counts = sums[:, 1 + 2 * n :].reshape(len(sums), n, -1)
+        counts = sums[:, 1 + len(metrics) * n :].reshape(len(sums), n, -1)
         resampled["macro_f1"] = 100 * macro_f1(counts)
     return resampled
 
@@ -287,7 +301,7 @@ def _pairs(
     alone = len(set(clusters)) == len(clusters)
     both = list(combinations(range(len(systems)), 2))
     pairs: list[Row] = []
-    for metric in ("exact", "macro_f1" if labels else "f1"):
+    for metric in ("exact", "macro_f1") if labels else _metrics(systems):
         by_label = metric == "macro_f1"
         scores = [label_counts(s.rows, labels) if by_label else s.scores(metric) for s in systems]
         compared = []

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from data.page import markdown_table, number, plain_markdown, render
+from eval.metrics import TITLES
 
 PAGE = Path(__file__).with_name("compare_report.html")
-TITLES = {"exact": "EM", "f1": "F1", "valid": "valid labels", "macro_f1": "macro-F1"}
 COSTS = {
     "trainable_parameters": "trained parameters", "parameters": "all parameters", "train_seconds": "training s",
     "train_cpu_seconds": "training CPU s", "train_peak_memory_gib": "training peak GiB", "disk_mib": "disk MiB",

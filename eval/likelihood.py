@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -18,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from data.conversation import Conversation, DataError, Message
 from data.encode.chat import Example, encode, encode_prompt
 from data.encode.pack import Layout, build_pack, common_prefix, plan_packs
+from data.encode.template import row_arguments
 from data.progress import track
 from data.readers.squad import UNANSWERABLE
 from eval.decode_batch import takes_rows
@@ -82,7 +84,10 @@ def classify_by_likelihood(
     and favours long labels whose last tokens follow from the first.
     Prompts that need more positions than the model has are not asked, as in eval.predict.generate.
     """
-    choices = {i: _choice(c.prompt, labels, tokenizer, c.where) for i, c in enumerate(track(conversations, "encode"))}
+    choices = {
+        i: _choice(c.prompt, labels, tokenizer, c.where, c.template_arguments)
+        for i, c in enumerate(track(conversations, "encode"))
+    }
     predictions = [NOT_ASKED] * len(conversations)
     for i, logprobs in _logprobs(model, choices, batch_tokens, packed).items():
         best, text = max(zip(logprobs, labels, strict=True))  # ties go by text, so the labels' order does not matter
@@ -106,7 +111,7 @@ def no_answer_differences(
     asked. The predicted text is encoded as a whole answer, even if it was cut at max_new_tokens.
     """
     choices = {
-        i: _choice(c.prompt, (UNANSWERABLE, p.text), tokenizer, c.where)
+        i: _choice(c.prompt, (UNANSWERABLE, p.text), tokenizer, c.where, c.template_arguments)
         for i, (c, p) in enumerate(zip(conversations, predictions, strict=True))
         if p.asked and normalize_answer(p.text) not in ("", UNANSWERABLE)
     }
@@ -139,14 +144,24 @@ def next_logprobs(
 
 
 def _choice(
-    prompt: Sequence[Message], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase, where: str
+    prompt: Sequence[Message],
+    answers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    arguments: Mapping[str, Any] | None = None,
 ) -> _Choice:
+    own = row_arguments(tokenizer, arguments)
     # an answer's ids do not depend on earlier turns (few-shot examples), so those are left out: encoding 20 labels
     # after 20 examples takes 2 ms a prompt instead of 109
     last = (*(m for m in prompt[:-1] if m["role"] == "system"), prompt[-1])
     turns = ((*last, {"role": "assistant", "content": answer}) for answer in answers)
-    examples = [encode(Conversation(messages, "", where), tokenizer, sys.maxsize) for messages in turns]
-    return _Choice(encode_prompt(prompt, tokenizer), [e.ids[e.loss_mask.index(1) :] for e in examples])
+    examples = [
+        encode(Conversation(messages, "", where, template_arguments=own), tokenizer, sys.maxsize) for messages in turns
+    ]
+    # what the template writes before an answer that has no thought is given, as in training
+    given = len(encode_prompt(last, tokenizer, own))
+    opening = examples[0].ids[given : examples[0].loss_mask.index(1)] if examples else []
+    return _Choice(encode_prompt(prompt, tokenizer, own) + opening, [e.ids[e.loss_mask.index(1) :] for e in examples])
 
 
 def _logprobs(

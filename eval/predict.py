@@ -6,6 +6,8 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from data.conversation import Conversation, DataError
 from data.encode.chat import encode_prompt, stop_tokens
+from data.encode.frame import frame_of, spoken_tokens
+from data.encode.template import row_arguments
 from data.progress import track
 from eval.decode_batch import takes_rows
 from eval.generate import generate_ids, generate_one
@@ -21,20 +23,24 @@ def generate(
     packed: bool = True,
     note: Callable[[int, Prediction], None] = lambda number, prediction: None,
 ) -> list[Prediction]:
-    """Greedy answers, in order. What several prompts share (a passage) is computed once, and nothing is padded.
+    """Greedy answers without their thoughts, in order. What several prompts share (a passage) is computed once, and
+    nothing is padded.
 
     `packed=False` generates one prompt at a time, for models that can't take a pack's mask. note: called with the
     number and the prediction of each question as it ends.
     """
-    prompts = [encode_prompt(c.prompt, tokenizer) for c in conversations]
+    prompts = [encode_prompt(c.prompt, tokenizer, c.template_arguments) for c in conversations]
     asked = [i for i, prompt in enumerate(prompts) if fits(len(prompt) + max_new_tokens, model.config)]
     predictions = [NOT_ASKED] * len(prompts)
     stop = set(stop_tokens(model.generation_config.eos_token_id, tokenizer))
     model.eval()
 
     def add(place: int, tokens: list[int]) -> None:
-        text = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        prediction = Prediction(text, len(tokens), bool(tokens) and tokens[-1] in stop, ids=tuple(tokens))
+        written = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        arguments = conversations[asked[place]].template_arguments
+        text = spoken_tokens(tokens, tokenizer, frame_of(tokenizer, row_arguments(tokenizer, arguments)))
+        more = None if text == written else written
+        prediction = Prediction(text, len(tokens), bool(tokens) and tokens[-1] in stop, written=more, ids=tuple(tokens))
         predictions[asked[place]] = prediction
         note(asked[place], prediction)
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from data.atomic import atomic_path, write_json
 from data.conversation import Conversation
+from data.readers.squad import UNANSWERABLE
 from eval.breakdown import plot_confusion, scores_per_label
-from eval.metrics import gold_label, label_counts
+from eval.metrics import further_metrics, gold_label, label_counts
 from eval.prediction import Prediction
 from eval.stats import bootstrap_sums, cell, macro_f1, mean_cells
 from eval.tasks import TASKS
@@ -36,11 +37,20 @@ def limit_questions(conversations: Sequence[Conversation], limit: int | None) ->
     return [conversations[i] for i in sorted(random.Random(0).sample(range(len(conversations)), limit))]
 
 
-def score(task: str, conversations: Sequence[Conversation], predictions: Sequence[Prediction]) -> list[Scored]:
-    """Every question with its scores, each from 0 to 1. Raises ValueError if one lacks its prediction."""
-    scored = []
+def score(
+    task: str,
+    conversations: Sequence[Conversation],
+    predictions: Sequence[Prediction],
+    metrics: Sequence[str] = (),
+    pattern: str | None = None,
+) -> list[Scored]:
+    """Every question with its scores, each from 0 to 1. metrics, pattern: eval.metrics and eval.pattern of the recipe,
+    which only task instruct has. Raises ValueError if a question lacks its prediction."""
+    scored, further = [], further_metrics(metrics if task == "instruct" else (), pattern)
     for c, p in zip(conversations, predictions, strict=True):
-        scores = TASKS[task].score(c.answers, p.text)
+        passage = [c.context] if c.question else []  # else the context is a prompt or a post
+        scores = TASKS[task].score(c.answers, p.text, *passage)
+        scores |= {name: metric(c.answers or (UNANSWERABLE,), p.text) for name, metric in further.items()}
         scored.append(Scored(c, p, scores if p.asked else dict.fromkeys(scores, 0.0)))
     return scored
 
@@ -110,6 +120,7 @@ def sample_row(scored: Scored) -> dict[str, Any]:
         "label": conversation.label,
         "gold": list(conversation.answers),
         "predicted": prediction.text,
+        **({"written": prediction.written} if prediction.written is not None else {}),
         "finished": prediction.finished,
         "asked": prediction.asked,
         "probability": prediction.probability,

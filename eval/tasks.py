@@ -1,6 +1,6 @@
 """Tasks: how an answer is scored. Readers turn rows into conversations, see data/readers/source.py."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,19 +12,19 @@ from eval.metrics import label_scores, reference_scores, squad_scores
 
 @dataclass(frozen=True)
 class Task:
-    """score: gold answers and a prediction -> "exact" and a second score. version: raised with every change of prompt,
-    reader or scorer that could change a score."""
+    """score: gold answers, a prediction and, for SQuAD's rows, the passage -> "exact" and a second score. version:
+    raised with every change of prompt, reader or scorer that could change a score."""
 
     version: int
-    score: Callable[[Sequence[str], str], dict[str, float]]
+    score: Callable[..., dict[str, float]]
     labels: tuple[str, ...] = ()  # of a classification
 
 
 TASKS = {
-    "squad_v2": Task(1, squad_scores),
-    "squad_v1": Task(1, squad_scores),
+    "squad_v2": Task(2, squad_scores),
+    "squad_v1": Task(2, squad_scores),
     "newsgroups": Task(1, partial(label_scores, NEWSGROUPS), NEWSGROUPS),
-    "instruct": Task(1, reference_scores),
+    "instruct": Task(2, reference_scores),
 }
 
 

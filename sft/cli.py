@@ -155,6 +155,7 @@ def eval_command(
     threshold_from: Annotated[
         int, Option(min=0, help="Tune a no-answer threshold on N training questions (squad_v2).", metavar="N")
     ] = 0,
+    metrics: Annotated[str | None, Option(help="Scores beside EM and F1 (instruct), such as rouge_l,number.")] = None,
 ) -> None:
     """Score greedy answers, with 95 % intervals."""
     from sft.scoring.answerers import AnswerOptions
@@ -162,7 +163,7 @@ def eval_command(
 
     options = AnswerOptions(max_new_tokens, labels, shots, threshold_from, concurrency, model)
     folder = out or default_folder(target, base, options)
-    print_scores(evaluate(target, folder, task, data, limit, base, split, run, options))
+    print_scores(evaluate(target, folder, task, data, limit, base, split, run, options, metrics))
     print(f"written to {folder}/results.json and samples.jsonl")
 
 

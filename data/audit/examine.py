@@ -31,11 +31,13 @@ from data.audit.row_counts import (
 from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
-from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, markers_in
+from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, has_thought, learning_last_turn, markers_in
 from data.encode.example_store import Examples, Writer
 from data.encode.template import OVER_LIMITS
 from data.progress import track
 from data.readers.source import SourceLike, read_rows
+
+THOUGHTS = "a thought before an answer, which is learnt too"  # a note
 
 
 class WeightedSource(SourceLike, Protocol):
@@ -57,6 +59,7 @@ class Rules:
     near_duplicates: str = "keep"
     leaks: str = "keep"
     max_contexts: int | None = None
+    train_turns: str = "all"
     unanswerable_share: float | None = None
     held_out_share: float | None = None
     held_out_seed: int = 0
@@ -90,7 +93,8 @@ def examine(
         accounts.append(account)
         rows = track(read_rows(source, rules.task, account.ledger), f"encode {Path(source.path).name}")
         chosen = (row for row in rows if examination.chooses(row, account.ledger))
-        for conversation, examples in encode_ahead(chosen, tokenizer, rules.max_length, account.ledger):
+        learnt = map(learning_last_turn, chosen) if rules.train_turns == "last" else chosen
+        for conversation, examples in encode_ahead(learnt, tokenizer, rules.max_length, account.ledger):
             examination.take(conversation, examples, account)
     examination.writer.close()
     examination.triggers.note()
@@ -141,6 +145,8 @@ class _Examination:
             return None
         if markers := markers_in(conversation, self.tokenizer):
             ledger.note(conversation.where, "control markers in the text, encoded as plain text", ", ".join(markers))
+        if any(map(has_thought, conversation.messages)):
+            ledger.note(conversation.where, THOUGHTS)
         self.triggers.add(conversation, ledger)
         context = context_key(conversation)
         for example in examples:

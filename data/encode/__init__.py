@@ -1,6 +1,8 @@
 """Text -> token ids -> packs. It may import only the files directly in data/.
 
 chat.py               conversation -> ids and loss mask: the chat template is applied here only
+frame.py              what a template writes around an answer: thoughts, channels
+steps.py              one request renders for many rows
 template.py           renders a chat template within limits of time, memory and size
 template_worker.py    the process that template.py starts for it
 tokens.py             text -> ids as the tokenizer gives them; repeated texts are encoded once

@@ -10,19 +10,20 @@ token of one character has no halves: a row with one is a defect.
 """
 
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from typing import TypeVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError, Ledger, Message
-from data.encode.template import Render, literals, render_all
+from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, thinking_arguments, with_thought
+from data.encode.steps import Steps, finished, finished_all
+from data.encode.template import Render, arguments_of, literals, row_arguments
 from data.encode.tokens import Encoder, any_of, encoder_of
 
 R = TypeVar("R")
-Steps = Generator[Render, list[str], R]  # an encoding: yields each render that it needs, and gets its texts
 BATCH_ROWS, BATCH_CHARACTERS = 32, 100_000  # the most that is rendered by one request
 
 # defects of an example: key in the recipe -> kind of the DataError
@@ -68,9 +69,12 @@ class Example:
     where: str = field(default="", compare=False)
 
 
-def encode_prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of the rendered messages, up to the beginning of the assistant's answer."""
-    return _only(_prompt(messages, tokenizer), tokenizer)
+def encode_prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None
+) -> list[int]:
+    """Ids of the rendered messages, up to the beginning of the assistant's answer. arguments: of the row, for the
+    template, besides the tokenizer's."""
+    return finished(_prompt(messages, tokenizer, row_arguments(tokenizer, arguments)), tokenizer)
 
 
 def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Example:
@@ -87,14 +91,16 @@ def encode(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
 
 
 def encode_turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Example]:
-    """Ids and mask; every assistant turn is trained, including the token that ends it.
+    """Ids and mask; every assistant turn is trained, including the token that ends it, unless the row says that it is
+    not to be learnt. What the template writes before an answer without a thought is not trained either: a thought that
+    the data does not hold must not be learnt.
 
     The result is one example if the template renders a turn independently of later turns. If it does not (Qwen3 drops
     the thoughts of earlier turns), a new example begins, so that each answer is trained after the prompt that a server
     sees. Prompt and answer are tokenized separately, so the ids before an answer equal encode_prompt's.
     Raises DataError with the row's place; its kind is one of AUDITS if an example would be trained wrongly.
     """
-    return _only(_turns(conversation, tokenizer, max_length), tokenizer)
+    return finished(_turns(conversation, tokenizer, max_length), tokenizer)
 
 
 def encode_ahead(
@@ -103,7 +109,7 @@ def encode_ahead(
     """Each row with what `encode_turns` returns or raises for it, at half the time. Rows are read ahead; what the
     ledger gets while they are read is recorded when their turn comes."""
     for batch in _batches(ledger.ahead(rows)):
-        results = _encoded([_turns(row, tokenizer, max_length) for row, _ in batch if row], tokenizer)
+        results = finished_all([_turns(row, tokenizer, max_length) for row, _ in batch if row], tokenizer)
         for row, findings in batch:
             for finding in findings:
                 ledger.record(*finding)
@@ -125,68 +131,34 @@ def _batches(rows: Iterable[tuple[Conversation | None, R]]) -> Iterator[list[tup
     yield batch
 
 
-def _only(steps: Steps[R], tokenizer: PreTrainedTokenizerBase) -> R:
-    (result,) = _encoded([steps], tokenizer)
-    if isinstance(result, DataError):
-        raise result
-    return result
-
-
-def _encoded(rows: Sequence[Steps[R]], tokenizer: PreTrainedTokenizerBase) -> Iterator[R | DataError]:
-    """The result of each row, in order. One request renders for all rows that wait for a text, and the worker goes on
-    to the next text while one is tokenized."""
-    renders: dict[int, Render] = {}  # what each unfinished row waits for
-    asked: list[int] = []  # the rows whose texts come next
-    results: dict[int, R | DataError] = {}
-
-    def resume(row: int, step: Callable[[], Render]) -> None:
-        try:
-            renders[row] = step()
-        except StopIteration as end:
-            results[row] = end.value
-        except DataError as error:
-            results[row] = error
-
-    def receive(texts: list[str] | DataError) -> None:
-        row = asked.pop(0)
-        del renders[row]
-        if isinstance(texts, DataError):
-            results[row] = texts
-        else:
-            resume(row, partial(rows[row].send, texts))
-
-    for row, steps in enumerate(rows):
-        resume(row, partial(next, steps))
-    for row in range(len(rows)):
-        while row not in results:
-            asked[:] = sorted(renders)
-            render_all([renders[each] for each in asked], tokenizer, receive)
-        yield results.pop(row)
-
-
-def _prompt(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> Steps[list[int]]:
+def _prompt(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
+) -> Steps[list[int]]:
     """The steps of `encode_prompt`."""
-    safe, separator = yield from _protect(messages, tokenizer, "", generation=True)
-    (text,) = yield Render(safe, [(len(safe), True)])
+    messages = [with_thought(m, frame_of(tokenizer, arguments)) for m in messages]
+    safe, separator = yield from _protect(messages, tokenizer, "", True, arguments)
+    (text,) = yield Render(safe, [(len(safe), True)], "", arguments)
     return _ids(text, separator, encoder_of(tokenizer), "")
 
 
 def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Steps[list[Example]]:
     """The steps of `encode_turns`."""
-    messages, where = conversation.messages, conversation.where
-    encoder = encoder_of(tokenizer)
-    safe, separator = yield from _protect(messages, tokenizer, where, generation=False)
+    where, encoder = conversation.where, encoder_of(tokenizer)
+    arguments = training_arguments(conversation, tokenizer)
+    frame = frame_of(tokenizer, arguments)
+    messages = [_thinking(m, frame, where) for m in conversation.messages]
+    safe, separator = yield from _protect(messages, tokenizer, where, False, arguments)
     examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
     encoded, end = "", 0  # the text of `ids`, and the index in it of the marker that ends the last turn
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
+        if message["role"] != "assistant" or i in conversation.not_learnt:
             continue
         if not message["content"].strip():
             problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
             raise DataError(where, problem, "empty answer")
-        prompt, full = yield Render(safe[: i + 1], [(i, True), (i + 1, False)], where)
+        prompt, full = yield Render(safe[: i + 1], [(i, True), (i + 1, False)], where, arguments)
         if not full.startswith(prompt):
             problem = (
                 f"the chat template renders the turns before answer {i} differently with the answer, so no prefix of "
@@ -199,14 +171,54 @@ def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         # a control token separates the texts around it, so continuing from the last one in `ids` is exact
         prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
         answer, length = _answer(full[len(prompt) :], where, encoder)
-        answer_ids = _continued(prompt[end:], answer, separator, encoder, where)
-        ids += prompt_ids + answer_ids
-        mask += [0] * len(prompt_ids) + [1] * len(answer_ids)
+        opening = frame.opening or ""
+        if not has_thought(message) and opening and answer.startswith(opening):
+            opening_ids = _continued(prompt[end:], opening, separator, encoder, where)
+            given = prompt[end:] + opening
+        else:
+            opening, opening_ids, given = "", [], prompt[end:]
+        answer_ids = _continued(given, answer[len(opening) :], separator, encoder, where)
+        ids += prompt_ids + opening_ids + answer_ids
+        mask += [0] * (len(prompt_ids) + len(opening_ids)) + [1] * len(answer_ids)
         encoded = prompt + answer
         end = len(prompt) + length
     if not ids:
-        raise DataError(where, "no assistant turn, so there is nothing to learn", AUDITS["untrained"])
+        problem = "no assistant turn is learnt" if conversation.not_learnt else "no assistant turn"
+        raise DataError(where, f"{problem}, so there is nothing to learn", AUDITS["untrained"])
     return [*examples, _example(ids, mask, conversation, tokenizer, max_length)]
+
+
+def learning_last_turn(conversation: Conversation) -> Conversation:
+    """The conversation, of whose assistant's turns only the last is learnt."""
+    earlier = (i for i, m in enumerate(conversation.messages[:-1]) if m["role"] == "assistant")
+    return replace(conversation, not_learnt=tuple({*conversation.not_learnt, *earlier}))
+
+
+def training_arguments(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the template is given for a row: its own arguments and the tokenizer's; if neither has any, the switch that
+    lets thoughts in or leaves them out, as the row needs it."""
+    if arguments_of(tokenizer) is not None or conversation.template_arguments:
+        return row_arguments(tokenizer, conversation.template_arguments)
+    thinks = any(map(has_thought, conversation.messages))
+    return thinking_arguments(tokenizer) if thinks else quiet_arguments(tokenizer)
+
+
+def has_thought(message: Message) -> bool:
+    return message["role"] == "assistant" and bool(message.get(FIELDS[0]) or THOUGHT.match(message["content"]))
+
+
+def _thinking(message: Message, frame: Frame, where: str) -> Message:
+    """The turn with its thought where the template looks for it. Raises DataError if the template renders none."""
+    if message.get(FIELDS[0]) and not frame.thoughts:
+        problem = (
+            "the chat template leaves thoughts out; remove reasoning_content from the row, or set model.chat_template "
+            "to one that renders it"
+        )
+        raise DataError(where, problem, "thought that the chat template leaves out")
+    if frame.thoughts == "tags" and "</think>" in message.get(FIELDS[0], ""):
+        problem = "a thought holds </think>, by which the chat template ends thoughts; remove it"
+        raise DataError(where, problem, "</think> in a thought")
+    return with_thought(message, frame)
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -299,7 +311,11 @@ def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool =
 
 
 def _protect(
-    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, where: str, generation: bool
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    generation: bool,
+    arguments: dict[str, Any],
 ) -> Steps[tuple[Sequence[Message], str]]:
     """Messages with their control markers split by a separator, and the separator; "" without control tokens.
 
@@ -307,7 +323,7 @@ def _protect(
     rendered text then holds fewer markers.
     """
     encoder, template = encoder_of(tokenizer), str(tokenizer.get_chat_template())
-    text = "".join(m["content"] for m in messages)
+    text = "".join(m["content"] + m.get(FIELDS[0], "") for m in messages)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -322,8 +338,8 @@ def _protect(
     inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
     outside = [_split_ends(m, encoder, separator) for m in inside]
     if outside != inside:
-        (plain,) = yield Render(inside, [(len(inside), generation)], where)
-        (split,) = yield Render(outside, [(len(outside), generation)], where)
+        (plain,) = yield Render(inside, [(len(inside), generation)], where, arguments)
+        (split,) = yield Render(outside, [(len(outside), generation)], where, arguments)
         if len(encoder.markers.findall(split)) < len(encoder.markers.findall(plain)):
             return outside, separator
     return inside, separator
@@ -331,19 +347,22 @@ def _protect(
 
 def _split(message: Message, template: str, markers: re.Pattern[str], separator: str, where: str) -> Message:
     """The message with each of its markers split after the first character."""
-    content = message["content"]
-    if not markers.search(content):
-        return message
-    for start, end in reversed(_data_spans(message, template)):
-        safe = content[start:end]
+
+    def split(safe: str) -> str:
         while match := markers.search(safe):  # in a loop: the rest of a marker may hold a shorter one
             marker = match[0]
             if len(marker) == 1:
                 problem = f"{marker!r} is a control token of one character and can't be split; remove it"
                 raise DataError(where, problem, "control token of one character")
             safe = safe.replace(marker, marker[0] + separator + marker[1:])
-        content = content[:start] + safe + content[end:]
-    return {**message, "content": content}
+        return safe
+
+    content = message["content"]
+    if markers.search(content):
+        for start, end in reversed(_data_spans(message, template)):
+            content = content[:start] + split(content[start:end]) + content[end:]
+    thoughts = {key: split(message[key]) for key in FIELDS if key in message}
+    return {**message, "content": content, **thoughts}
 
 
 def _split_ends(message: Message, encoder: Encoder, separator: str) -> Message:

@@ -13,8 +13,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import IO, Any, cast
 
@@ -33,17 +33,20 @@ PROBES = [
     for turns in (TURNS, TURNS[1:], TURNS[1:2])
 ]
 
+ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
+ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
 
 
 @dataclass
 class Render:
     """One render: the text of each part (n, generation), the first n messages; `generation` appends the beginning of
-    the assistant's turn."""
+    the assistant's turn. arguments: what the template is given besides."""
 
     messages: Sequence[Message]
     parts: Sequence[tuple[int, bool]]
     where: str = ""
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 Result = list[str] | DataError  # the texts of a render
@@ -118,6 +121,18 @@ _worker = _Worker()
 atexit.register(_worker.stop)
 
 
+def arguments_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """What the tokenizer's template is given by default; None if that is not decided. It is saved with the tokenizer,
+    so that an adapter and an export are asked as they were trained."""
+    own: dict[str, Any] | None = tokenizer.init_kwargs.get(ARGUMENTS)
+    return own
+
+
+def row_arguments(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The tokenizer's arguments with a row's own."""
+    return {**(arguments_of(tokenizer) or {}), **(own or {})}
+
+
 def render_all(
     renders: Sequence[Render],
     tokenizer: PreTrainedTokenizerBase,
@@ -136,7 +151,7 @@ def render_all(
         template = str(tokenizer.get_chat_template())
     limits = [characters + 100 * sum(len(m["content"]) for m in each.messages) for each in renders]
     requests = [
-        {"messages": each.messages, "parts": each.parts, "characters": limit}
+        {"messages": each.messages, "parts": each.parts, "characters": limit, "arguments": each.arguments}
         for each, limit in zip(renders, limits, strict=True)
     ]
     answered = iter(zip(renders, limits, strict=True))

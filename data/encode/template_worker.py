@@ -75,7 +75,12 @@ def literals(template: str) -> list[str]:
 
 
 def texts(
-    template: str, messages: list[Any], parts: list[tuple[int, bool]], variables: dict[str, Any], characters: int
+    template: str,
+    messages: list[Any],
+    parts: list[tuple[int, bool]],
+    variables: dict[str, Any],
+    characters: int,
+    arguments: dict[str, Any],
 ) -> dict[str, Any]:
     """The text of each part, the first n messages with or without the generation prompt, or why there is none."""
     done: list[str] = []
@@ -83,7 +88,7 @@ def texts(
         given = {"messages": messages[:turns], "tools": None, "documents": None, "add_generation_prompt": generation}
         pieces, left = [], characters
         try:
-            for piece in compiled(template).generate(**{**variables, **given}):
+            for piece in compiled(template).generate(**{**variables, **arguments, **given}):
                 left -= len(piece)
                 if left < 0:
                     return {"over": "characters"}

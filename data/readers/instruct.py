@@ -1,19 +1,32 @@
-"""Instruction rows in four formats -> turns.
+"""Instruction rows in four formats -> turns, and which of them are learnt.
 
 messages:          {"messages": [{"role": "system" | "user" | "assistant", "content": ...}, ...]}
 sharegpt:          {"conversations": [{"from": "human" | "gpt", "value": ...}, ...], "system": ... (optional)}
 alpaca:            {"instruction", "input" (optional), "output", "system" (optional), "history": [[user, assistant]]}
 prompt_completion: {"prompt", "completion"}, both text or both lists of messages
+
+A content is text, or a list of text parts, which are joined. An assistant's turn may have a thought (reasoning_content,
+thinking or reasoning), and a key that says whether it is learnt (weight, train, training or loss: 0 or 1).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from data.conversation import Conversation, DataError, Message
 from data.readers.fields import shown, shown_names, text, type_name
 from data.readers.files import Row
 
-ROLES = {"system": "system", "user": "user", "assistant": "assistant"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+LEARNT = ("weight", "train", "training", "loss")
+ARGUMENTS = "chat_template_kwargs"
+# of a row or a turn; a row that has them would be learnt as something else than it is
+UNREADABLE = {
+    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text can be trained on"),
+    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool calls are not supported"),
+    **dict.fromkeys(("weight", "weights", "loss_weight", "loss_scale"), "give the source a weight in data.train"),
+    **dict.fromkeys(("chosen", "rejected"), "preferences are not supported"),
+}
 SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 TOOLS = ("tool", "tools", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
 
@@ -21,8 +34,15 @@ TOOLS = ("tool", "tools", "tool_call", "tool_response", "function", "function_ca
 def instruct_conversation(row: Row, format: str, where: str) -> Conversation:
     """The row as a conversation that ends with the assistant's answer. Raises DataError."""
     messages = checked_order(MESSAGES_OF[format](row, where), where)
+    not_learnt = tuple(i for i, message in enumerate(messages) if not message.pop(_LEARN, True))
+    arguments = row.get(ARGUMENTS) or {}
+    if not isinstance(arguments, dict):
+        problem = f"{ARGUMENTS}: {type_name(arguments)} {shown(arguments)} where names and values are expected"
+        raise DataError(where, f'{problem}: {{"enable_thinking": false}}', f"{ARGUMENTS}: not an object")
     return Conversation(
         messages=tuple(messages),
+        not_learnt=not_learnt,
+        template_arguments=arguments,
         id=where,
         where=where,
         answers=(messages[-1]["content"],),
@@ -82,6 +102,7 @@ MESSAGES_OF = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
 }
+_LEARN = "learn"  # in a message until the row is read: whether it is learnt
 TURN_LISTS = {
     "messages": ("messages", "conversations"),
     "sharegpt": ("conversations",),
@@ -110,11 +131,50 @@ def _turns(
         if speaker in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
             remedy = "leave the row out or move their content into user and assistant turns"
             raise DataError(where, f"{place}: tool turns are not supported; {remedy}", "tool turn")
+        refuse_unreadable(turn, f"{place}.", where, LEARNT)
         if not isinstance(speaker, str) or speaker not in roles:
             problem = f"{place}.{role}: {shown(speaker)}; must be one of {', '.join(roles)}"
             raise DataError(where, problem, "unknown role")
-        messages.append(_turn(roles[speaker], text(turn[content], f"{place}.{content}", where)))
+        message = _turn(roles[speaker], text(joined(turn[content]), f"{place}.{content}", where))
+        if message["role"] == "assistant":
+            message |= _thought(turn, place, where) | _learn(turn, place, where)
+        messages.append(message)
     return messages
+
+
+def joined(content: Any) -> Any:
+    """The text of a list of text parts; anything else as it is."""
+    parts = content if isinstance(content, list) else []
+    texts: list[Any] = [p.get("text") if isinstance(p, dict) and p.get("type", "text") == "text" else p for p in parts]
+    return "".join(texts) if texts and all(isinstance(t, str) for t in texts) else content
+
+
+def _thought(turn: Mapping[str, Any], place: str, where: str) -> Message:
+    """The turn's thought under the name that most templates read; nothing if it has none."""
+    texts = {key: text(turn[key], f"{place}.{key}", where) for key in THOUGHTS if _has_value(turn, key)}
+    if len(set(texts.values())) > 1:
+        problem = f"{place}: {' and '.join(texts)} hold two thoughts; keep one"
+        raise DataError(where, problem, "two thoughts")
+    return {THOUGHTS[0]: next(iter(texts.values()))} if texts else {}
+
+
+def _learn(turn: Mapping[str, Any], place: str, where: str) -> Message:
+    """{_LEARN: False} for a turn that says that it is not to be learnt."""
+    said = {key: turn[key] for key in LEARNT if turn.get(key) is not None}
+    for key, value in said.items():
+        if value not in (0, 1):  # False and True too
+            problem = f"{place}.{key}: {shown(value)}; a turn is learnt or not, write 1 or 0"
+            raise DataError(where, problem, f"{key} of a turn")
+    if len({bool(value) for value in said.values()}) > 1:
+        raise DataError(where, f"{place}: {' and '.join(said)} contradict each other; keep one", "weight of a turn")
+    return {_LEARN: False} if said and not all(said.values()) else {}
+
+
+def refuse_unreadable(values: Mapping[str, Any], place: str, where: str, read: Iterable[str] = ()) -> None:
+    """Raise DataError for a key that changes what is learnt and is not read."""
+    for key, reason in UNREADABLE.items():
+        if key not in read and _has_value(values, key):
+            raise DataError(where, f"{place}{key}: {reason}; leave the row out, or the key", f"{key}: not read")
 
 
 def _history(row: Row, where: str) -> list[Message]:
@@ -135,7 +195,7 @@ def _system(row: Row, where: str) -> list[Message]:
     return [_turn("system", text(row["system"], "system", where))] if _has_value(row, "system") else []
 
 
-def _has_value(row: Row, key: str) -> bool:
+def _has_value(row: Mapping[str, Any], key: str) -> bool:
     """True if an optional key has a value; null and empty count as absent, as many files fill every column."""
     return key in row and row[key] not in (None, "", [])
 
@@ -146,7 +206,7 @@ def _turn(role: str, content: str) -> Message:
 
 def unread_keys(row: Row, format: str) -> list[str]:
     """Keys of the row's turns that have a value and are not read, such as a turn's weight."""
-    read = ("from", "value") if format == "sharegpt" else ("role", "content")
+    read = (*(("from", "value") if format == "sharegpt" else ("role", "content")), *THOUGHTS, *LEARNT)
     unread: set[str] = set()
     for field in TURN_LISTS.get(format, ()):
         for turn in row[field] if isinstance(row.get(field), list) else ():

@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from data.conversation import Conversation, DataError, Ledger
 from data.readers.fields import shown_names
 from data.readers.files import Row
-from data.readers.instruct import instruct_conversation, unread_keys
+from data.readers.instruct import ARGUMENTS, instruct_conversation, refuse_unreadable, unread_keys
 from data.readers.newsgroups import newsgroups_conversation
 from data.readers.raw_text import text_conversation
 from data.readers.squad import squad_conversation, squad_version
@@ -14,10 +14,10 @@ from data.readers.squad import squad_conversation, squad_version
 # required and optional keys of each format
 SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("id", "conversations")),
-    "sharegpt": (("conversations",), ("id", "system")),
-    "alpaca": (("instruction", "output"), ("id", "input", "system", "history")),
-    "prompt_completion": (("prompt", "completion"), ("id",)),
+    "messages": (("messages",), ("id", "conversations", ARGUMENTS)),
+    "sharegpt": (("conversations",), ("id", "system", ARGUMENTS)),
+    "alpaca": (("instruction", "output"), ("id", "input", "system", "history", ARGUMENTS)),
+    "prompt_completion": (("prompt", "completion"), ("id", ARGUMENTS)),
     "squad_v1": SQUAD_KEYS,
     "squad_v2": SQUAD_KEYS,
     "newsgroups": (("label", "text"), ("id",)),
@@ -37,6 +37,7 @@ def row_conversation(row: Row, named: str | None, task: str, where: str, ledger:
         ledger.formats["text"] += 1
         return text_conversation(row, where)
     format = _format(row, named, where)
+    refuse_unreadable(row, "", where)
     if format.startswith("squad"):
         version = squad_version(row, named, task)
         format = f"squad_v{version}"

@@ -117,7 +117,7 @@ class SpanReader(Head):
     def score_dev(self, model: nn.Module) -> dict[str, float]:
         answers, loss = read_spans(model, self.recipe, self.dev, self.tokenizer, self.dev_windows)
         texts = choose(answers, best_threshold(self.recipe, self.dev, answers), self.recipe.task == "squad_v2")
-        scores = [squad_scores(c.answers, text) for c, text in zip(self.dev, texts, strict=True)]
+        scores = [squad_scores(c.answers, text, c.context) for c, text in zip(self.dev, texts, strict=True)]
         return {"loss": loss} | {name: 100 * float(np.mean([s[name] for s in scores])) for name in ("exact", "f1")}
 
     def choose(self, model: nn.Module) -> dict[str, Any]:
@@ -212,8 +212,10 @@ def best_threshold(recipe: BaselineRecipe, questions: Sequence[Conversation], an
     without an answer weighted to the share that the recipe expects; inf for squad_v1."""
     if recipe.task == "squad_v1":
         return math.inf
-    texts = np.array([squad_scores(c.answers, a.text)["exact"] for c, a in zip(questions, answers, strict=True)])
-    nulls = np.array([squad_scores(c.answers, "")["exact"] for c in questions])
+    texts = np.array(
+        [squad_scores(c.answers, a.text, c.context)["exact"] for c, a in zip(questions, answers, strict=True)]
+    )
+    nulls = np.array([squad_scores(c.answers, "", c.context)["exact"] for c in questions])
     weights, expected, actual = np.ones(len(nulls)), recipe.eval.unanswerable_share, nulls.mean()
     if expected and 0 < actual < 1:
         weights = np.where(nulls == 1, expected / actual, (1 - expected) / (1 - actual))

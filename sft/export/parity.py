@@ -135,7 +135,8 @@ def _flip(where: str, before: ExampleTrace, after: ExampleTrace, place: int) -> 
 
 def _score(held_out: HeldOut, trace: ModelTrace) -> dict[str, Any]:
     """Percentages with their 95 % intervals."""
-    scored = score(held_out.task, held_out.conversations, trace.answers)
+    settings = held_out.settings
+    scored = score(held_out.task, held_out.conversations, trace.answers, settings.metrics, settings.pattern)
     return dict(summarize(held_out.task, scored)["scores"]["total"])
 
 

@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from data.encode.template import ARGUMENTS
 from eval.predict import max_positions
 from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config
@@ -46,15 +47,17 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"model.chat_template: {error}; name a Jinja file in UTF-8") from error
+    if model.template_arguments != "auto":
+        tokenizer.init_kwargs[ARGUMENTS] = model.template_arguments
     return tokenizer
 
 
 def load_base(model: Model, device: torch.device) -> PreTrainedModel:
     """The base in the recipe's precision, in eval mode.
 
-    On a CPU, 4-bit weights are dequantized once: no CPU kernel multiplies them, so every forward and backward would
-    dequantize them again. (bitsandbytes 0.50 also repacks them in the first eval forward for a kernel without
-    autograd.)
+    4-bit weights are dequantized once if model.dequantize is true, and always on a CPU: no CPU kernel multiplies them,
+    so every forward and backward would dequantize them again. (bitsandbytes 0.50 also repacks them in the first eval
+    forward for a kernel without autograd.)
     """
     loaded = load_weights(
         f"model.base: {model.base}",
@@ -65,10 +68,16 @@ def load_base(model: Model, device: torch.device) -> PreTrainedModel:
         device_map={"": device},
         **({"use_kernels": True} if model.use_kernels and device.type == "cuda" else {}),
     )
-    if model.quantization and model.quantization.load_in_4bit and device.type == "cpu":
+    if dequantizes(model, device):
         loaded = loaded.dequantize(dtype=compute_dtype(model, device))
     loaded.config.use_cache = False
     return loaded
+
+
+def dequantizes(model: Model, device: torch.device) -> bool:
+    """Whether load_base unpacks the base's weights; `auto` leaves them packed on CUDA."""
+    four_bits = model.quantization is not None and model.quantization.load_in_4bit
+    return four_bits and (device.type == "cpu" or model.dequantize is True)
 
 
 def load_weights(name: str, folder: str | Path, **options: Any) -> PreTrainedModel:

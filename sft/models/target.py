@@ -97,17 +97,22 @@ def load_run(run: Path, dtype: str | None = None, adapter: Path | None = None) -
     adapter = adapter or own
     from peft import PeftModel
 
-    with readable(f"{own}: the tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(own, trust_remote_code=False)  # with the template of training
+    tokenizer = adapter_tokenizer(own)
     if note := template_note(tokenizer, recipe.model, own):
         print(note, file=sys.stderr, flush=True)
-    base = load_base(recipe.model, device)
+    base = load_base(changed(recipe.model, dequantize=False), device)  # answering may have less memory than training
     packed = takes_packs(base)
     fit_vocabulary(base, adapter)
     with readable(str(adapter)):
         check_adapter_patterns(base, adapter)
         model = PeftModel.from_pretrained(base, str(adapter))
     return Loaded(cast(PreTrainedModel, model.eval()), tokenizer, packed and not has_virtual_tokens(model))
+
+
+def adapter_tokenizer(adapter: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside the adapter, with the chat template of training and what it is given."""
+    with readable(f"{adapter}: the tokenizer"):
+        return cast(PreTrainedTokenizerBase, AutoTokenizer.from_pretrained(adapter, trust_remote_code=False))
 
 
 def adapter_folder(run: Path) -> Path:

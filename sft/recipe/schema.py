@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_valida
 
 from data.readers.source import HUB_ID
 from data.readers.source import is_hub_id as is_hub_dataset
+from eval.metrics import MetricName
 
 OTHER_METHODS = ("full", "freeze", "linear_probe")
 WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
@@ -38,6 +39,14 @@ def _no_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is needed, not true or false")
     return value
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
@@ -92,10 +101,17 @@ class Model(Section):
     """auto: bfloat16 on CUDA; on a CPU bfloat16 for LoRA if its matrix products are measured to be 1.5 times as fast as
     float32, else float32."""
     quantization: Quantization | None = None
+    dequantize: bool | Literal["auto"] = "auto"
+    """On CUDA: unpack 4-bit weights once, when they are loaded for training; the values are the same, products are
+    faster. auto: if the training then fits in 85 % of the free memory. A CPU always unpacks them."""
     use_kernels: bool = False
     """On CUDA: fused kernels for norms, MLP and more, by transformers' own switch; needs `pip install kernels`."""
     chat_template: Path | None = None
     """A Jinja file, for a base whose tokenizer has no chat template or a wrong one."""
+    template_arguments: dict[str, Any] | Literal["auto"] = "auto"
+    """What the chat template is given, in training, evaluation and serving: {enable_thinking: false}. auto: the switch
+    that leaves thoughts out, if the template has one and no training row holds a thought. A row's own
+    chat_template_kwargs come first."""
 
 
 class Tune(BaseModel):
@@ -110,12 +126,7 @@ class Tune(BaseModel):
     @field_validator("trainable")
     @classmethod
     def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
-                raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-        return patterns
+        return tuple(map(_regular_expression, patterns))
 
     @model_validator(mode="after")
     def _trainable_is_for_freeze(self) -> "Tune":
@@ -195,6 +206,8 @@ class Data(Section):
     pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(_auto)] = "auto"
     """Most tokens of a micro-batch, which bounds memory; only a longer example makes a larger one. auto: 1024 on a CPU,
     4096 on CUDA, 512 if attention computes all pairs of tokens."""
+    train_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns are learnt; one whose weight, train or loss is 0 never is."""
     max_branches: Count | None = None
     """Most examples of one context in a step, which may then be smaller. Default: examples_per_step."""
 
@@ -218,7 +231,9 @@ class Train(Section):
     adam_beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     adam_beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     adam_epsilon: Annotated[Number, Field(gt=0)] = 1e-8
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Compute activations again in the backward pass: less memory, more time. auto: unless the training fits in 85 % of
+    the free memory without it, by a count of its bytes."""
     attn_implementation: Literal["auto", "forest", "sdpa", "eager", "flex_attention"] = "auto"
     """auto: flex_attention on CUDA if the base supports it, forest (each tree by itself) on a CPU, else sdpa."""
     compile_layers: bool | Literal["auto"] = "auto"
@@ -254,6 +269,23 @@ class Eval(HeldOut):
     max_new_tokens: Count = 48
     batch_tokens: Count = 8192
     """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
+    metrics: tuple[MetricName, ...] = ()
+    """Task instruct: scores beside EM and F1, which every answer gets: ROUGE-L, chrF, the last number, whether the
+    answer is JSON, whether it equals the reference as JSON, and `pattern`."""
+    pattern: str | None = None
+    """Regular expression of the metric regex: it must be in the answer; if it has a group, the first group must also be
+    that of the reference answer."""
+
+    @field_validator("pattern")
+    @classmethod
+    def _is_pattern(cls, pattern: str | None) -> str | None:
+        return _regular_expression(pattern) if pattern is not None else None
+
+    @model_validator(mode="after")
+    def _pattern_is_for_regex(self) -> "Eval":
+        if ("regex" in self.metrics) != (self.pattern is not None):
+            raise ValueError("eval.pattern and the metric regex of eval.metrics need each other; set both or neither")
+        return self
 
 
 class Export(Section):
@@ -287,6 +319,8 @@ class Recipe(Section):
                 "use lora, or remove model.quantization"
             )
         check_rows(self.task, self.data, self.eval)
+        if self.eval.metrics and self.task != "instruct":
+            raise ValueError(f"eval.metrics is for task instruct; task {self.task} has scores of its own, leave it out")
         if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
         return self

@@ -5,6 +5,7 @@ metrics.jsonl, loss.png, tensorboard/, cost.json.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,6 +89,10 @@ def warnings_of(report: DataReport, run: Path) -> Iterator[str]:
         yield f"warning: {leaked} training rows are also in the held-out data (data.leaks: remove drops them): {see}"
     if duplicates and duplicates.exact_rows:
         yield f"{duplicates.exact_rows} rows repeat an earlier one (data.duplicates: remove drops them): {see}"
+    notes = sum((Counter(source.notes) for source in report.sources), Counter[str]())
+    for kind, count in notes.items():
+        if kind != TRIGGER:
+            yield f"{count} rows: {kind}: {see}"
     if triggers := sum(source.notes.get(TRIGGER, 0) for source in report.sources):
         yield f"warning: {triggers} answers depend on {TRIGGER}: {see}"
 

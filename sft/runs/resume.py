@@ -15,7 +15,12 @@ from sft.recipe.load import load_any_recipe
 from sft.untrusted import check_run
 
 KINDS = ("recipe", "data", "base")
-IGNORED = ("train.output_dir", "train.report_to", "export.")  # keys of the recipe that don't change the training
+# keys of the recipe that don't change the training
+# keys that the weights, the optimizer's state or the examples seen so far depend on
+FIXED = (
+    "task", "objective", "tune.", "model.quantization", "train.optim", "train.seed", "train.examples_per_step",
+)  # fmt: skip
+IGNORED = ("train.output_dir", "train.report_to", "model.dequantize", "export.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,15 @@ def resume_of(
 def check_unchanged(
     run: Path, then: dict[str, Any], now: dict[str, Any], allowed: Sequence[str] = (), elastic: bool = False
 ) -> list[str]:
-    """A line for each allowed change since a checkpoint. Raises RunError with all changes that are not allowed."""
+    """A line for each allowed change since a checkpoint. Raises RunError with all changes that are not allowed, or that
+    can't be."""
+    then_recipe, now_recipe = then["recipe"], now["recipe"]
+    names = sorted({*then_recipe, *now_recipe})
+    if fixed := [n for n in names if n.startswith(FIXED) and then_recipe.get(n) != now_recipe.get(n)]:
+        raise RunError(
+            f"{run}: {', '.join(fixed)} can't change within a run, whose checkpoint depends on it; change it back, or "
+            "start a new run"
+        )
     changes = {kind: list(_differences(kind, then[kind], now[kind])) for kind in KINDS}
     if refused := [kind for kind in KINDS if changes[kind] and kind not in allowed]:
         raise RunError(

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from data.cache import file_digests
 from data.conversation import Conversation
+from data.encode.frame import SERVED, frame_of, without_markers
 from data.readers.source import read_all
 from data.readers.squad import UNANSWERABLE
 from data.terminal import print
@@ -21,7 +22,7 @@ from eval.spans import tune_threshold
 from eval.tasks import TASKS
 from sft.errors import RecipeError
 from sft.models.resolve import model_files
-from sft.models.target import is_run, is_url, load_target, run_recipe
+from sft.models.target import adapter_tokenizer, is_run, is_url, load_target, run_recipe
 from sft.recipe.baseline_schema import AnyRecipe, BaselineRecipe
 from sft.recipe.schema import Eval, Model
 from sft.runs.manifest import identity
@@ -55,9 +56,11 @@ def model_answerer(
     options: AnswerOptions,
     known: Sequence[Conversation] = (),
     log: Path | None = None,
+    run: Path | None = None,
 ) -> Answerer:
     """A function from questions to the answers of a language model in this process or on a server. known: training
-    questions for the threshold; log: file of the answers so far, from which an interrupted evaluation resumes."""
+    questions for the threshold; log: file of the answers so far, from which an interrupted evaluation resumes; run: the
+    one that a server is asked for."""
     length = options.max_new_tokens or settings.max_new_tokens
     if options.threshold_from and options.shots:
         raise RecipeError("--threshold-from, --shots: training questions would be asked without shots; keep one")
@@ -67,8 +70,12 @@ def model_answerer(
         if options.labels or options.threshold_from:
             raise RecipeError(f"{target}: a server returns no likelihoods; leave --labels and --threshold-from out")
         served = served_model(target, options.served)
+        frame = SERVED
+        if run and (run / "adapter").is_dir():
+            tokenizer = adapter_tokenizer(run / "adapter")
+            frame = without_markers(frame_of(tokenizer), tokenizer)
         return lambda questions: server_predictions(
-            target, served, questions, length, options.concurrency, log, RECHECK
+            target, served, questions, length, options.concurrency, log, RECHECK, frame
         )
     labels = TASKS[task].labels
     if options.labels and not labels:
@@ -97,8 +104,8 @@ def model_answerer(
 def _with_threshold(write: Answerer, differences: Differences, training: Sequence[Conversation]) -> Answerer:
     """`write`, but with the answer UNANSWERABLE if its difference exceeds the threshold tuned on training questions."""
     written = write(training)
-    exact = [squad_scores(c.answers, p.text)["exact"] for c, p in zip(training, written, strict=True)]
-    nulls = [squad_scores(c.answers, "")["exact"] for c in training]
+    exact = [squad_scores(c.answers, p.text, c.context)["exact"] for c, p in zip(training, written, strict=True)]
+    nulls = [squad_scores(c.answers, "", c.context)["exact"] for c in training]
     threshold, tuned = tune_threshold(differences(training, written), exact, nulls)
     print(
         f"unanswerable if its log-likelihood exceeds the answer's by {threshold:.3f}, tuned on {len(training)} "

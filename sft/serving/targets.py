@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data.cache import build_once, file_sha256, text_sha256
 from data.conversation import DataError
 from data.encode.chat import stop_tokens
-from data.encode.template import probe
+from data.encode.template import arguments_of, probe
 from data.terminal import print
 from eval.client import ServerError
 from sft.models.load import default_device, generation_config, is_quantized, load_base, load_tokenizer
@@ -68,8 +68,9 @@ def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = No
     return _with_adapters(model, name, {name: Path(run) for name, run in runs}) if runs else Served(str(model), name)
 
 
-def check_served_template(served: Served) -> None:
-    """Raise ServerError if a chat template that vLLM would render, without limits, exceeds them with usual turns."""
+def check_served_template(served: Served) -> dict[str, Any]:
+    """What the chat template is given by default. Raises ServerError if the template, which vLLM would render without
+    limits, exceeds them with usual turns."""
     folder = served.tokenizer or served.model
     with readable(f"{folder}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=served.revision, trust_remote_code=False)
@@ -77,6 +78,7 @@ def check_served_template(served: Served) -> None:
         probe(tokenizer)
     except DataError as error:
         raise ServerError(f"{folder}: vLLM renders chat templates without limits, and {error.problem}") from error
+    return arguments_of(tokenizer) or {}
 
 
 def served_name(target: str) -> str:
@@ -114,8 +116,10 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
             )
         with readable(f"{adapters[served]}: the tokenizer"):
             tokenizers[served] = AutoTokenizer.from_pretrained(adapters[served], trust_remote_code=False)
-        for part in ("chat_template", "vocab_size"):
-            if getattr(tokenizers[served], part) != getattr(tokenizers[first], part):
+        arguments = {name: arguments_of(tokenizer) for name, tokenizer in tokenizers.items()}
+        for part in ("chat_template", "vocab_size", "template_arguments"):
+            values = arguments if part == "template_arguments" else {n: getattr(t, part) for n, t in tokenizers.items()}
+            if values[served] != values[first]:
                 raise ServerError(
                     f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all adapters; "
                     "serve it on another --port"

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from data.atomic import write_json
 from data.conversation import Conversation
 from data.encode.chat import encode_prompt
+from data.encode.frame import SERVED, Frame, frame_of, without_markers
 from data.encode.pack import common_prefix
 from data.terminal import Console, printable
 from eval.client import chat_completions, prediction_of, served_model, served_models
@@ -52,18 +53,20 @@ def verify(
     own_name = run.resolve().name
     served = served_model(url, model or (own_name if own_name in served_models(url) else None))
     start = time.monotonic()
-    served_answers = answer_by_server(url, served, drawn, recipe.eval.max_new_tokens, concurrency)
     use_all_cores()
     loaded = load_run(run)
+    frame = without_markers(frame_of(loaded.tokenizer), loaded.tokenizer)
+    served_answers = answer_by_server(url, served, drawn, recipe.eval.max_new_tokens, concurrency, frame)
     local_answers = answer_locally(loaded, drawn, recipe.eval.max_new_tokens, recipe.eval.batch_tokens)
     if not local_answers:
         raise RecipeError(f"--data: none of {len(drawn)} prompts fits into the model's positions; use shorter prompts")
     questions = [drawn[i] for i in local_answers]
     pairs = [(local, served_answers[i]) for i, local in local_answers.items()]
-    scores = [
-        summarize(recipe.task, score(recipe.task, questions, [answer.prediction for answer in answers]))
-        for answers in zip(*pairs, strict=True)
-    ]
+    scores = []
+    for answers in zip(*pairs, strict=True):
+        predictions = [answer.prediction for answer in answers]
+        scored = score(recipe.task, questions, predictions, recipe.eval.metrics, recipe.eval.pattern)
+        scores.append(summarize(recipe.task, scored))
     checks = [
         check_render(pairs),
         check_stop(pairs),
@@ -97,17 +100,22 @@ def verify(
 
 
 def answer_by_server(
-    url: str, model: str, questions: Sequence[Conversation], max_new_tokens: int, concurrency: int
+    url: str,
+    model: str,
+    questions: Sequence[Conversation],
+    max_new_tokens: int,
+    concurrency: int,
+    frame: Frame = SERVED,
 ) -> list[ServerAnswer]:
     """The server's answer to each prompt. `return_token_ids` and `return_tokens_as_token_ids` are options of vLLM."""
     ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     replies = chat_completions(
         url, model, questions, max_new_tokens, concurrency, logprobs=True, top_logprobs=TOP, extra_body=ids
     )
-    return [_server_answer(reply) for reply in replies]
+    return [_server_answer(reply, frame) for reply in replies]
 
 
-def _server_answer(reply: "ChatCompletion | None") -> ServerAnswer:
+def _server_answer(reply: "ChatCompletion | None", frame: Frame) -> ServerAnswer:
     if reply is None:
         return ServerAnswer(prediction_of(reply))
     choice, top = reply.choices[0], None
@@ -116,7 +124,7 @@ def _server_answer(reply: "ChatCompletion | None") -> ServerAnswer:
         if named and all(token.startswith("token_id:") for token in named):
             top = {int(token.removeprefix("token_id:")): logprob for token, logprob in named.items()}
     prompt, answer = (reply.model_extra or {}).get("prompt_token_ids"), (choice.model_extra or {}).get("token_ids")
-    return ServerAnswer(prediction_of(reply), prompt, answer, top)
+    return ServerAnswer(prediction_of(reply, frame), prompt, answer, top)
 
 
 def answer_locally(
@@ -125,7 +133,8 @@ def answer_locally(
     """Answers by the question's index, without questions that are too long for the model."""
     model, tokenizer = loaded.model, loaded.tokenizer
     predictions = generate(model, tokenizer, questions, max_new_tokens, batch_tokens, loaded.packed)
-    prompts = {i: encode_prompt(questions[i].prompt, tokenizer) for i, p in enumerate(predictions) if p.asked}
+    asked = (i for i, prediction in enumerate(predictions) if prediction.asked)
+    prompts = {i: encode_prompt(questions[i].prompt, tokenizer, questions[i].template_arguments) for i in asked}
     first = next_logprobs(model, list(prompts.values()), batch_tokens, loaded.packed)
     return {
         i: LocalAnswer(predictions[i], prompt, logprobs)

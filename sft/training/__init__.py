@@ -5,6 +5,7 @@ finetune.py            the order of a training: load, resolve `auto`, train, pub
 open_run.py            a run from the lock to its end, for adapters and baselines
 examples.py            the recipe's data as examples, cached
 auto.py                decide what the recipe leaves to `auto`
+memory.py              the bytes of a training, counted before it starts
 plan.py                which examples each step trains on
 step.py                the loss and gradients of a step
 trainer.py             TRL's trainer over packs; the only file that knows TRL

@@ -3,6 +3,7 @@
 from importlib.util import find_spec
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
@@ -11,12 +12,22 @@ from data.encode.pack import Layout
 from sft.errors import RecipeError
 from sft.kernels.fused_lora import fuse_lora
 from sft.models.capabilities import has_virtual_tokens, sliding_window, takes_padding
-from sft.models.load import compute_dtype
+from sft.models.load import compute_dtype, dequantizes, load_config
 from sft.recipe.schema import OTHER_METHODS, Recipe, changed
+from sft.session import shards_parameters
 from sft.training.attention import choose_attention
 from sft.training.compile_layers import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.examples import layout_of, rows_layout, sharing_of
-from sft.training.plan import StepPlan
+from sft.training.memory import (
+    GIB,
+    SHARE,
+    NotCounted,
+    count_memory,
+    load_of,
+    memory_of,
+    model_without_weights,
+)
+from sft.training.plan import StepPlan, plan_steps
 
 
 def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:
@@ -36,6 +47,33 @@ def resolve_dtype(recipe: Recipe, device: torch.device) -> Recipe:
         half = torch.float32 if model.dtype == "auto" else half
     (agreed,) = broadcast_object_list([str(half).removeprefix("torch.")])
     return changed(recipe, model={"dtype": agreed})
+
+
+def resolve_dequantize(recipe: Recipe, examples: Examples, device: torch.device) -> tuple[Recipe, list[str]]:
+    """The recipe with model.dequantize as the main process counts it before the base is loaded, and lines for the user.
+
+    Without 4-bit weights, and on a CPU, which always unpacks them, it stays `auto`.
+    """
+    unpacked = changed(recipe, model={"dequantize": True})
+    if device.type == "cpu" or recipe.model.dequantize != "auto" or not dequantizes(unpacked.model, device):
+        return recipe, []
+    dense = model_without_weights(recipe, load_config(recipe.model), compute_dtype(recipe.model, device))
+    plan = expected_plan(recipe, dense, examples, device)
+    fits, why = _fits(unpacked, plan, device, recipe.train.gradient_checkpointing is True)
+    lines = [f"with 4-bit weights unpacked, {why}: {'they are unpacked once' if fits else 'they stay packed'}"]
+    return changed(recipe, model={"dequantize": bool(fits)}), lines
+
+
+def expected_plan(recipe: Recipe, model: PreTrainedModel, examples: Examples, device: torch.device) -> StepPlan:
+    """The steps as they will be planned if the base follows a pack's mask, from a tuned model without weights."""
+    asked, share = recipe.train.attn_implementation, recipe.data.share_prefixes
+    if has_virtual_tokens(model):  # each example is then a row of its own
+        layout = rows_layout(recipe, device.type == "cuda", padded=True)
+    else:
+        attention = choose_attention(model, device) if asked == "auto" else asked
+        pays = sharing_of(examples, recipe, attention).pays if share == "auto" else share
+        layout = layout_of(recipe, pays, attention)
+    return plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
 
 
 def resolve_auto(
@@ -96,6 +134,39 @@ def _obstacle(recipe: Recipe, model: PreTrainedModel, takes_mask: bool) -> str |
     return None
 
 
+def resolve_checkpointing(
+    recipe: Recipe, model: PreTrainedModel, plan: StepPlan, device: torch.device
+) -> tuple[Recipe, list[str]]:
+    """The recipe with train.gradient_checkpointing as the main process counts it, and lines for the user.
+
+    Off if the training fits without it, or if the base or the method can't do it.
+    """
+    if recipe.train.gradient_checkpointing != "auto":
+        return recipe, []
+    if not model.supports_gradient_checkpointing or recipe.tune.method == "prefix_tuning":
+        what = f"tune.method {recipe.tune.method}" if model.supports_gradient_checkpointing else recipe.model.base
+        return changed(recipe, train={"gradient_checkpointing": False}), [
+            f"{what} takes no gradient checkpointing: off"
+        ]
+    fits, why = _fits(recipe, plan, device, False)
+    lines = [f"without gradient checkpointing, {why}: {'on' if fits is False else 'off'}"]
+    return changed(recipe, train={"gradient_checkpointing": fits is False}), lines
+
+
+def _fits(recipe: Recipe, plan: StepPlan, device: torch.device, checkpointing: bool) -> tuple[bool | None, str]:
+    """Whether the training fits in SHARE of the memory, as the main process counts both, and a clause for the user.
+    None if it can't be counted."""
+    processes = PartialState().num_processes
+    load = load_of(plan, recipe.train.attn_implementation, processes)
+    shards = processes if shards_parameters() else 1
+    try:
+        needed = count_memory(recipe, load_config(recipe.model), load, device, checkpointing, shards).total
+    except NotCounted as error:
+        return None, str(error)
+    needed, limit = broadcast_object_list([needed, SHARE * memory_of(device, processes)])
+    return needed <= limit, f"{needed / GIB:.1f} of {limit / GIB:.1f} GiB are needed"
+
+
 def resolve_compile(
     recipe: Recipe, model: PreTrainedModel, plan: StepPlan, resumed: bool = False
 ) -> tuple[Recipe, list[str]]:
@@ -113,7 +184,7 @@ def resolve_compile(
             raise RecipeError(f"train.compile_layers: {obstacle}; or set it to false")
         lines.append(f"layers are not compiled here: {obstacle}")
     elif asked == "auto":
-        seconds = training_seconds(model, plan, train.gradient_checkpointing, device, model.dtype)
+        seconds = training_seconds(model, plan, train.gradient_checkpointing is True, device, model.dtype)
         asked, why = broadcast_object_list([*compile_pays(seconds, device, model.dtype, obstacle)])
         lines.append(why)
     return changed(recipe, train={"compile_layers": asked and not obstacle}), lines

@@ -18,7 +18,7 @@ from sft.errors import RecipeError
 from sft.models.load import load_tokenizer
 from sft.recipe.schema import Model, Recipe
 from sft.runs.folder import check_writable, write_report
-from sft.training.examples import examined
+from sft.training.examples import examined, training_tokenizer
 
 ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 
@@ -26,7 +26,7 @@ ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 def check(recipe: Recipe, name: str, out: Path) -> bool:
     """Write the data report to `out` and print it; False if the data stops the run."""
     check_writable(out, "--out")
-    report, _ = examined(recipe, load_tokenizer(recipe.model))
+    report, _ = examined(recipe, training_tokenizer(recipe))
     report.recipe = name
     write_report(report, out)
     print_report(report, Console())

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
@@ -193,8 +194,14 @@ class DurableTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         state = load_state(Path(checkpoint) / OPTIMIZER)
-        cast(Any, self.optimizer).load_state_dict(state["optimizer"])
-        cast(Any, self.lr_scheduler).load_state_dict(state["scheduler"])
+        optimizer, scheduler = cast(Any, self.optimizer), cast(Any, self.lr_scheduler)
+        # a changed recipe decides on weight decay, betas and the schedule; the checkpoint only on what was done so far
+        asked = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.last_epoch, scheduler._step_count = (state["scheduler"][k] for k in ("last_epoch", "_step_count"))
+        scheduler._last_lr = list(scheduler.get_lr()) if isinstance(scheduler, LambdaLR) else scheduler._last_lr
+        for group, own, rate in zip(optimizer.param_groups, asked, scheduler._last_lr, strict=True):
+            group.update(own, lr=rate)
 
     def _save_rng_state(self, output_dir: str) -> None:
         state = {

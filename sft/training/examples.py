@@ -11,19 +11,22 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.audit.examine import Rules, examine, nothing_held_out, read_held_out
+from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
 from data.cache import build_once, cache_key, file_digests, text_sha256
 from data.conversation import Conversation, DataError
-from data.encode.chat import Example, TooLong, check_template, encode_turns
+from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
+from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
+from data.encode.template import ARGUMENTS, arguments_of
 from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
 from eval.results import limit_questions
+from sft.models.load import load_tokenizer
 from sft.models.resolve import cache_dir
 from sft.recipe.schema import Recipe, Source, changed
 
@@ -73,6 +76,34 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
         report = DataReport.from_json(json.loads((folder / REPORT).read_text(encoding="utf-8")))
         examples = Examples(folder)
         return complete(report, examples), examples
+
+
+def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """The base's tokenizer; with template arguments only if the recipe states them, whatever an earlier run saved."""
+    tokenizer = load_tokenizer(recipe.model)
+    if recipe.model.template_arguments == "auto":
+        tokenizer.init_kwargs.pop(ARGUMENTS, None)
+    return tokenizer
+
+
+def decide_template_arguments(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport
+) -> tuple[Recipe, list[str]]:
+    """The recipe with template_arguments that ask the model as it is trained, which the tokenizer gets too, and lines
+    for the user. `auto` stays if the data holds thoughts, since rows then differ, or if the template has no switch."""
+    if recipe.model.template_arguments != "auto":
+        return recipe, []
+    if any(THOUGHTS in source.notes for source in report.sources):
+        if thinking := thinking_arguments(tokenizer):
+            tokenizer.init_kwargs[ARGUMENTS] = thinking
+        return recipe, []
+    quiet, opening = quiet_arguments(tokenizer), frame_of(tokenizer, {}).opening
+    if quiet:
+        tokenizer.init_kwargs[ARGUMENTS] = quiet
+        line = f"no row holds a thought, so the chat template is given {json.dumps(quiet)}, in scoring and serving too"
+        return changed(recipe, model={"template_arguments": quiet}), [line]
+    lines = [f"the chat template writes {opening!r} before each answer, which is not learnt"] if opening else []
+    return recipe, lines
 
 
 def reads_date(template: str) -> bool:
@@ -129,6 +160,7 @@ def rules_of(recipe: Recipe) -> Rules:
         near_duplicates=data.near_duplicates,
         leaks=data.leaks,
         max_contexts=data.max_contexts,
+        train_turns=data.train_turns,
         unanswerable_share=data.unanswerable_share,
         held_out_share=recipe.eval.share,
         held_out_seed=recipe.eval.seed,
@@ -157,21 +189,22 @@ def load_held_out(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[Ex
     if recipe.train.eval_strategy == "no":
         return []
     length = recipe.data.max_length
-    examples, too_long = encode_held_out(held_out_conversations(recipe), tokenizer, length)
+    examples, too_long = encode_held_out(held_out_conversations(recipe), tokenizer, length, recipe.data.train_turns)
     if too_long:
         print(f"{too_long} held-out rows longer than data.max_length {length} are not in the held-out loss", flush=True)
     return examples
 
 
 def encode_held_out(
-    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int
+    conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, max_length: int, train_turns: str = "all"
 ) -> tuple[list[Example], int]:
     """Examples, and the number of conversations left out because they are longer than max_length."""
     examples: list[Example] = []
     too_long = 0
     for conversation in track(conversations, "encode held-out data"):
+        learnt = learning_last_turn(conversation) if train_turns == "last" else conversation
         try:
-            examples += encode_turns(conversation, tokenizer, max_length)
+            examples += encode_turns(learnt, tokenizer, max_length)
         except TooLong:
             too_long += 1
     if not examples:
@@ -210,6 +243,7 @@ def _key(
         tokenizer=tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items()),
         special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],
         template=template,
+        arguments=arguments_of(tokenizer),
         today=str(date.today()) if reads_date(template) else "",
         libraries=[version(name) for name in LIBRARIES],
     )

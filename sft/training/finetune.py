@@ -6,7 +6,7 @@ from accelerate.utils import broadcast_object_list
 
 from data.encode.pack import make_packs
 from sft.models.capabilities import takes_packs
-from sft.models.load import check_length, load_base, load_tokenizer
+from sft.models.load import check_length, load_base
 from sft.models.resolve import resolve_base
 from sft.models.tune import count_parameters, tune_model
 from sft.recipe.schema import Recipe
@@ -15,8 +15,15 @@ from sft.runs.folder import warnings_of
 from sft.runs.model_card import write_model_card
 from sft.runs.resume import Resume
 from sft.session import shards_parameters
-from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
-from sft.training.examples import load_examples, load_held_out
+from sft.training.auto import (
+    apply_auto,
+    resolve_auto,
+    resolve_checkpointing,
+    resolve_compile,
+    resolve_dequantize,
+    resolve_dtype,
+)
+from sft.training.examples import decide_template_arguments, load_examples, load_held_out, training_tokenizer
 from sft.training.open_run import open_run
 from sft.training.plan import plan_steps
 from sft.training.trainer import PackTrainer, training_arguments
@@ -33,16 +40,19 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             resolve_base(recipe.model.base)
         check_length(recipe)
         recipe = resolve_dtype(recipe, run.device)
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = training_tokenizer(recipe)
         with run.state.main_process_first():  # encoded once; other processes read the cache
             examples, report = load_examples(recipe, tokenizer)
+        recipe, asking = decide_template_arguments(recipe, tokenizer, report)
         held_out = load_held_out(recipe, tokenizer)
+        recipe, unpacking = resolve_dequantize(recipe, examples, run.device)
 
         model = load_base(recipe.model, run.device)
         (takes_mask,) = broadcast_object_list([takes_packs(model, recipe.data.max_length)])
         model = tune_model(model, recipe.tune, recipe.train.seed, one_dtype=sharded)
         recipe, layout, decided = resolve_auto(recipe, model, examples, takes_mask, resume is not None)
         plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
+        recipe, checkpointing = resolve_checkpointing(recipe, model, plan, run.device)
         recipe, compiling = resolve_compile(recipe, model, plan, resume is not None)
         apply_auto(recipe, model, sharded)
 
@@ -62,7 +72,9 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{report.totals.examples} examples of {report.totals.contexts} contexts, {len(plan.steps)} steps; "
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
-        lines = (summary, *decided, *compiling, *warnings_of(report, folder))
+        lines = (
+            summary, *asking, *unpacking, *decided, *checkpointing, *compiling, *warnings_of(report, folder),
+        )  # fmt: skip
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)
         weights = run.save_weights(trainer)

@@ -102,7 +102,7 @@ def main() -> None:
     prepare.add_argument("--questions", type=int, default=256 * (WARM + TIMED + PROFILED))
     running = commands.add_parser("run", help="measure")
     running.add_argument("examples", type=Path, nargs="?", help="what `prepare` wrote; default: drawn at random")
-    running.add_argument("--shape", choices=[*SHAPES, "tiny"], default="qwen2.5-7b")
+    running.add_argument("--shape", choices=["qwen2.5-1.5b", "qwen2.5-7b", "tiny"], default="qwen2.5-7b")
     running.add_argument("--tiny", action="store_true", help="a model of two layers, for a try on a CPU")
     running.add_argument("--only", default="", help="variants whose name contains one of these texts, by commas")
     running.add_argument("--out", type=Path, default=Path("."))

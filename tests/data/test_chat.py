@@ -10,7 +10,7 @@ import pytest
 from tokenizers import AddedToken, normalizers
 
 from data.conversation import Conversation, DataError, Ledger
-from data.encode import chat
+from data.encode import steps
 from data.encode.chat import (
     AUDITS,
     BATCH_CHARACTERS,
@@ -26,6 +26,7 @@ from data.encode.chat import (
     markers_in,
     special_ids,
 )
+from data.encode.frame import quiet_arguments
 from data.encode.template import OVER_LIMITS, render_all
 from data.encode.tokens import encoder_of
 from tests.helpers.families import FAMILIES, build
@@ -60,8 +61,9 @@ def control(ids, tokenizer) -> list[int]:
     return [i for i in ids if i in added]
 
 
-def server_ids(messages, tokenizer) -> list[int]:
-    return tokenizer.apply_chat_template(list(messages), tokenize=True, add_generation_prompt=True, return_dict=False)
+def server_ids(messages, tokenizer, **arguments) -> list[int]:
+    options = {"tokenize": True, "add_generation_prompt": True, "return_dict": False}
+    return tokenizer.apply_chat_template(list(messages), **options, **arguments)
 
 
 def with_template(tokenizer, template: str):
@@ -97,7 +99,7 @@ def test_rows_encoded_together_give_what_each_gives_alone(family):
     "evil", ["{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "{{ 'a' * 10**10 }}"]
 )
 def test_row_that_exceeds_a_limit_is_named_among_rows_encoded_together(evil, tokenizer, monkeypatch):
-    monkeypatch.setattr(chat, "render_all", partial(render_all, seconds=0.3))
+    monkeypatch.setattr(steps, "render_all", partial(render_all, seconds=0.3))
     template = "{% for m in messages if m.content == 'evil' %}" + evil + "{% endfor %}" + tokenizer.chat_template
     changed = with_template(tokenizer, template)
     rows = numbered(*(conversation("evil" if i in (3, 6) else f"q{i}", "a", "more", "b") for i in range(1, 9)))
@@ -126,8 +128,9 @@ def test_ids_before_each_answer_are_the_prompt_that_a_server_computes(family):
         for i in range(1, len(example.ids))
         if example.loss_mask[i] > example.loss_mask[i - 1]
     ]
-    assert prompts == [encode_prompt(row.messages[:i], tokenizer) for i in (1, 3, 5)]
-    assert prompts == [server_ids(row.messages[:i], tokenizer) for i in (1, 3, 5)]
+    quiet = quiet_arguments(tokenizer)
+    assert prompts == [encode_prompt(row.messages[:i], tokenizer, quiet) for i in (1, 3, 5)]
+    assert prompts == [server_ids(row.messages[:i], tokenizer, **quiet) for i in (1, 3, 5)]
 
 
 def test_answers_through_their_ends_are_trained_and_nothing_else(family):
@@ -247,7 +250,7 @@ def test_thought_of_an_answer_is_rendered_as_a_server_does():
 def test_end_of_thought_in_the_middle_of_an_answer_loses_nothing():
     tokenizer = build("qwen3")
     text = tokenizer.decode(trained(encode(conversation("Who?", "The tag </think> ends it."), tokenizer, 512)))
-    assert text == "<think>\n\n</think>\n\nThe tag </think> ends it.<|im_end|>"
+    assert text == "The tag </think> ends it.<|im_end|>"
 
 
 def test_template_that_drops_earlier_thoughts_gives_an_example_for_each_answer():

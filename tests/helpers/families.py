@@ -1,6 +1,7 @@
 """Small tokenizers with the chat templates of the model families: what their control tokens and templates do, offline."""
 
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -86,7 +87,10 @@ QWEN3 = """\
         {{- '<|im_start|>' + turn.role + '\\n' + turn.content + '<|im_end|>\\n' -}}
     {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+{%- if add_generation_prompt -%}
+    {{- '<|im_start|>assistant\\n' -}}
+    {%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{%- endif -%}
 """
 
 # [INST] is plain text of the template; no system turn
@@ -169,6 +173,25 @@ def build(name: str) -> PreTrainedTokenizerFast:
         tokenizer_object=backend, bos_token=family.bos, eos_token=family.end, clean_up_tokenization_spaces=False
     )
     tokenizer.chat_template = family.template
+    return tokenizer
+
+
+MARK = re.compile(r"<\|[^|<>\s]{1,30}\|>|<\|\w{2,20}>|<\w{2,20}\|>|<｜[^｜<>]{1,30}｜>|</?[a-z_]{2,20}>")
+
+
+@lru_cache
+def build_for(template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer for any template: texts in it that look like control tokens are some, tags without the flag."""
+    marks = sorted({*MARK.findall(template), "<|bos|>", "<|eos|>"})
+    backend = _byte_level("qwen")
+    for mark in marks:
+        flagged = "|" in mark or "｜" in mark or "turn" in mark
+        backend.add_tokens([AddedToken(mark, normalized=False, special=flagged)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|bos|>", eos_token="<|eos|>", clean_up_tokenization_spaces=False,
+        additional_special_tokens=[m for m in marks if "|" in m or "｜" in m or "turn" in m],
+    )  # fmt: skip
+    tokenizer.chat_template = template
     return tokenizer
 
 

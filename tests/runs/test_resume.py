@@ -20,6 +20,8 @@ from sft.errors import RunError
 from sft.runs.checkpoint import MANIFEST, checkpoints, commit_checkpoint, last_checkpoint, read_manifest
 from sft.runs.metrics import read_metrics
 from sft.runs.resume import check_unchanged
+from sft.runs.state import load_state
+from sft.training.durable_trainer import OPTIMIZER
 from sft.training.trainer import PackTrainer
 from tests.helpers.builders import Payload, write_recipe
 from tests.helpers.graft import run as graft
@@ -196,6 +198,43 @@ def test_changed_run_is_refused_with_the_difference_unless_allowed(change, kinds
     if "," in kinds:  # one of two is not enough
         assert shown in graft("train", "--resume", copy, "--allow-changed", "recipe", code=2).stderr
     assert "resumes although changed: " in graft("train", "--resume", copy, "--allow-changed", kinds).stdout
+
+
+def change(run: Path, **sections) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    for section, values in sections.items():
+        recipe[section] |= values
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+def test_a_changed_recipe_decides_on_rate_schedule_and_optimizer_from_there_on(saved, tmp_path):
+    """A finished run of four steps goes on to eight, as a run of eight steps would, with other settings of AdamW."""
+    copy = tmp_path / "run"
+    shutil.copytree(saved, copy)
+    change(copy, train={"max_steps": 8, "learning_rate": 0.02, "weight_decay": 0.25, "adam_beta2": 0.9})
+    graft("train", "--resume", copy, "--allow-changed", "recipe")
+    rates = {row["step"]: row["learning_rate"] for row in read_metrics(copy) if "loss" in row}
+    assert [rates[step] for step in (5, 6, 7, 8)] == pytest.approx([0.02 * left / 8 for left in (4, 3, 2, 1)])
+    groups = load_state(checkpoints(copy)[-1] / OPTIMIZER)["optimizer"]["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.25, 0.0]  # biases and norms have none
+    assert {tuple(group["betas"]) for group in groups} == {(0.9, 0.9)}
+
+
+@pytest.mark.parametrize(
+    ("sections", "name"),
+    [
+        ({"tune": {"r": 8}}, "tune.r"),
+        ({"train": {"optim": "sgd"}}, "train.optim"),
+        ({"train": {"examples_per_step": 5}}, "train.examples_per_step"),
+        ({"train": {"seed": 1}}, "train.seed"),
+    ],
+)
+def test_what_can_not_change_within_a_run_is_refused_by_name(sections, name, saved, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(saved, copy)
+    change(copy, **sections)
+    done = graft("train", "--resume", copy, "--allow-changed", "recipe", code=2)
+    assert f"{name} can't change within a run" in done.stderr
 
 
 def test_contents_that_changed_places_are_a_change(saved):

@@ -73,7 +73,7 @@ def trainer(tiny, tokenizer, questions, tmp_path):
     from data.encode.chat import encode
 
     examples = stored(tmp_path / "store", [encode(q, tokenizer, 1024) for q in questions[:24]])
-    train = Train(examples_per_step=6, learning_rate=1e-2, save_strategy="no")
+    train = Train(examples_per_step=6, learning_rate=1e-2, save_strategy="no", gradient_checkpointing=False)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     model = tune_model(model, Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"}), 0)
     plan = plan_steps(examples, train, Layout(True, 512, "sparse"))

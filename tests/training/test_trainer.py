@@ -94,7 +94,7 @@ def test_casts_left_to_autocast_change_no_gradient_and_store_less(tiny, examples
 
 
 def run_losses(tiny, tokenizer, examples, tmp_path, share: bool, held_out=(), **keys) -> list[dict]:
-    train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", **keys)
+    train = Train(examples_per_step=8, learning_rate=1e-2, save_strategy="no", gradient_checkpointing=False, **keys)
     tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"})
     model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
     plan = plan_steps(examples, train, Layout(share))
