@@ -179,7 +179,7 @@ def probe(tokenizer: PreTrainedTokenizerBase) -> None:
     renders = [Render(turns, [(len(turns), True)]) for turns in PROBES]
     results: list[Result] = []
     for template in own.values() if isinstance(own, dict) else [own]:
-        render_all(renders, tokenizer, results.append, template=template)
+        render_all(renders, tokenizer, results.append, SECONDS, template=template)
         for result in results:
             if isinstance(result, DataError) and result.kind == OVER_LIMITS:
                 raise result
