@@ -7,7 +7,10 @@ from typing import Any
 
 from data.errors import UserError
 
-Message = dict[str, Any]  # role, content, and of an assistant's turn the thought before it, as reasoning_content
+Message = dict[str, Any]  # role, content, and of an assistant's turn the thought before it, as THOUGHT
+
+ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
+THOUGHT = "reasoning_content"  # in a message
 
 Finding = tuple[Counter[str], str, str, str]  # counter, kind, where, "where: problem"
 

@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from data.conversation import Conversation
+from data.conversation import ARGUMENTS, Conversation
 from data.encode.frame import SERVED, Frame, spoken
-from data.encode.template import ARGUMENTS
 from data.errors import UserError
 from data.progress import Bar
 from data.terminal import print

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import Conversation, DataError, Ledger, Message
+from data.conversation import THOUGHT, Conversation, DataError, Ledger, Message
 from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, thinking_arguments, with_thought
 from data.encode.steps import Steps, finished, finished_all
 from data.encode.template import Render, arguments_of, literals, row_arguments
@@ -43,7 +43,7 @@ NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)] + [
 # texts that templates use as markers, of one token or several: <start_of_turn>, <<SYS>>, [/INST], ### Response:
 TEXT_MARKER = re.compile(r"<{1,2}[/|]?\w[\w ]*\|?>{1,2}|\[/?[A-Z][A-Z_]+\]|#{2,} ?[A-Z]\w*:")
 
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
+TAGGED_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class TooLong(DataError):
@@ -204,18 +204,18 @@ def training_arguments(conversation: Conversation, tokenizer: PreTrainedTokenize
 
 
 def has_thought(message: Message) -> bool:
-    return message["role"] == "assistant" and bool(message.get(FIELDS[0]) or THOUGHT.match(message["content"]))
+    return message["role"] == "assistant" and bool(message.get(THOUGHT) or TAGGED_THOUGHT.match(message["content"]))
 
 
 def _thinking(message: Message, frame: Frame, where: str) -> Message:
     """The turn with its thought where the template looks for it. Raises DataError if the template renders none."""
-    if message.get(FIELDS[0]) and not frame.thoughts:
+    if message.get(THOUGHT) and not frame.thoughts:
         problem = (
             "the chat template leaves thoughts out; remove reasoning_content from the row, or set model.chat_template "
             "to one that renders it"
         )
         raise DataError(where, problem, "thought that the chat template leaves out")
-    if frame.thoughts == "tags" and "</think>" in message.get(FIELDS[0], ""):
+    if frame.thoughts == "tags" and "</think>" in message.get(THOUGHT, ""):
         problem = "a thought holds </think>, by which the chat template ends thoughts; remove it"
         raise DataError(where, problem, "</think> in a thought")
     return with_thought(message, frame)
@@ -323,7 +323,7 @@ def _protect(
     rendered text then holds fewer markers.
     """
     encoder, template = encoder_of(tokenizer), str(tokenizer.get_chat_template())
-    text = "".join(m["content"] + m.get(FIELDS[0], "") for m in messages)
+    text = "".join(m["content"] + m.get(THOUGHT, "") for m in messages)
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -387,7 +387,7 @@ def _data_spans(message: Message, template: str) -> list[tuple[int, int]]:
     """The spans of a content that are data. If the template handles thoughts, <think> and </think> around a thought at
     the beginning of an answer are not data: the model must learn to write them."""
     content = message["content"]
-    thought = THOUGHT.match(content) if message["role"] == "assistant" and "</think>" in template else None
+    thought = TAGGED_THOUGHT.match(content) if message["role"] == "assistant" and "</think>" in template else None
     return [thought.span(1), (thought.end(), len(content))] if thought else [(0, len(content))]
 
 

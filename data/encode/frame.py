@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import DataError, Message
+from data.conversation import THOUGHT, DataError, Message
 from data.encode.template import Render, Result, arguments_of, render_all
 
-QUESTION, ANSWER, THOUGHT = "Where does the ferry go?", "To the island.", "The map shows an island."
-FIELDS = ("reasoning_content", "thinking")  # names of a thought in templates
+QUESTION, ANSWER, IDEA = "Where does the ferry go?", "To the island.", "The map shows an island."
+FIELDS = (THOUGHT, "thinking")  # names of a thought in templates
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch for thoughts
 
 
@@ -70,12 +70,12 @@ def thinking_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 def with_thought(message: Message, frame: Frame) -> Message:
     """The turn with its thought where the template looks for it."""
-    thought = message.get(FIELDS[0])
+    thought = message.get(THOUGHT)
     if not thought:
         return message
     if frame.thoughts == "field":
         return {**message, **dict.fromkeys(FIELDS, thought)}
-    rest = {key: value for key, value in message.items() if key != FIELDS[0]}
+    rest = {key: value for key, value in message.items() if key != THOUGHT}
     return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
 
 
@@ -107,13 +107,13 @@ def spoken_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, fra
     return str(tokenizer.decode(list(tokens[first:]), skip_special_tokens=True)).strip()
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)
 def _frame(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) -> Frame:
     question, own = {"role": "user", "content": QUESTION}, json.loads(arguments)
     answers: tuple[Message, ...] = (
         {"content": ANSWER},
-        {"content": ANSWER, **dict.fromkeys(FIELDS, THOUGHT)},
-        {"content": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"},
+        {"content": ANSWER, **dict.fromkeys(FIELDS, IDEA)},
+        {"content": f"<think>\n{IDEA}\n</think>\n\n{ANSWER}"},
     )
     renders = [Render([question], [(1, True)], arguments=own)]
     renders += [Render([question, {"role": "assistant", **a}], [(2, False)], arguments=own) for a in answers]
@@ -131,7 +131,7 @@ def _frame(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) ->
     opening = "" if opening is not None and not opening.strip() else opening
     kinds: tuple[tuple[Literal["field", "tags"], str], ...] = (("field", field), ("tags", tags))
     for kind, text in kinds:
-        if THOUGHT in text and ANSWER in text and (kind == "field" or "</think>" in template):
-            closing = text[text.index(THOUGHT) + len(THOUGHT) : text.rindex(ANSWER)]
-            return Frame(opening, after_prompt(text, THOUGHT), closing, kind)
+        if IDEA in text and ANSWER in text and (kind == "field" or "</think>" in template):
+            closing = text[text.index(IDEA) + len(IDEA) : text.rindex(ANSWER)]
+            return Frame(opening, after_prompt(text, IDEA), closing, kind)
     return Frame(opening)

@@ -20,7 +20,7 @@ from typing import IO, Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import DataError, Message
+from data.conversation import ARGUMENTS, DataError, Message
 from data.encode import template_worker
 
 SECONDS = 10.0  # CPU time of one render
@@ -33,8 +33,6 @@ PROBES = [
     for turns in (TURNS, TURNS[1:], TURNS[1:2])
 ]
 
-ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
-ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
 
 

@@ -12,14 +12,13 @@ thinking or reasoning), and a key that says whether it is learnt (weight, train,
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from data.conversation import Conversation, DataError, Message
+from data.conversation import ARGUMENTS, THOUGHT, Conversation, DataError, Message
 from data.readers.fields import shown, shown_names, text, type_name
 from data.readers.files import Row
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-THOUGHTS = ("reasoning_content", "thinking", "reasoning")
+THOUGHTS = (THOUGHT, "thinking", "reasoning")
 LEARNT = ("weight", "train", "training", "loss")
-ARGUMENTS = "chat_template_kwargs"
 # of a row or a turn; a row that has them would be learnt as something else than it is
 UNREADABLE = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text can be trained on"),
@@ -155,7 +154,7 @@ def _thought(turn: Mapping[str, Any], place: str, where: str) -> Message:
     if len(set(texts.values())) > 1:
         problem = f"{place}: {' and '.join(texts)} hold two thoughts; keep one"
         raise DataError(where, problem, "two thoughts")
-    return {THOUGHTS[0]: next(iter(texts.values()))} if texts else {}
+    return {THOUGHT: next(iter(texts.values()))} if texts else {}
 
 
 def _learn(turn: Mapping[str, Any], place: str, where: str) -> Message:

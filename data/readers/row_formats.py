@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-from data.conversation import Conversation, DataError, Ledger
+from data.conversation import ARGUMENTS, Conversation, DataError, Ledger
 from data.readers.fields import shown_names
 from data.readers.files import Row
-from data.readers.instruct import ARGUMENTS, instruct_conversation, refuse_unreadable, unread_keys
+from data.readers.instruct import instruct_conversation, refuse_unreadable, unread_keys
 from data.readers.newsgroups import newsgroups_conversation
 from data.readers.raw_text import text_conversation
 from data.readers.squad import squad_conversation, squad_version

@@ -3,5 +3,4 @@
 forest_attention.py    attention over a pack on a CPU
 segment_attention.py   attention over a pack on a GPU
 fused_lora.py          LoRA's products and their gradients in one step
-fused_layers.py        norms, rotation and gated activation as one kernel each, on a GPU
 """

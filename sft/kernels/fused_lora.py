@@ -52,7 +52,7 @@ class _Lora(torch.autograd.Function):
         hidden = flat @ stacked.t()
         outputs = []
         for base, part, b in zip(bases, hidden.split(ranks, 1), scaled, strict=True):
-            weight = dense_weight(base, x.dtype)
+            weight = dense_weight(base)
             out = flat @ weight.t() if base.bias is None else torch.addmm(base.bias, flat, weight.t())
             outputs.append(out.addmm_(part, b.t()).view(*x.shape[:-1], -1))
         ctx.save_for_backward(flat, stacked, hidden, *scaled)
@@ -72,7 +72,7 @@ class _Lora(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             of_x = back @ stacked
             for of, base in zip(ofs, ctx.bases, strict=True):
-                of_x.addmm_(of, dense_weight(base, flat.dtype))
+                of_x.addmm_(of, dense_weight(base))
             of_x = of_x.view(ctx.shape)
         of_low: list[torch.Tensor] = []
         parts = zip((back.t() @ flat).split(ranks), ofs, hidden.split(ranks, 1), ctx.scalings, strict=True)
@@ -81,21 +81,14 @@ class _Lora(torch.autograd.Function):
         return of_x, None, None, *of_low
 
 
-_buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
-
-
-def dense_weight(base: nn.Module, dtype: torch.dtype) -> torch.Tensor:
-    """The frozen weight [out, in]; a 4-bit one is dequantized into a buffer that the next call overwrites."""
+def dense_weight(base: nn.Module) -> torch.Tensor:
+    """The frozen weight [out, in]; a 4-bit one is dequantized, again in the backward, so that it is never stored."""
     weight = cast(Any, base.weight)
-    state = getattr(weight, "quant_state", None)
-    if state is None:
+    if getattr(weight, "quant_state", None) is None:
         return cast(torch.Tensor, weight)
-    import bitsandbytes.functional as bnb
+    from bitsandbytes.functional import dequantize_4bit
 
-    size, key = state.shape.numel(), (weight.device, dtype)
-    if key not in _buffers or _buffers[key].numel() < size:
-        _buffers[key] = torch.empty(size, dtype=dtype, device=weight.device)
-    return cast(torch.Tensor, bnb.dequantize_4bit(weight.data, state, out=_buffers[key][:size].view(state.shape)))
+    return cast(torch.Tensor, dequantize_4bit(weight.data, weight.quant_state))
 
 
 def fuse_lora(model: nn.Module) -> int:
@@ -129,9 +122,8 @@ def _is_plain(layer: Any) -> bool:
     if type(layer).__name__ not in ("Linear", "Linear4bit") or not hasattr(layer, "lora_A"):
         return False
     base, adapters = layer.base_layer, layer.active_adapters
-    dense = type(base) is nn.Linear
-    quantized = type(base).__name__ == "Linear4bit" and base.weight.device.type == "cuda"
-    if not (dense or quantized) or base.weight.requires_grad or len(adapters) != 1:
+    known = type(base) is nn.Linear or type(base).__name__ == "Linear4bit"
+    if not known or base.weight.requires_grad or len(adapters) != 1:
         return False
     name = adapters[0]
     return (

@@ -10,6 +10,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+KERNEL = torch.ops.aten._flash_attention_forward
+KERNEL_BACKWARD = torch.ops.aten._flash_attention_backward
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -113,13 +116,11 @@ def _attend(
 
     FlashAttention aligns a causal mask to the last query and key, which is what a run after its ancestors needs.
     """
-    if q.is_cuda:
-        out, sums, *_ = torch.ops.aten._flash_attention_forward(
-            q.contiguous(), k.index_select(0, keys), v.index_select(0, keys), first_query, first_key,
-            longest, longest_keys, 0.0, True, False, scale=scale,
-        )  # fmt: skip
-        return out, sums
-    return _reference(q, k.index_select(0, keys), v.index_select(0, keys), first_query, first_key, scale)
+    out, sums, *_ = KERNEL(
+        q.contiguous(), k.index_select(0, keys), v.index_select(0, keys), first_query, first_key,
+        longest, longest_keys, 0.0, True, False, scale=scale,
+    )  # fmt: skip
+    return out, sums
 
 
 @_attend.register_fake
@@ -143,15 +144,11 @@ def _attend_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of q, k and v. The keys are gathered again: stored, they would grow with the branches of a trunk."""
-    if q.is_cuda:
-        state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
-        of_q, of_keys, of_values = torch.ops.aten._flash_attention_backward(
-            gradient.contiguous(), q.contiguous(), k.index_select(0, keys), v.index_select(0, keys), out, sums,
-            first_query, first_key, longest, longest_keys, 0.0, True, state, state.new_empty(0), scale=scale,
-        )  # fmt: skip
-    else:
-        parts = k.index_select(0, keys), v.index_select(0, keys)
-        of_q, of_keys, of_values = _reference_backward(gradient, q, *parts, out, first_query, first_key, scale)
+    state = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of a dropout that there is not
+    of_q, of_keys, of_values = KERNEL_BACKWARD(
+        gradient.contiguous(), q.contiguous(), k.index_select(0, keys), v.index_select(0, keys), out, sums,
+        first_query, first_key, longest, longest_keys, 0.0, True, state, state.new_empty(0), scale=scale,
+    )  # fmt: skip
 
     def add_up(gathered: torch.Tensor) -> torch.Tensor:
         """A token's gradient is the sum over the runs that see it; in fp32, because bf16 loses small terms."""
@@ -178,49 +175,3 @@ def _backward(ctx: Any, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.
 
 
 _attend.register_autograd(_backward, setup_context=_keep)
-
-
-def _runs(q: torch.Tensor, k: torch.Tensor, first_query: torch.Tensor, first_key: torch.Tensor, scale: float) -> Any:
-    """Of each run: its slices of queries and of keys, and its scores [key heads, heads a key head, queries, keys]."""
-    queries, keys = first_query.tolist(), first_key.tolist()
-    for run in range(len(queries) - 1):
-        mine, seen = slice(queries[run], queries[run + 1]), slice(keys[run], keys[run + 1])
-        scores = torch.einsum("tgrd,sgd->grts", q[mine].unflatten(1, (k.shape[1], -1)), k[seen]) * scale
-        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + scores.shape[-1] - scores.shape[-2])
-        yield mine, seen, scores.masked_fill(hidden, -torch.inf)
-
-
-def _reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, first_query: torch.Tensor, first_key: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernel computes, run by run; where there is no such kernel."""
-    out, sums = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
-    for mine, seen, scores in _runs(q, k, first_query, first_key, scale):
-        out[mine] = torch.einsum("grts,sgd->tgrd", scores.softmax(-1), v[seen]).flatten(1, 2)
-        sums[:, mine] = scores.logsumexp(-1).flatten(0, 1).float()
-    return out, sums
-
-
-def _reference_backward(
-    gradient: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    first_query: torch.Tensor,
-    first_key: torch.Tensor,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of q and of the gathered k and v."""
-    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-    groups = (k.shape[1], -1)
-    for mine, seen, scores in _runs(q, k, first_query, first_key, scale):
-        weights = scores.softmax(-1)
-        of_out = gradient[mine].unflatten(1, groups)
-        of_v[seen] = torch.einsum("grts,tgrd->sgd", weights, of_out)
-        of_weights = torch.einsum("tgrd,sgd->grts", of_out, v[seen])
-        mean = (of_out * out[mine].unflatten(1, groups)).sum(-1).permute(1, 2, 0)[..., None]
-        of_scores = weights * (of_weights - mean) * scale
-        of_q[mine] = torch.einsum("grts,sgd->tgrd", of_scores, k[seen]).flatten(1, 2)
-        of_k[seen] = torch.einsum("grts,tgrd->sgd", of_scores, q[mine].unflatten(1, groups))
-    return of_q, of_k, of_v

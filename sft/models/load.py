@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.encode.template import ARGUMENTS
+from data.conversation import ARGUMENTS
 from eval.predict import max_positions
 from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config

@@ -7,7 +7,7 @@ served only if the user names them: `graft serve BASE --lora NAME=RUN`.
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,12 @@ from sft.models.target import adapter_folder, check_target, is_run, is_url, run_
 from sft.recipe.schema import WHEEL, Model
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
+# what a server has once, for the adapters of all runs
+SHARED: dict[str, Callable[[PreTrainedTokenizerBase], Any]] = {
+    "chat_template": lambda tokenizer: tokenizer.chat_template,
+    "vocab_size": lambda tokenizer: tokenizer.vocab_size,
+    "template_arguments": arguments_of,
+}
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 # settings of an adapter that vLLM 0.32 refuses, or ignores
 UNSERVED = ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora")
@@ -116,10 +122,8 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
             )
         with readable(f"{adapters[served]}: the tokenizer"):
             tokenizers[served] = AutoTokenizer.from_pretrained(adapters[served], trust_remote_code=False)
-        arguments = {name: arguments_of(tokenizer) for name, tokenizer in tokenizers.items()}
-        for part in ("chat_template", "vocab_size", "template_arguments"):
-            values = arguments if part == "template_arguments" else {n: getattr(t, part) for n, t in tokenizers.items()}
-            if values[served] != values[first]:
+        for part, of in SHARED.items():
+            if of(tokenizers[served]) != of(tokenizers[first]):
                 raise ServerError(
                     f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all adapters; "
                     "serve it on another --port"

@@ -113,9 +113,15 @@ def block_mask(end: torch.Tensor) -> BlockMask:
     return create_block_mask(sees, None, None, len(end), len(end), device=str(end.device))
 
 
-def _forest(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-    attend: Any = segment_attention if query.is_cuda else forest_attention
-    return cast(tuple[torch.Tensor, None], attend(module, query, *args, **kwargs))
+def _forest(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any = None, **options: Any
+) -> tuple[torch.Tensor, None]:
+    half = query.dtype in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled("cuda")
+    packed = mask is not None and mask.dtype != torch.bool
+    attend: Any = forest_attention
+    if query.is_cuda and half and packed and not options.get("dropout"):  # what FlashAttention takes
+        attend = segment_attention
+    return cast(tuple[torch.Tensor, None], attend(module, query, key, value, mask, **options))
 
 
 AttentionInterface.register("forest", _forest)

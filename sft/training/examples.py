@@ -15,13 +15,13 @@ from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
 from data.cache import build_once, cache_key, file_digests, text_sha256
-from data.conversation import Conversation, DataError
+from data.conversation import ARGUMENTS, Conversation, DataError
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
 from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
-from data.encode.template import ARGUMENTS, arguments_of
+from data.encode.template import arguments_of
 from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print

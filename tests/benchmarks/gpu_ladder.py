@@ -33,10 +33,10 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from data.encode.chat import Example
 from data.encode.pack import Layout, Pack, make_packs, step_order
-from sft.kernels.fused_layers import fuse_layers
 from sft.kernels.fused_lora import fuse_lora
 from sft.training.compile_layers import compile_layers
 from sft.training.step import train_step
+from tests.benchmarks.fused_layers import fuse_layers
 from tests.benchmarks.shapes import SHAPES
 
 ROTATE = modeling_qwen2.apply_rotary_pos_emb
@@ -289,12 +289,14 @@ class Bench:
         return {"busy": busy, "kernel_ms": kinds, "top_kernels_ms": {k: round(v, 2) for k, v in top.items()}}
 
 
-def quantize(base: nn.Module) -> None:
+def quantize(base: Any) -> None:
     import bitsandbytes as bnb
+
+    dtype = base.get_input_embeddings().weight.dtype
 
     def four_bit(linear: nn.Linear) -> nn.Module:
         new = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=torch.bfloat16,
+            linear.in_features, linear.out_features, linear.bias is not None, compute_dtype=dtype,
             compress_statistics=True, quant_type="nf4", device="meta",
         )  # fmt: skip
         weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
@@ -302,20 +304,22 @@ def quantize(base: nn.Module) -> None:
         return new
 
     swap_linear(base, nn.Linear, four_bit)
-    base.is_loaded_in_4bit = True  # type: ignore[assignment]  # PEFT asks for it
+    base.is_loaded_in_4bit = True  # PEFT asks for it
 
 
-def dequantize(base: nn.Module) -> None:
+def dequantize(base: Any) -> None:
     import bitsandbytes as bnb
+
+    dtype = base.get_input_embeddings().weight.dtype
 
     def dense(layer: Any) -> nn.Module:
         new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
-        data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(torch.bfloat16)
+        data = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
         new.weight, new.bias = nn.Parameter(data, requires_grad=False), layer.bias
         return new
 
     swap_linear(base, bnb.nn.Linear4bit, dense)
-    base.is_loaded_in_4bit = False  # type: ignore[assignment]
+    base.is_loaded_in_4bit = False
 
 
 def swap_linear(base: Any, kind: type[nn.Module], change: Any) -> None:

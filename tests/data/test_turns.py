@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import trl
 
-from data.conversation import DataError, Ledger
+from data.conversation import ARGUMENTS, DataError, Ledger
 from data.encode.chat import encode, encode_prompt, encode_turns, learning_last_turn
 from data.encode.frame import SERVED, Frame, frame_of, quiet_arguments, spoken, spoken_tokens, thinking_arguments
-from data.encode.template import ARGUMENTS
 from data.readers.row_formats import row_conversation
 from tests.helpers.families import build, build_for
 

@@ -6,8 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
-from sft.kernels.fused_layers import fuse_layers
 from sft.kernels.fused_lora import fuse_lora
+from tests.benchmarks import gpu_ladder
+from tests.benchmarks.fused_layers import fuse_layers
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -111,3 +112,19 @@ def test_a_norm_that_computes_something_else_keeps_its_forward():
     before = [module.forward for module in model.modules()]
     assert fuse_layers(model) == 0
     assert [module.forward for module in model.modules()] == before
+
+
+def test_lora_on_packed_weights_equals_pefts():
+    model = adapted(Qwen2Config(**SIZES), target_modules=["q_proj"])
+    base = model.unload()
+    gpu_ladder.quantize(base)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    wanted, gradients = outcome(model, 4)
+    assert fuse_lora(model) == 14
+    found, of_found = outcome(model, 4)
+    assert distance(wanted, found) < 1e-6
+    assert max(distance(gradient, of_found[name]) for name, gradient in gradients.items()) < 3e-6

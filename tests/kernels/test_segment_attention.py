@@ -1,6 +1,7 @@
 """Attention by runs equals attention under the pack's dense mask."""
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,49 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from data.encode.chat import Example
 from data.encode.pack import attention_mask, build_pack
+from sft.kernels import segment_attention as ours
 from sft.kernels.segment_attention import segment_attention, segments_of
+
+
+def runs(q: torch.Tensor, k: torch.Tensor, first_query: torch.Tensor, first_key: torch.Tensor, scale: float) -> Any:
+    """Of each run: its slices of queries and of keys, and its scores [key heads, heads a key head, queries, keys]."""
+    queries, keys = first_query.tolist(), first_key.tolist()
+    for run in range(len(queries) - 1):
+        mine, seen = slice(queries[run], queries[run + 1]), slice(keys[run], keys[run + 1])
+        scores = torch.einsum("tgrd,sgd->grts", q[mine].unflatten(1, (k.shape[1], -1)), k[seen]) * scale
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + scores.shape[-1] - scores.shape[-2])
+        yield mine, seen, scores.masked_fill(hidden, -torch.inf)
+
+
+def kernel(q, k, v, first_query, first_key, longest, longest_keys, dropout, causal, debug, scale):
+    """FlashAttention's forward over sequences, plainly: it is for GPUs only."""
+    out, sums = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+    for mine, seen, scores in runs(q, k, first_query, first_key, scale):
+        out[mine] = torch.einsum("grts,sgd->tgrd", scores.softmax(-1), v[seen]).flatten(1, 2)
+        sums[:, mine] = scores.logsumexp(-1).flatten(0, 1).float()
+    return out, sums
+
+
+def kernel_backward(gradient, q, k, v, out, sums, first_query, first_key, *rest, scale):
+    """Its backward: gradients of q and of the gathered k and v."""
+    of_q, of_k, of_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    groups = (k.shape[1], -1)
+    for mine, seen, scores in runs(q, k, first_query, first_key, scale):
+        weights = scores.softmax(-1)
+        of_out = gradient[mine].unflatten(1, groups)
+        of_v[seen] = torch.einsum("grts,tgrd->sgd", weights, of_out)
+        of_weights = torch.einsum("tgrd,sgd->grts", of_out, v[seen])
+        mean = (of_out * out[mine].unflatten(1, groups)).sum(-1).permute(1, 2, 0)[..., None]
+        of_scores = weights * (of_weights - mean) * scale
+        of_q[mine] = torch.einsum("grts,sgd->tgrd", of_scores, k[seen]).flatten(1, 2)
+        of_k[seen] = torch.einsum("grts,tgrd->sgd", of_scores, q[mine].unflatten(1, groups))
+    return of_q, of_k, of_v
+
+
+@pytest.fixture(autouse=True)
+def _plain_kernels(monkeypatch):
+    monkeypatch.setattr(ours, "KERNEL", kernel)
+    monkeypatch.setattr(ours, "KERNEL_BACKWARD", kernel_backward)
 
 
 def forest(seed: int):
@@ -30,11 +73,11 @@ def test_values_and_gradients_of_random_forests_equal_those_of_the_dense_mask(fi
         states = [torch.randn(1, heads, len(pack.end), 8, requires_grad=True) for heads in (4, 2, 2)]
         dense = scaled_dot_product_attention(*states, attention_mask(pack), scale=0.3, enable_gqa=True).transpose(1, 2)
         mask = torch.tensor(pack.end)[None, None, None]
-        ours, _ = segment_attention(torch.nn.Identity(), *states, mask, 0.3, segments=segments_of(pack.end))
+        found, _ = segment_attention(torch.nn.Identity(), *states, mask, 0.3, segments=segments_of(pack.end))
         weights = torch.randn_like(dense)
         wanted = torch.autograd.grad(dense, states, weights)
-        found = torch.autograd.grad(ours, states, weights)
-        for a, b in ((dense, ours), *zip(wanted, found, strict=True)):
+        of_found = torch.autograd.grad(found, states, weights)
+        for a, b in ((dense, found), *zip(wanted, of_found, strict=True)):
             torch.testing.assert_close(b, a, rtol=1e-5, atol=2e-6)
 
 
