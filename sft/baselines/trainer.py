@@ -33,7 +33,7 @@ class Unfreeze(TrainerCallback):
 
 class EncoderTrainer(DurableTrainer):
     def __init__(self, model: PreTrainedModel, args: TrainingArguments, recipe: BaselineRecipe, head: Head) -> None:
-        self.recipe, self.head = recipe, head
+        self.recipe, self.head, self.tune = recipe, head, recipe.tune
         super().__init__(
             model=model,
             args=args,
@@ -127,12 +127,13 @@ def arguments_of(recipe: BaselineRecipe, run: Path, rows: int, processes: int, c
     every = min(steps, per_epoch if train.eval_strategy == "epoch" else train.eval_steps)
     own = {
         "examples_per_step", "num_train_epochs", "max_steps", "output_dir", "eval_strategy", "eval_steps", "bf16",
-        "metric_for_best_model", "report_to",
+        "metric_for_best_model", "report_to", "run_name",
     }  # fmt: skip
     best = train.metric_for_best_model
     arguments = TrainingArguments(
         **train.model_dump(exclude=own),
         output_dir=str(run),
+        run_name=train.run_name or run.name,
         max_steps=steps,
         per_device_train_batch_size=train.examples_per_step // processes,
         bf16=bool(train.bf16),

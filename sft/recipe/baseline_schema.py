@@ -15,10 +15,12 @@ from sft.recipe.schema import (
     MaxSteps,
     Number,
     Recipe,
+    Schedule,
+    ScheduleArguments,
     Section,
     Seed,
     Source,
-    Tracker,
+    Trackers,
     Tune,
     as_sources,
     changed,
@@ -79,7 +81,9 @@ class BaselineTrain(Section):
     num_train_epochs: Annotated[Number, Field(gt=0)] = 3.0
     max_steps: MaxSteps = -1
     learning_rate: Annotated[Number, Field(gt=0)] = 5e-5
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    lr_scheduler_type: Schedule = "linear"
+    lr_scheduler_kwargs: ScheduleArguments = Field(default={})
+    """Arguments of the schedule by transformers' names: {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_steps: Annotated[Number, Field(ge=0)] = 0.1
     """Steps; a value below 1 is a share of all steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.01
@@ -94,8 +98,10 @@ class BaselineTrain(Section):
     metric_for_best_model: Literal["loss", "accuracy", "macro_f1", "exact", "f1"] | None = None
     """The checkpoint with its best value is restored at the end. Default: the last one stays."""
     save_total_limit: Count = 2
-    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    report_to: Trackers = ("tensorboard",)
     """Trackers that get the metrics too, each by its own package; [] for none."""
+    run_name: str | None = None
+    """Name of the run in trackers. Default: that of the run folder."""
     seed: Seed = 42
     output_dir: Path | None = None
     """The run folder. Default: runs/RECIPE-NAME, numbered if it exists."""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterator
 from importlib.util import find_spec
+from inspect import signature
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_type_hints
 
@@ -14,22 +16,14 @@ from data.conversation import DataError
 from data.readers.source import files_of
 from data.redact import secret_line
 from sft.errors import RecipeError
-from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, AnyRecipe, BaselineRecipe
-from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Tune, changed, is_hub_id
+from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, AnyRecipe, BaselineRecipe, BaselineTrain
+from sft.recipe.peers import instead
+from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Train, Tune, changed, is_hub_id
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
 
 R = TypeVar("R", bound=BaseModel)
-# keys of other libraries, and what to use instead
-ELSEWHERE = {
-    "train.per_device_train_batch_size": "use train.examples_per_step, the batch over all processes",
-    "train.gradient_accumulation_steps": "use train.examples_per_step; micro-batches follow from data.pack_tokens",
-    "train.warmup_ratio": "use train.warmup_steps; a value below 1 is a share of all steps",
-    "train.evaluation_strategy": "use train.eval_strategy",
-    "train.overwrite_output_dir": "a run folder is never overwritten; name another or resume it",
-    "train.max_seq_length": "use data.max_length",
-    "train.packing": "use data.pack_tokens",
-}
+PLAIN_SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt")  # they need no arguments
 
 
 def load_recipe(path: Path, overrides: list[str] | None = None, check_files: bool = True) -> Recipe:
@@ -93,6 +87,7 @@ def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
             f"tune.method {tune.method} puts virtual tokens before each example, and a pack of several has no place "
             "for them; set data.share_prefixes: auto or false"
         )
+    check_schedule(recipe.train)
     if check_files:
         _check_files(recipe)
         template = recipe.model.chat_template
@@ -104,6 +99,7 @@ def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
 def check_baseline(tree: dict[str, Any], check_files: bool = True) -> BaselineRecipe:
     recipe = _validate(BaselineRecipe, tree)
     _, values = _check_tune(recipe.tune, STRATEGIES, PEFT_TASKS[recipe.objective])
+    check_schedule(recipe.train)
     if check_files:
         _check_files(recipe)
     return changed(recipe, tune=values)
@@ -146,7 +142,7 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}
     for key in tune.peft:
         if key not in allowed:
-            near = nearest(key, [*allowed, *type(tune).model_fields])
+            near = instead(("tune", key), Recipe) or nearest(key, [*allowed, *type(tune).model_fields])
             raise RecipeError(f"tune.{key}: unknown key of method {tune.method}{near}")
     check_peft(tune.peft, "tune.")
     fields: dict[str, Any] = {key: allowed[key] for key in tune.peft}
@@ -161,6 +157,32 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
         raise RecipeError("\n".join(_explain(e, Recipe, ("tune",)) for e in error.errors())) from error
     except (ValueError, TypeError) as error:  # the PEFT config refuses a combination
         raise RecipeError(f"tune: method {tune.method}: {error}") from error
+
+
+def check_schedule(train: Train | BaselineTrain) -> None:
+    """Raise RecipeError if the schedule can't be made of its arguments, as transformers makes it."""
+    name, arguments = train.lr_scheduler_type, train.lr_scheduler_kwargs
+    if name in PLAIN_SCHEDULES and not arguments:
+        return
+    import torch
+    from transformers import SchedulerType, get_scheduler
+    from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+
+    given = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    make: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+    takes = [key for key in signature(make).parameters if key not in given]
+    if unknown := [key for key in arguments if key not in takes]:
+        valid = f"valid ones: {', '.join(takes)}" if takes else "it takes none"
+        raise RecipeError(f"train.lr_scheduler_kwargs.{unknown[0]}: unknown argument of schedule {name}; {valid}")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], train.learning_rate)
+    try:
+        schedule: Any = get_scheduler(name, optimizer, 100, 1000, arguments)
+        rates = [schedule.lr_lambdas[0](step) for step in (0, 99, 100, 500, 999, 1000)]
+        if not all(0 <= rate < math.inf for rate in rates):
+            raise ValueError(f"a rate of {min(rates):.3g} to {max(rates):.3g} times train.learning_rate")
+    except (TypeError, ValueError, ArithmeticError) as error:
+        remedy = f"its arguments: {', '.join(takes)}"
+        raise RecipeError(f"train.lr_scheduler_kwargs: schedule {name}: {error}; {remedy}") from error
 
 
 def _check_files(recipe: AnyRecipe) -> None:
@@ -202,9 +224,8 @@ def _explain(error: Any, kind: type[BaseModel], root: tuple[str, ...] = ()) -> s
     location = (*root, *error["loc"])
     path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")
     if error["type"] == "extra_forbidden":
-        if path in ELSEWHERE:
-            return f"{path}: unknown key; {ELSEWHERE[path]}"
-        return f"{path}: unknown key{nearest(str(location[-1]), _keys_at(kind, location[:-1]))}"
+        near = instead(location, kind) or nearest(str(location[-1]), _keys_at(kind, location[:-1]))
+        return f"{path}: unknown key{near}"
     if error["type"] == "missing":
         return f"{path}: this key is required"
     message = error["msg"].removeprefix("Value error, ")

@@ -41,6 +41,12 @@ def _no_bool(value: Any) -> Any:
     return value
 
 
+def _as_trackers(value: Any) -> Any:
+    if isinstance(value, str):  # as TrainingArguments takes it
+        return () if value == "none" else (value,)
+    return value
+
+
 def _regular_expression(pattern: str) -> str:
     try:
         re.compile(pattern)
@@ -55,7 +61,14 @@ Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 MaxSteps = Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)]
 Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
 Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
-Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"]
+Trackers = Annotated[
+    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], BeforeValidator(_as_trackers)
+]
+Schedule = Literal[
+    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
+    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+]  # fmt: skip
+ScheduleArguments = dict[str, int | float | str]
 
 
 class Section(BaseModel):
@@ -122,6 +135,11 @@ class Tune(BaseModel):
     method: str = "lora"
     trainable: tuple[str, ...] = ()
     """For freeze: regular expressions; parameters whose name matches one of them are trained."""
+    loraplus_lr_ratio: Annotated[Number, Field(ge=1)] | None = None
+    """For lora: LoRA+, the learning rate of the matrices B divided by that of the matrices A, train.learning_rate; 16
+    is usual."""
+    loraplus_lr_embedding: Annotated[Number, Field(gt=0)] | None = None
+    """With loraplus_lr_ratio: learning rate of LoRA on an embedding. Default: 1e-6."""
 
     @field_validator("trainable")
     @classmethod
@@ -134,6 +152,14 @@ class Tune(BaseModel):
             raise ValueError("method freeze needs trainable: which parameters are trained")
         if self.method != "freeze" and self.trainable:
             raise ValueError(f"trainable works only with method freeze, not {self.method}; leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _loraplus_is_for_lora(self) -> "Tune":
+        if self.loraplus_lr_ratio is not None and self.method != "lora":
+            raise ValueError(f"loraplus_lr_ratio works only with method lora, not {self.method}; leave it out")
+        if self.loraplus_lr_embedding is not None and self.loraplus_lr_ratio is None:
+            raise ValueError("loraplus_lr_embedding needs loraplus_lr_ratio; set it, or leave both out")
         return self
 
     @property
@@ -220,11 +246,18 @@ class Train(Section):
     num_train_epochs: Annotated[Number, Field(gt=0)] = 1.0
     max_steps: MaxSteps = -1
     learning_rate: Annotated[Number, Field(gt=0)] = 2e-4
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt"] = "linear"
+    lr_scheduler_type: Schedule = "linear"
+    lr_scheduler_kwargs: ScheduleArguments = {}
+    """Arguments of the schedule by transformers' names: {min_lr_rate: 0.1} for cosine_with_min_lr."""
     warmup_steps: Annotated[Number, Field(ge=0)] = 0.0
     """Steps; a value below 1 is a share of all steps."""
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[Number, Field(ge=0)] = 1.0
+    label_smoothing_factor: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    """Share of each target that is spread evenly over the vocabulary; the held-out loss is without it."""
+    neftune_noise_alpha: Annotated[Number, Field(gt=0)] | None = None
+    """NEFTune: uniform noise on the embeddings of a training example of L tokens and width d, at most
+    alpha / sqrt(L * d); a prefix that examples share gets one draw for all of them."""
     optim: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd"] = (
         "adamw_torch_fused"
     )
@@ -247,8 +280,10 @@ class Train(Section):
     eval_strategy: Literal["no", "epoch", "steps"] = "no"
     """Held-out loss on eval.data during training."""
     eval_steps: Count = 100
-    report_to: tuple[Tracker, ...] = ("tensorboard",)
+    report_to: Trackers = ("tensorboard",)
     """Trackers that get the metrics too, each by its own package; [] for none."""
+    run_name: str | None = None
+    """Name of the run in trackers. Default: that of the run folder."""
     seed: Seed = 42
     output_dir: Path | None = None
     """The run folder. Default: runs/RECIPE-NAME, numbered if it exists."""

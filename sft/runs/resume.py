@@ -20,7 +20,7 @@ KINDS = ("recipe", "data", "base")
 FIXED = (
     "task", "objective", "tune.", "model.quantization", "train.optim", "train.seed", "train.examples_per_step",
 )  # fmt: skip
-IGNORED = ("train.output_dir", "train.report_to", "model.dequantize", "export.")
+IGNORED = ("train.output_dir", "train.report_to", "train.run_name", "model.dequantize", "export.")
 
 
 @dataclass(frozen=True)

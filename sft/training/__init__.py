@@ -8,6 +8,7 @@ auto.py                decide what the recipe leaves to `auto`
 memory.py              the bytes of a training, counted before it starts
 plan.py                which examples each step trains on
 step.py                the loss and gradients of a step
+noise.py               NEFTune's noise on the embeddings of a pack
 trainer.py             TRL's trainer over packs; the only file that knows TRL
 durable_trainer.py     whole checkpoints, exact resume, only finite weights
 attention.py           a pack as arguments of a model; attention back ends

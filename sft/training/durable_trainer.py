@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_gather
 
 from sft.errors import RunError, TrainingDiverged
+from sft.recipe.schema import Tune
 from sft.runs.checkpoint import commit_checkpoint, damage, rotate, shared_folder
 from sft.runs.state import State, load_state, random_state, save_state, set_random_state
 
@@ -52,10 +54,27 @@ class DurableTrainer(Trainer):
     executed_tokens = trained_examples = 0  # over all processes
     resumed: State = None  # this process's state at the checkpoint that it resumes from
     epoch_start: State = None  # random state from which the sampler draws the epoch's order
+    tune = Tune()
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._unread: list[UnreadStep] = []
         super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; with tune.loraplus_lr_ratio that of LoRA+ (Hayou et al. 2024)."""
+        if self.optimizer is None and self.tune.loraplus_lr_ratio is not None:
+            target: Any = model or self.model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, target)
+            on_embedding = self.tune.loraplus_lr_embedding
+            self.optimizer = create_loraplus_optimizer(
+                target,
+                kind,
+                loraplus_lr_ratio=self.tune.loraplus_lr_ratio,
+                loraplus_weight_decay=self.args.weight_decay,
+                **({"loraplus_lr_embedding": on_embedding} if on_embedding else {}),
+                **settings,
+            )
+        return super().create_optimizer(model)
 
     def load_own_state(self, checkpoint: Path) -> None:
         """Read this process's state from the checkpoint; train() loads the rest."""

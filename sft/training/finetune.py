@@ -67,6 +67,9 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             plan,
             make_packs(held_out, layout) if recipe.train.eval_strategy != "no" else (),
             one_dtype=sharded,
+            tune=recipe.tune,
+            smoothing=recipe.train.label_smoothing_factor,
+            noise_alpha=recipe.train.neftune_noise_alpha,
         )
         summary = (
             f"{report.totals.examples} examples of {report.totals.contexts} contexts, {len(plan.steps)} steps; "

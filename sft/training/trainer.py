@@ -20,7 +20,7 @@ from trl import SFTConfig, SFTTrainer
 
 from data.encode.pack import Pack
 from data.terminal import print
-from sft.recipe.schema import Train
+from sft.recipe.schema import Train, Tune
 from sft.runs.state import State, random_state, set_random_state
 from sft.session import is_out_of_memory
 from sft.training.durable_trainer import DurableTrainer
@@ -66,7 +66,12 @@ class PackTrainer(DurableTrainer, SFTTrainer):
         plan: StepPlan,
         held_out: Sequence[Pack] = (),
         one_dtype: bool = False,
+        tune: Tune = Tune(),
+        smoothing: float = 0.0,
+        noise_alpha: float | None = None,
     ) -> None:
+        """smoothing, noise_alpha: see train_step."""
+        self.tune, self.smoothing, self.noise_alpha = tune, smoothing, noise_alpha
         self.plan, self.held_out, self.asked_pack_tokens = plan, held_out, plan.layout.pack_tokens
         processes, self.cuda = args.world_size, args.device.type == "cuda"
         # accelerate's loader collates a row while the step before it is about to start: this thread packs it meanwhile
@@ -132,7 +137,9 @@ class PackTrainer(DurableTrainer, SFTTrainer):
             for parameter, gradient in self.gradients:
                 parameter.grad = gradient.zero_()
             try:
-                loss = train_step(model, step.packs, step.trained_tokens, self.accelerator)
+                loss = train_step(
+                    model, step.packs, step.trained_tokens, self.accelerator, self.smoothing, self.noise_alpha
+                )
                 break
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -191,7 +198,8 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
     """TrainingArguments of a run whose dataset has a row for each optimizer step and process."""
     own = {
         "examples_per_step", "output_dir", "num_train_epochs", "max_steps", "save_strategy", "eval_strategy", "bf16",
-        "attn_implementation", "compile_layers", "report_to",
+        "attn_implementation", "compile_layers", "report_to", "run_name",
+        "label_smoothing_factor", "neftune_noise_alpha",  # Trainer's own know no packs
     }  # fmt: skip
     every = {"save": train.save_strategy, "eval": train.eval_strategy}
     arguments = SFTConfig(
@@ -201,6 +209,7 @@ def training_arguments(train: Train, plan: StepPlan, run: Path, cuda: bool) -> S
             **{f"{k}_steps": plan.steps_per_epoch for k, v in every.items() if v == "epoch"},
         },
         output_dir=str(run),
+        run_name=train.run_name or run.name,
         max_steps=len(plan.steps),
         bf16=cuda if train.bf16 is None else train.bf16,
         use_cpu=not cuda,

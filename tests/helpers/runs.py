@@ -16,7 +16,13 @@ from tests.helpers.places import SAMPLES
 
 
 def recipe_of(
-    folder: Path, base: Path, steps: int = 20, share: bool = True, dropout: float = 0.1, **train: object
+    folder: Path,
+    base: Path,
+    steps: int = 20,
+    share: bool = True,
+    dropout: float = 0.1,
+    loraplus: float | None = None,
+    **train: object,
 ) -> Path:
     """Several packs a step, dropout, 4 steps an epoch, and a loss that is logged each third step."""
     settings = {
@@ -26,6 +32,7 @@ def recipe_of(
     folder.mkdir(exist_ok=True)
     data = {"train": str(SAMPLES / "squad_train.json"), "max_contexts": 4, "pack_tokens": 512, "share_prefixes": share}
     tune = {"method": "lora", "r": 4, "lora_dropout": dropout, "target_modules": "all-linear"}
+    tune |= {"loraplus_lr_ratio": loraplus}
     sections = {"tune": tune, "data": data, "train": settings}
     return write_recipe(folder / "r.yaml", base, **{key: json.dumps(value) for key, value in sections.items()})
 

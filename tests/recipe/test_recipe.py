@@ -8,7 +8,7 @@ import yaml
 
 from data.encode.chat import AUDITS
 from sft.errors import RecipeError
-from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe, load_recipe
+from sft.recipe.load import check_baseline, check_recipe, dump_recipe, load_any_recipe, load_recipe
 from sft.recipe.schema import Recipe
 from sft.recipe.strict_yaml import YamlError, parse
 from tests.helpers.builders import write_recipe
@@ -38,6 +38,31 @@ def test_minimal_recipe_is_complete():
         ("train.lr_scheduler_type", "cosin", "train.lr_scheduler_type: .* 'linear', 'cosine'"),
         ("train.per_device_train_batch_size", 4, "use train.examples_per_step"),
         ("train.warmup_ratio", 0.1, "use train.warmup_steps"),
+        ("train.gradient_accumulation_steps", 4, "use train.examples_per_step"),
+        ("cutoff_len", 512, "cutoff_len: unknown key; write data.max_length"),
+        ("train.lora_rank", 8, "write tune.r"),
+        ("tune.lora_r", 8, "write tune.r"),
+        ("tune.lora_target", "all", "write tune.target_modules"),
+        ("tune.learning_rate", 1e-4, "write train.learning_rate"),
+        ("learning_rate", 1e-4, "write train.learning_rate"),
+        ("model.load_in_4bit", True, "write model.quantization.load_in_4bit"),
+        ("model.model_name_or_path", "x", "write model.base"),
+        ("train.loraplus_lr_ratio", 16, "write tune.loraplus_lr_ratio"),
+        ("train.num_epochs", 3, "write train.num_train_epochs"),
+        ("train.fp16", True, "train.fp16: .*train.bf16"),
+        ("train.load_best_model_at_end", True, "train.load_best_model_at_end: .*save_total_limit"),
+        ("data.train", [{"path": "data/samples/squad_train.json", "subset": "x"}], r"data.train\[0\].subset: .* write config"),
+        ("train.label_smoothing_factor", 1.0, "train.label_smoothing_factor: .* less than 1"),
+        ("train.neftune_noise_alpha", 0, "train.neftune_noise_alpha: .* greater than 0"),
+        ("train.report_to", "wandbb", "train.report_to.*'tensorboard'.*found 'wandbb'"),
+        ("tune", {"method": "ia3", "loraplus_lr_ratio": 2}, "loraplus_lr_ratio works only with method lora"),
+        ("tune.loraplus_lr_ratio", 0.5, "tune.loraplus_lr_ratio: .* greater than or equal to 1"),
+        ("tune.loraplus_lr_embedding", 1e-6, "loraplus_lr_embedding needs loraplus_lr_ratio"),
+        ("train.lr_scheduler_type", "cosine_with_min_lr", "train.lr_scheduler_kwargs: .*min_lr_rate"),
+        ("train.lr_scheduler_type", "warmup_stable_decay", "train.lr_scheduler_kwargs: .*num_decay_steps"),
+        ("train.lr_scheduler_type", "reduce_lr_on_plateau", "train.lr_scheduler_type: .* 'linear'"),
+        ("train.lr_scheduler_kwargs", {"min_lr": 1e-5}, "train.lr_scheduler_kwargs.min_lr: .* linear"),
+        ("train", {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"power": "x"}}, "lr_scheduler_kwargs: "),
         ("data.train", "missing.json", r"data.train\[0\].path: missing.json: no such file"),
         ("data.train", [], "data.train: "),
         ("eval.data", "missing.json", "eval.data.path: missing.json: no such file"),
@@ -57,6 +82,36 @@ def test_mistake_is_one_line_that_names_key_and_remedy(key, value, message):
     with pytest.raises(RecipeError, match=message) as caught:
         check_recipe(with_key(key, value))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("cosine", {"num_cycles": 0.4}),
+        ("cosine_with_restarts", {"num_cycles": 3}),
+        ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 1e-6}),
+        ("polynomial", {"power": 2.0, "lr_end": 1e-6}),
+        ("inverse_sqrt", {"timescale": 50}),
+        ("warmup_stable_decay", {"num_decay_steps": 20, "decay_type": "linear"}),
+    ],
+)
+def test_schedules_take_the_arguments_that_transformers_has_for_them(name, arguments, tmp_path):
+    recipe = check_recipe(with_key("train", {"lr_scheduler_type": name, "lr_scheduler_kwargs": arguments}))
+    (tmp_path / "r.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "r.yaml").train.lr_scheduler_kwargs == arguments
+
+
+@pytest.mark.parametrize(("written", "read"), [("none", ()), ("tensorboard", ("tensorboard",)), ([], ())])
+def test_trackers_are_a_list_a_name_or_none(written, read):
+    assert check_recipe(with_key("train.report_to", written)).train.report_to == read
+
+
+def test_a_baseline_is_not_told_of_keys_that_it_lacks():
+    tree = with_key("train.cutoff_len", 512) | {"objective": "classification", "task": "newsgroups"}
+    with pytest.raises(RecipeError, match="train.cutoff_len: unknown key") as caught:
+        check_baseline(tree, check_files=False)
+    assert "write data.max_length" not in str(caught.value)
 
 
 def test_quantized_base_refuses_methods_that_train_it():

@@ -44,15 +44,27 @@ def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
     monkeypatch.setattr(PackTrainer, "training_step", stop)
 
 
+# what changes loss, embeddings, groups of the optimizer and schedule
+BROUGHT = {
+    "label_smoothing_factor": 0.1, "neftune_noise_alpha": 5, "loraplus": 16, "lr_scheduler_type": "warmup_stable_decay",
+    "lr_scheduler_kwargs": {"num_decay_steps": 8, "decay_type": "cosine"}, "warmup_steps": 3, "weight_decay": 0.01,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    "share", [pytest.param(True, id="shared"), pytest.param(False, id="unshared", marks=pytest.mark.slow)]
+    "keys",
+    [
+        pytest.param({}, id="shared"),
+        pytest.param({"share": False}, id="unshared", marks=pytest.mark.slow),
+        pytest.param(BROUGHT, id="smoothing, noise, LoRA+"),
+    ],
 )
-def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(share, tiny, tmp_path, monkeypatch):
+def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(keys, tiny, tmp_path, monkeypatch):
     """R1: 20 steps are 10 and 10; dropout, several packs a step, within an epoch and between two logged rows."""
-    graft("train", recipe_of(tmp_path / "whole", tiny, share=share))
+    graft("train", recipe_of(tmp_path / "whole", tiny, **keys))
     with monkeypatch.context() as patch:
         signal_at(patch, 9, signal.SIGTERM)
-        graft("train", recipe_of(tmp_path / "cut", tiny, share=share), code=143)
+        graft("train", recipe_of(tmp_path / "cut", tiny, **keys), code=143)
     cut = tmp_path / "cut" / "run"
     assert [p.name for p in checkpoints(cut)] == ["checkpoint-10"]
     assert not (cut / "adapter").exists()

@@ -58,7 +58,8 @@ def chain(tokens: int) -> Pack:
     """One sequence, of which a tenth is trained."""
     trained = tokens // 10
     ids = [5 + i % 900 for i in range(tokens)]
-    return Pack(ids, list(range(tokens)), [tokens] * tokens, list(range(trained)), ids[:trained])
+    leaf = [tokens - 1]
+    return Pack(ids, list(range(tokens)), [tokens] * tokens, list(range(trained)), ids[:trained], leaf)
 
 
 def trained_model(recipe, config, checkpointing):
@@ -90,6 +91,19 @@ def test_count_is_within_a_tenth_of_what_a_real_step_holds(method, checkpointing
     load = Load(tokens, tokens // 10, pairs=tokens**2)
     memory = count_memory(recipe, small(), load, CPU, checkpointing)
     assert memory.kept + memory.logits + memory.working == pytest.approx(live.most, rel=0.1)
+
+
+def test_smoothing_and_noise_need_no_more_than_is_counted():
+    recipe = recipe_of(LORA, "float32", attn_implementation="forest")
+    model, tokens = trained_model(recipe, small(), False), 256
+    most = []
+    for smoothing, alpha in ((0.0, None), (0.1, 5.0)):
+        live = _LiveBytes()
+        live.leave_out(t for p in model.parameters() for t in (p, p.grad) if t is not None)
+        with live:
+            train_step(model, [(chain(tokens), 1.0)], tokens // 10, Accelerator(cpu=True), smoothing, alpha)
+        most.append(live.most)
+    assert most[1] <= 1.01 * most[0]
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -25,24 +25,24 @@ from tests.helpers.places import REAL_DATA, SMOLLM, needs_real
 pytestmark = pytest.mark.heavy
 
 
-def flat_loss(model, example: Example) -> torch.Tensor:
+def flat_loss(model, example: Example, smoothing: float = 0.0) -> torch.Tensor:
     """An independent reference: plain causal forward, every position, labels shifted by hand."""
     ids = torch.tensor([example.ids])
     logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
     labels = torch.tensor([t if m else -100 for t, m in zip(example.ids, example.loss_mask, strict=True)][1:])
-    return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100)
+    return functional.cross_entropy(logits, labels, reduction="sum", ignore_index=-100, label_smoothing=smoothing)
 
 
-def assert_same_step(model, examples: list[Example], layout: Layout) -> None:
+def assert_same_step(model, examples: list[Example], layout: Layout, smoothing: float = 0.0) -> None:
     count = sum(sum(e.loss_mask) for e in examples)
     losses, gradients = [], []
     for mode in ("flat", "shared"):
         model.zero_grad()
         total = 0.0
         parts = (
-            (flat_loss(model, e) for e in examples)
+            (flat_loss(model, e, smoothing) for e in examples)
             if mode == "flat"
-            else (pack_loss(model, p, torch.device("cpu")) for p in make_packs(examples, layout))
+            else (pack_loss(model, p, torch.device("cpu"), smoothing) for p in make_packs(examples, layout))
         )
         for part in parts:
             (part / count).backward()
@@ -78,10 +78,10 @@ def tuned(request, tiny):
 
 
 @pytest.mark.parametrize("budget", [600, 4000])
-@pytest.mark.parametrize("attention", ["dense", "sparse"])
-def test_one_shared_step_equals_the_flat_one(questions, tokenizer, tuned, budget, attention):
+@pytest.mark.parametrize(("attention", "smoothing"), [("dense", 0.0), ("sparse", 0.0), ("sparse", 0.1)])
+def test_one_shared_step_equals_the_flat_one(questions, tokenizer, tuned, budget, attention, smoothing):
     rows = [encode(q, tokenizer, 1024) for q in [*questions[:8], questions[3]]]  # one question twice
-    assert_same_step(tuned, rows, Layout(True, budget, attention))
+    assert_same_step(tuned, rows, Layout(True, budget, attention), smoothing)
 
 
 def test_one_step_of_branching_conversations_equals_the_flat_one(tokenizer, tuned):

@@ -7,7 +7,9 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from peft.optimizers import create_loraplus_optimizer
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from data.encode.chat import encode
 from data.encode.pack import Layout, make_packs
@@ -111,6 +113,108 @@ def test_loss_curve_is_the_same_with_and_without_sharing(tiny, tokenizer, exampl
     assert len(curves[0]) == 4
     assert curves[0] == pytest.approx(curves[1], abs=1e-5)
     assert curves[0][-1] < curves[0][0]
+
+
+BROUGHT = {
+    "label_smoothing_factor": 0.1, "lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.2},
+    "warmup_steps": 1, "weight_decay": 0.05,
+}  # fmt: skip
+
+
+def test_smoothing_loraplus_and_schedule_train_as_transformers_and_peft_do(tiny, tokenizer, examples, tmp_path):
+    """Against transformers' own Trainer on padded rows, without packs."""
+    train = Train(examples_per_step=3, max_steps=3, learning_rate=1e-2, save_strategy="no", **BROUGHT)
+    tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear", "loraplus_lr_ratio": 8})
+    plan = plan_steps(examples, train, Layout(True))
+    arguments = training_arguments(train, plan, tmp_path / "ours", False)
+
+    def model():
+        return tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
+
+    ours = PackTrainer(
+        model(), tokenizer, arguments, plan, tune=tune, smoothing=train.label_smoothing_factor
+    )  # fmt: skip
+    ours.train()
+
+    def pad(rows):
+        rows = [examples[i] for row in rows for i in row["examples"]]
+        width = max(len(row.ids) for row in rows)
+        ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows])
+        mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in rows])
+        learnt = torch.tensor([[*map(bool, row.loss_mask), *[False] * (width - len(row.ids))] for row in rows])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~learnt, -100)}
+
+    flat = model()
+    kind, settings = Trainer.get_optimizer_cls_and_kwargs(arguments, flat)
+    reference = Trainer(
+        flat,
+        TrainingArguments(
+            output_dir=str(tmp_path / "theirs"),
+            max_steps=3,
+            per_device_train_batch_size=1,
+            use_cpu=True,
+            logging_steps=1,
+            remove_unused_columns=False,
+            report_to="none",
+            save_strategy="no",
+            train_sampling_strategy="sequential",
+            learning_rate=1e-2,
+            **BROUGHT,
+        ),
+        data_collator=pad,
+        train_dataset=Dataset.from_dict({"examples": [list(step) for step in plan.steps]}),
+        optimizers=(
+            create_loraplus_optimizer(flat, kind, loraplus_lr_ratio=8, loraplus_weight_decay=0.05, **settings),
+            None,
+        ),
+    )
+    reference.train()
+    for key in ("loss", "grad_norm", "learning_rate"):
+        mine, theirs = ([row[key] for row in trainer.state.log_history if key in row] for trainer in (ours, reference))
+        assert len(mine) == 3
+        assert mine == pytest.approx(theirs, rel=1e-4)
+    for (name, one), (_, other) in zip(ours.model.named_parameters(), flat.named_parameters(), strict=True):
+        if one.requires_grad:
+            torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_loraplus_has_a_rate_for_b_and_one_for_an_embedding(tiny, tokenizer, examples, tmp_path):
+    train = Train(examples_per_step=8, learning_rate=1e-3, save_strategy="no")
+    targets = {"target_modules": ["q_proj", "embed_tokens"], "loraplus_lr_ratio": 16, "loraplus_lr_embedding": 1e-5}
+    tune = Tune.model_validate({"method": "lora", "r": 4, **targets})
+    model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, 0)
+    plan = plan_steps(examples, train, Layout(True))
+    trainer = PackTrainer(
+        model, tokenizer, training_arguments(train, plan, tmp_path / "r", False), plan, tune=tune
+    )  # fmt: skip
+    names = {id(p): name for name, p in model.named_parameters()}
+    rates = {names[id(p)]: group["lr"] for group in trainer.create_optimizer().param_groups for p in group["params"]}
+    assert len(rates) == 6
+    for name, rate in rates.items():
+        assert rate == (1e-5 if "embedding" in name else 16e-3 if "lora_B" in name else 1e-3), name
+
+
+def test_noise_is_in_training_and_not_in_evaluation(tiny, tokenizer, examples, tmp_path):
+    held_out, seen = make_packs(examples[:6]), {}
+    for alpha in (None, 5.0):
+        train = Train(examples_per_step=8, learning_rate=1e-9, save_strategy="no", eval_strategy="steps", eval_steps=3)
+        tune = Tune.model_validate({"method": "lora", "r": 4, "target_modules": "all-linear"})
+        model = tune_model(AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tune, train.seed)
+        plan = plan_steps(examples, train, Layout(True))
+        arguments = training_arguments(train, plan, tmp_path, False)
+        trainer = PackTrainer(model, tokenizer, arguments, plan, held_out, noise_alpha=alpha)
+        trainer.train()
+        seen[alpha] = {
+            key: row[key] for row in trainer.state.log_history for key in ("loss", "eval_loss") if key in row
+        }
+    assert abs(seen[None]["loss"] - seen[5.0]["loss"]) > 1e-4
+    assert seen[None]["eval_loss"] == pytest.approx(seen[5.0]["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(("named", "shown"), [(None, "run-7"), ("winter", "winter")])
+def test_trackers_get_the_name_of_the_run(named, shown, examples, tmp_path):
+    train = Train(examples_per_step=8, run_name=named)
+    assert training_arguments(train, plan_steps(examples, train, Layout()), tmp_path / "run-7", False).run_name == shown
 
 
 def test_evaluation_reports_the_mean_over_trained_tokens_and_changes_nothing(tiny, tokenizer, examples, tmp_path):
