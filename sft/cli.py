@@ -69,15 +69,24 @@ def check(
         raise SystemExit(1)
 
 
+@command(DATA, "import")
+def import_command(
+    file: Annotated[Path, Argument(help="A LLaMA-Factory or Axolotl YAML, or an OpenAI job's JSON.")],
+    out: Annotated[Path | None, Option(help="The recipe to write; default: it is printed.")] = None,
+) -> None:
+    """Turn the training file of another program into a recipe."""
+    from sft.recipe.convert import import_file
+
+    import_file(file, out)
+
+
 @command(DATA)
 def show(
     data: Annotated[str, Argument(help="A data file, glob, folder or Hub dataset.", show_default=False)],
     n: Annotated[int, Option("--n", min=1, help="Number of examples.")] = 5,
     base: Annotated[str, Option(help="Model whose tokenizer and chat template are used.")] = DEFAULT_BASE,
     task: Annotated[str, Option(help="Task of rows whose format does not define one.")] = "squad_v2",
-    column: Annotated[
-        list[str] | None, Option(help="Graft's name and the file's: prompt=question; repeatable.")
-    ] = None,
+    column: Annotated[list[str] | None, Option(help="Graft's name=the file's: prompt=question; repeatable.")] = None,
 ) -> None:
     """Print examples as the model sees them, with the trained tokens coloured."""
     from sft.training.check_data import show as show_examples

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 from data.conversation import DataError
 from data.readers.source import files_of
 from data.redact import secret_line
+from data.terminal import quoted
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, AnyRecipe, BaselineRecipe, BaselineTrain
-from sft.recipe.peers import instead
+from sft.recipe.peers import instead, program_of
 from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Train, Tune, changed, is_hub_id
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
@@ -43,6 +44,9 @@ def load_any_recipe(path: Path, overrides: list[str] | None = None, check_files:
         tree = parse(_text(path), str(path))
         if not isinstance(tree, dict):
             raise RecipeError(f"{path}: a recipe is a mapping of sections (task, model, tune, data, train, eval)")
+        if program := program_of(tree):
+            remedy = f"convert it: graft import {quoted(path)} --out recipe.yaml"
+            raise RecipeError(f"{path}: is a file of {program}, not a recipe; {remedy}")
         _keep_old_seed(tree, path)
         for override in overrides or []:
             _set(tree, override)

@@ -182,6 +182,17 @@ ADVICE = {
 }
 
 
+def program_of(tree: Any) -> str | None:
+    """The program whose training file this is, by its keys; None for a recipe and for others."""
+    if not isinstance(tree, dict) or "task" in tree:
+        return None
+    if "model_name_or_path" in tree and {"finetuning_type", "stage", "template", "cutoff_len"} & tree.keys():
+        return "LLaMA-Factory"
+    if "base_model" in tree and {"datasets", "adapter", "micro_batch_size", "sequence_len"} & tree.keys():
+        return "Axolotl"
+    return "OpenAI fine-tuning" if {"model", "training_file"} <= tree.keys() else None
+
+
 def instead(location: tuple[Any, ...], kind: type[BaseModel]) -> str:
     """What to write for an unknown key at a location of a recipe of this kind; empty if that is not known."""
     name = str(location[-1])
