@@ -142,7 +142,7 @@ def _forward_of(group: Group, position: int, plain: Any) -> Any:
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         wanted = getattr(base, "compute_dtype", None) or base.weight.dtype
-        if layer.disable_adapters or layer.merged or dtype != wanted or (autocast and kind == "cpu"):
+        if layer.disable_adapters or layer.merged or dtype != wanted:
             return cast(torch.Tensor, plain(layer, x, *args, **kwargs))
         return group.output(x, position, dtype)
 
