@@ -18,7 +18,14 @@ from sft.models.load import compute_dtype, dequantizes, load_config
 from sft.recipe.schema import OTHER_METHODS, Recipe, changed
 from sft.session import shards_parameters
 from sft.training.attention import choose_attention
-from sft.training.compile_layers import compile_layers, compile_pays, decoder_layers, missing_compiler, training_seconds
+from sft.training.compile_layers import (
+    compile_layers,
+    compile_pays,
+    decoder_layers,
+    keep_kernels_private,
+    missing_compiler,
+    training_seconds,
+)
 from sft.training.examples import layout_of, rows_layout, sharing_of
 from sft.training.memory import (
     GIB,
@@ -238,6 +245,7 @@ def apply_auto(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) ->
             raise RecipeError(refused) from error
         if model.config._attn_implementation != train.attn_implementation:
             raise RecipeError(refused)
+    keep_kernels_private()
     lines = []
     if not sharded:
         fuse_lora(model)
