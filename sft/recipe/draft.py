@@ -4,12 +4,13 @@ import json
 from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
 from data.redact import VARIABLE, scrub
 from sft.errors import RecipeError
+from sft.recipe.schema import Schedule
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_run_folder
 
@@ -137,7 +138,7 @@ def put_batch(draft: Draft, key: str, default: int, packed: bool) -> None:
         raise draft.refuse(key, "batch size and gradient_accumulation_steps are whole numbers; correct them")
     note = f"{key} {size} x gradient_accumulation_steps {times}, on one process; multiply by their number"
     draft.put(
-        "train.examples_per_step", size * times, f"{note}; packed there, so of fewer rows here" if packed else note
+        "train.examples_per_step", size * times, f"{note}; a packed sequence there holds several" if packed else note
     )
 
 
@@ -152,6 +153,13 @@ def put_training(draft: Draft, share: str) -> None:
     """What transformers' TrainingArguments and both programs have in common."""
     if (bf16 := draft.take("bf16")) is not None:
         draft.leave("bf16", "model.dtype: auto is bfloat16 on a GPU", bf16)
+    schedule = draft.given.get("lr_scheduler_type")
+    if isinstance(schedule, str) and schedule not in get_args(Schedule):
+        draft.leave(
+            "lr_scheduler_type",
+            "not known here; train.lr_scheduler_type keeps its default",
+            draft.take("lr_scheduler_type"),
+        )
     for key in SAME:
         if (value := draft.take(key)) is not None:
             draft.put(f"train.{key}", value)

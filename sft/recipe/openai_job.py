@@ -48,12 +48,16 @@ def from_openai_job(file: Path, given: dict[str, Any]) -> Draft:
     epochs, batch, factor = (
         settings.pop(key, "auto") for key in ("n_epochs", "batch_size", "learning_rate_multiplier")
     )
-    draft.put("train.num_train_epochs", 3 if epochs == "auto" else epochs, "n_epochs auto" if epochs == "auto" else "")
+    draft.put(
+        "train.num_train_epochs",
+        3 if epochs == "auto" else epochs,
+        "n_epochs auto: OpenAI chooses it" if epochs == "auto" else "",
+    )
     if batch == "auto":
-        draft.put("train.examples_per_step", 16, "batch_size auto")
+        draft.put("train.examples_per_step", 16, "batch_size auto: OpenAI chooses it")
     else:
         draft.put("train.examples_per_step", batch)
-    rate, note = Train().learning_rate, "learning_rate_multiplier auto"
+    rate, note = Train().learning_rate, "learning_rate_multiplier auto: OpenAI chooses it"
     if isinstance(factor, int | float):
         rate, note = (
             rate * factor,

@@ -204,6 +204,13 @@ def test_axolotl_without_adapter_trains_the_whole_model(adapter, place):
     assert "lora_alpha" in recipe
 
 
+def test_schedule_that_is_not_known_here_is_a_comment(place):
+    text, tree = converted(place / "ax.yml", AXOLOTL.format(base="owner/base").replace("cosine\n", "rex\n"))
+    assert "lr_scheduler_type" not in tree["train"]
+    assert "rex" in text
+    assert "cosine_min_lr_ratio" in text
+
+
 def test_openai_job_has_its_hyperparameters_and_an_open_base(place):
     text, tree = converted(place / "job.json", job())
     assert tree["data"]["train"] == [{"path": "file-abc123.jsonl", "format": "messages"}]
@@ -270,7 +277,7 @@ def test_dataset_names_are_found_beside_the_file_and_on_the_hub(place, monkeypat
         (LLAMA_FACTORY.replace("ferries,chats", "pairs"), "dataset: pairs"),
         (LLAMA_FACTORY.replace("size: 2", "size: many"), "per_device_train_batch_size"),
         (LLAMA_FACTORY.replace("1.0e-4", "fast"), "train.learning_rate"),
-        (LLAMA_FACTORY.replace("lr_scheduler_type: cosine", "lr_scheduler_type: rex"), "train.lr_scheduler_type"),
+        (LLAMA_FACTORY.replace("lr_scheduler_type: cosine", "lr_scheduler_type: [a]"), "train.lr_scheduler_type"),
         (AXOLOTL.replace("adapter: qlora", "adapter: llama-adapter"), "adapter: llama-adapter"),
         (AXOLOTL + "rl: dpo\n", "rl: dpo"),
         (AXOLOTL.replace("type: chat_template", "type: completion"), r"datasets\[1\].type: completion"),
