@@ -221,6 +221,19 @@ def test_the_last_step_is_scored_if_a_run_is_shorter_than_eval_steps(tiny_bert, 
     assert [row["step"] for row in read_metrics(run) if "eval_accuracy" in row] == [3]
 
 
+def test_loraplus_and_a_schedule_with_arguments_train_an_encoder(tiny_bert, tmp_path, monkeypatch):
+    made, original = [], EncoderTrainer.create_optimizer
+    monkeypatch.setattr(EncoderTrainer, "create_optimizer", lambda self, model=None: made.append(original(self, model)))
+    steps = {"max_steps": 3, "logging_steps": 1, "warmup_steps": 1, "lr_scheduler_type": "cosine_with_min_lr"}
+    train = steps | {"lr_scheduler_kwargs": {"min_lr_rate": 0.5}, "learning_rate": 1e-3}
+    tune = {"method": "lora", "r": 2, "target_modules": "all-linear", "loraplus_lr_ratio": 8}
+    run = trained(recipe("classification", tiny_bert, tmp_path / "run", train=train, tune=tune))
+    rates = [row["learning_rate"] for row in read_metrics(run) if "loss" in row]
+    assert rates == pytest.approx([0, 1e-3, 7.5e-4])
+    groups = [group["initial_lr"] for group in made[0].param_groups if group["params"]]
+    assert sorted(set(groups)) == pytest.approx([1e-3, 8e-3])
+
+
 def test_settings_that_a_method_does_not_read_are_refused(tiny_bert, tmp_path):
     with pytest.raises(RecipeError, match="layer_decay"):
         recipe("classification", tiny_bert, tmp_path, tune={"method": "linear_probe", "layer_decay": 0.9})
