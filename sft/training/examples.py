@@ -1,6 +1,7 @@
 """The recipe's data as examples: examined once, written to the cache folder, and read from there by later runs."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
-from data.cache import build_once, cache_key, file_digests, text_sha256
+from data.cache import CacheUnwritable, build_once, cache_key, file_digests, text_sha256
 from data.conversation import ARGUMENTS, Conversation, DataError
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
@@ -68,8 +69,13 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
         return report
 
     with TemporaryDirectory(prefix="graft-examples-") as scratch:
+        own = Path(scratch) / "examples"
         try:
-            folder = build_once(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
+            try:
+                folder = build_once(cache_dir() / "examples" / key if key else own, build)
+            except CacheUnwritable as error:
+                print(f"{error}; the data is encoded for this run alone", file=sys.stderr, flush=True)
+                folder = build_once(own, build)
         except _Stopped as stopped:
             return stopped.args[0], None
         # read before the scratch folder is removed: a mapped file outlives its name

@@ -206,3 +206,12 @@ def test_check_writes_report_and_page_and_says_by_its_code_what_stops(tmp_path, 
     assert list(report["sources"][0]["sha256"]) == [f"{tmp_path}/rows.jsonl"]
     page = (tmp_path / "report" / "data_report.html").read_text()
     assert "<script>" not in page.replace("<script>\n", "")
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/graft", "/proc/graft"])
+def test_cache_that_can_not_be_written_costs_time_only(cache, tiny, tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
+    tokenizer = load_tokenizer(recipe.model)
+    expected = list(load_examples(recipe, tokenizer)[0])
+    monkeypatch.setenv("GRAFT_CACHE", cache)
+    assert list(load_examples(recipe, tokenizer)[0]) == expected
