@@ -22,6 +22,8 @@ from data.encode.chat import stop_tokens
 from data.encode.template import arguments_of, probe
 from data.terminal import print
 from eval.client import ServerError
+from sft.export.merge import other_way
+from sft.models.capabilities import unserved
 from sft.models.load import default_device, generation_config, is_quantized, load_base, load_tokenizer
 from sft.models.resolve import cache_dir, readable, resolve_base
 from sft.models.target import adapter_folder, check_target, is_run, is_url, run_recipe
@@ -35,8 +37,6 @@ SHARED: dict[str, Callable[[PreTrainedTokenizerBase], Any]] = {
     "template_arguments": arguments_of,
 }
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
-# settings of an adapter that vLLM 0.32 refuses, or ignores
-UNSERVED = ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora")
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,8 @@ def _rank(adapter: Path) -> int:
             raise ServerError(f"{adapter / pickle}: is a pickle, which can run code, so it is never opened; remove it")
     with readable(str(adapter)):
         config = json.loads((adapter / "adapter_config.json").read_text())
-    if config["peft_type"] != "LORA":
-        raise ServerError(f"{adapter}: vLLM serves LoRA adapters, not {config['peft_type']}; `graft export` the run")
-    unserved = [key for key in UNSERVED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        unserved.append("bias")
-    if unserved:
-        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(unserved)}; `graft export` the run first")
+    if reasons := unserved(config):
+        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(reasons)}; {other_way(adapter)}")
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         raise ServerError(f"{adapter}: its rank {rank} exceeds vLLM's {RANKS[-1]}; `graft export` the run, serve that")
