@@ -191,7 +191,7 @@ def _check_finite(name: str, values: torch.Tensor) -> None:
 
 
 def other_way(adapter: Path) -> str:
-    """What a user can do with a run whose adapter can't be served: merge it, if one layer of each kind can be merged."""
+    """What a user can do with a run whose adapter can't be served: merge it, if a layer of each kind can be merged."""
     run = adapter.parent
     base = Path(resolve_base(run_any_recipe(run).model.base))
     try:
