@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.conversation import ARGUMENTS
+from data.conversation import ARGUMENTS, DATE
 from data.encode.tokens import control_tokens
 from eval.predict import max_positions
 from sft.errors import RecipeError
@@ -52,6 +52,8 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     if model.template_arguments != "auto":
         tokenizer.init_kwargs[ARGUMENTS] = model.template_arguments
+    if model.template_date != "auto":
+        tokenizer.init_kwargs[DATE] = str(model.template_date)
     check_vocabulary(model, tokenizer)
     return tokenizer
 

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data.cache import build_once, file_sha256, text_sha256
 from data.conversation import DataError
 from data.encode.chat import stop_tokens
-from data.encode.template import arguments_of, probe
+from data.encode.template import arguments_of, date_arguments, date_of, probe
 from data.terminal import print
 from eval.client import ServerError
 from sft.export.merge import other_way
@@ -35,6 +35,7 @@ SHARED: dict[str, Callable[[PreTrainedTokenizerBase], Any]] = {
     "chat_template": lambda tokenizer: tokenizer.chat_template,
     "vocab_size": lambda tokenizer: tokenizer.vocab_size,
     "template_arguments": arguments_of,
+    "template_date": date_of,
 }
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
@@ -84,7 +85,10 @@ def check_served_template(served: Served) -> dict[str, Any]:
         probe(tokenizer)
     except DataError as error:
         raise ServerError(f"{folder}: vLLM renders chat templates without limits, and {error.problem}") from error
-    return arguments_of(tokenizer) or {}
+    fixed = date_arguments(tokenizer)
+    if (day := date_of(tokenizer)) and not fixed:
+        print(f"warning: the chat template writes the server's date; the run was trained with {day}", file=sys.stderr)
+    return {**fixed, **(arguments_of(tokenizer) or {})}
 
 
 def served_name(target: str) -> str:

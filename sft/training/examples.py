@@ -16,13 +16,13 @@ from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
 from data.cache import CacheUnwritable, build_once, cache_key, file_digests, text_sha256
-from data.conversation import ARGUMENTS, Conversation, DataError
+from data.conversation import ARGUMENTS, DATE, Conversation, DataError
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
 from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
-from data.encode.template import arguments_of
+from data.encode.template import arguments_of, date_of
 from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
@@ -64,7 +64,8 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
         """Add what is not in the cache: names that are only shown, and figures that change with the steps."""
         template = str(tokenizer.chat_template)
         report.tokenizer = {"base": recipe.model.base, "chat_template_sha256": text_sha256(template)}
-        report.examples_sha256 = None if reads_date(template) else examples.sha256()
+        dated = reads_date(template) and date_of(tokenizer) is None
+        report.examples_sha256 = None if dated else examples.sha256()
         count_shared(report.totals, examples, recipe)
         return report
 
@@ -89,7 +90,21 @@ def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(recipe.model)
     if recipe.model.template_arguments == "auto":
         tokenizer.init_kwargs.pop(ARGUMENTS, None)
+    if recipe.model.template_date == "auto":
+        tokenizer.init_kwargs.pop(DATE, None)
+        if reads_date(str(tokenizer.chat_template)):
+            tokenizer.init_kwargs[DATE] = str(date.today())
     return tokenizer
+
+
+def decide_date(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, list[str]]:
+    """The recipe with the date that the tokenizer's template writes, and a line for the user; for most templates the
+    recipe as it is."""
+    day = date_of(tokenizer)
+    if recipe.model.template_date != "auto" or day is None:
+        return recipe, []
+    line = f"the chat template writes today's date: in this run {day} (model.template_date), whenever it is asked"
+    return changed(recipe, model={"template_date": date.fromisoformat(day)}), [line]
 
 
 def decide_template_arguments(
@@ -113,7 +128,7 @@ def decide_template_arguments(
 
 
 def reads_date(template: str) -> bool:
-    """Whether the template may render other text tomorrow."""
+    """Whether the template may render other text tomorrow, unless its date is fixed."""
     return "strftime_now" in template
 
 
@@ -250,7 +265,7 @@ def _key(
         special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],
         template=template,
         arguments=arguments_of(tokenizer),
-        today=str(date.today()) if reads_date(template) else "",
+        today=(date_of(tokenizer) or str(date.today())) if reads_date(template) else "",
         libraries=[version(name) for name in LIBRARIES],
     )
 
