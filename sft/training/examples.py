@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
@@ -23,6 +23,7 @@ from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.encode.template import arguments_of, date_of
+from data.encode.tokens import new_vocabulary
 from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
@@ -125,6 +126,25 @@ def decide_template_arguments(
         return changed(recipe, model={"template_arguments": quiet}), [line]
     lines = [f"the chat template writes {opening!r} before each answer, which is not learnt"] if opening else []
     return recipe, lines
+
+
+def frozen_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[str]:
+    """A warning if trained text holds added tokens whose rows of the embedding stay as they are: new ones are random."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(parameter.requires_grad for parameter in embedding.parameters()):
+        return []
+    used = examples.distinct_ids()
+    if not (frozen := {i: text for i, text in new_vocabulary(tokenizer).items() if i in used and text.strip()}):
+        return []
+    tied = model.config.get_text_config().tie_word_embeddings
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    remedy = (
+        f"tune.trainable_token_indices: {sorted(frozen)}"
+        if tied
+        else f"tune.modules_to_save: [{names[embedding]}, {names[head]}]"
+    )
+    shown = ", ".join(map(repr, [*frozen.values()][:3])) + (" ..." if len(frozen) > 3 else "")
+    return [f"warning: the rows of the added tokens {shown} are not trained; if they are new, set {remedy}"]
 
 
 def reads_date(template: str) -> bool:

@@ -26,6 +26,7 @@ from sft.training.auto import (
 from sft.training.examples import (
     decide_date,
     decide_template_arguments,
+    frozen_tokens,
     load_examples,
     load_held_out,
     training_tokenizer,
@@ -63,6 +64,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         recipe, compiling = resolve_compile(recipe, model, plan, resume is not None)
         apply_auto(recipe, model, sharded)
 
+        frozen = frozen_tokens(model, tokenizer, examples)
         trainable, parameters = count_parameters(model)
         folder = run.claim(recipe, report, (trainable, parameters))
         if recipe.train.save_strategy != "no":
@@ -80,7 +82,8 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
         lines = (
-            summary, *dating, *asking, *unpacking, *decided, *checkpointing, *compiling, *warnings_of(report, folder),
+            summary, *dating, *asking, *unpacking, *decided, *checkpointing, *compiling, *frozen,
+            *warnings_of(report, folder),
         )  # fmt: skip
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -165,3 +165,41 @@ def test_control_token_that_nothing_writes_needs_no_row(tiny, tmp_path):
     tokenizer.add_special_tokens({"pad_token": "<|padding|>"})
     tokenizer.save_pretrained(base)
     assert len(load_tokenizer(Model(base=str(base)))) == len(tokenizer)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("trains", [False, True])
+def test_added_tokens_whose_rows_stay_random_are_named_with_a_remedy_that_works(trains, tied, tiny, tmp_path):
+    """An answer of new tokens is learnt as tokens: after the remedy the rows move, and the merge equals the adapter."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_tokens(["<loc_1>", "<loc_2>"])
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    if not tied:
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    ids = tokenizer.convert_tokens_to_ids(["<loc_1>", "<loc_2>"])
+    rows = [{"prompt": f"Where is ferry {i}?", "completion": f"<loc_{i % 2 + 1}>"} for i in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    remedy = f"trainable_token_indices: {ids}" if tied else "modules_to_save: [embed_tokens, lm_head]"
+    keys = "method: lora, r: 4, target_modules: [q_proj]" + (f", {remedy}" if trains else "")
+    recipe = write_recipe(
+        tmp_path / "r.yaml", base, task="instruct", tune=f"{{{keys}}}", data=f"{{train: '{tmp_path / 'a.jsonl'}'}}",
+        train=f"{{examples_per_step: 6, learning_rate: 1e-2, max_steps: 3, output_dir: '{tmp_path / 'run'}'}}",
+        eval="{share: 0.3, max_new_tokens: 4}",
+    )  # fmt: skip
+    said = graft("train", recipe).stdout
+    assert (remedy in said) == (not trains)
+    if trains:
+        graft("export", tmp_path / "run", "--allow-mismatch")
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "export", dtype=torch.float32)
+        tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "run" / "adapter")
+        assert float((logits(merged) - logits(tuned)).abs().max()) < 0.05  # export.dtype is bfloat16
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            moved = getattr(merged, name)().weight[ids].float() - getattr(model, name)().weight[ids]
+            assert float(moved.abs().max()) > 1e-3
