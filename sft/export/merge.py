@@ -88,7 +88,7 @@ class Merge:
             after = _merged_by_peft(layer)
         except (RuntimeError, ValueError) as error:  # PEFT can't merge this kind of layer or setting
             reason = (str(error).partition("\n")[0] or type(error).__name__).rstrip(".")
-            raise ParityError(f"{owner} can't be merged: {reason}; {unmerged_way(self.adapter)}") from error
+            raise ParityError(f"{owner} can't be merged: {reason}; {unmerged_way(cast(Path, self.adapter))}") from error
         weights = (Weight(f"{owner}.{leaf}", owner, before.get(leaf), w.to(self.dtype)) for leaf, w in after.items())
         return {weight.name: weight for weight in weights}
 

@@ -134,13 +134,12 @@ def check_adapter(tuned: Any, adapter: Path) -> None:
         )
 
 
-def unmerged_way(adapter: Path | None) -> str:
+def unmerged_way(adapter: Path) -> str:
     """What a user can do with a run whose adapter can't be merged."""
-    run = quoted(adapter.parent) if adapter else "RUN"
-    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")) if adapter else {}
-    if adapter and not unserved(config):
-        return f"serve the run as it is: graft serve {run}"
-    return f"it can be neither merged nor served, so ask it here: graft chat {run}, or graft eval {run}"
+    run = adapter.parent
+    if not unserved(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))):
+        return f"serve the run as it is: graft serve {quoted(run)}"
+    return f"it can be neither merged nor served, so ask it here: graft chat {quoted(run)}, or graft eval {quoted(run)}"
 
 
 def free_parameters(model: nn.Module) -> torch.Tensor:

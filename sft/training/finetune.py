@@ -82,7 +82,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
         lines = (
-summary, *dating, *asking, *unpacking, *decided, *checkpointing, *compiling, *fusing, *frozen,
+            summary, *dating, *asking, *unpacking, *decided, *checkpointing, *compiling, *fusing, *frozen,
             *warnings_of(report, folder),
         )  # fmt: skip
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:

@@ -17,8 +17,7 @@ from sft.models.tune import tune_model
 from sft.recipe.schema import Model, Tune
 from tests.helpers.builders import write_recipe
 from tests.helpers.graft import run as graft
-from tests.helpers.runs import recipe_of
-from tests.runs.test_resume import signal_at
+from tests.helpers.runs import recipe_of, signal_at
 
 pytestmark = pytest.mark.heavy
 IDS = torch.tensor([[5, 17, 300, 42, 7, 1000]])
