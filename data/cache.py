@@ -12,12 +12,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from data.atomic import flush
+from data.errors import UserError, is_disk_full
 from data.inside import first_stray
 from data.terminal import print
 
@@ -25,16 +26,29 @@ SUMS = "SHA256SUMS"  # in every folder, in the format of sha256sum(1)
 BUILDING = ".building"  # ends the name of a folder that is being filled
 
 
+class CacheUnwritable(UserError):
+    """The cache folder is read-only, or no folder. What is small is then computed again for each run."""
+
+
 def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """`folder`; if it does not exist or is damaged, `build(temporary folder)` fills it. The first of two processes
-    wins."""
-    problem = _damage(folder) if folder.is_dir() else None
-    if folder.is_dir() and problem is None:
-        return folder
-    if problem:
-        print(f"{folder}: {problem}; it is built again", file=sys.stderr, flush=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with _temporary(folder) as temporary, _temporary(folder) as damaged:
+    wins. Raises CacheUnwritable."""
+    with ExitStack() as held:
+        try:
+            problem = _damage(folder) if folder.is_dir() else None
+            if folder.is_dir() and problem is None:
+                return folder
+            if problem:
+                print(f"{folder}: {problem}; it is built again", file=sys.stderr, flush=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            temporary, damaged = (held.enter_context(_temporary(folder)) for _ in range(2))
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise CacheUnwritable(
+                f"{folder.parent}: no cache can be written there: {error.strerror}; set GRAFT_CACHE to a folder that "
+                "you may write"
+            ) from error
         build(temporary)
         _seal(temporary)
         if folder.is_dir() and _damage(folder):

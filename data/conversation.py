@@ -10,6 +10,7 @@ from data.errors import UserError
 Message = dict[str, Any]  # role, content, and of an assistant's turn the thought before it, as THOUGHT
 
 ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
+DATE = "template_date"  # YYYY-MM-DD: in a tokenizer's config, what its template writes as today's date
 THOUGHT = "reasoning_content"  # in a message
 
 Finding = tuple[Counter[str], str, str, str]  # counter, kind, where, "where: problem"

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -81,7 +82,7 @@ NOTES = {
     "data.train": "A source is a path, or a mapping with these keys. `eval.data` and the sources of a baseline take "
     "them too, except `weight`.",
 }
-NAMES = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path"}
+NAMES = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text", Path: "path", date: "day"}
 SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -55,6 +56,10 @@ class Examples(Sequence[Example]):
         for chunk in self.table["weight"].chunks:
             digest.update(chunk.to_numpy())
         return digest.hexdigest()
+
+    def distinct_ids(self) -> set[int]:
+        """Every token id that an example holds."""
+        return {int(i) for chunk in self.table["ids"].chunks for i in np.unique(chunk.flatten().to_numpy())}
 
     def count_contexts(self) -> int:
         """The number of distinct contexts, counted without loading them."""

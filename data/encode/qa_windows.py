@@ -95,7 +95,7 @@ def window_rows(
     def encode_passage(context: str) -> tuple[Encoding, np.ndarray]:
         # as the second of two texts: post_process does not set the token types of overflowing parts
         encoding = backend.encode("", context, add_special_tokens=False)
-        return encoding, np.array(encoding.offsets, np.int32).reshape(-1, 2)
+        return encoding, _covering(context, np.array(encoding.offsets, np.int32).reshape(-1, 2))
 
     for number, conversation in enumerate(track(conversations, "cut passages into windows")):
         backend.no_truncation()
@@ -149,6 +149,18 @@ def _check(conversations: Sequence[Conversation], parts: list[int | None], *leng
         if not c.question or len(c.starts) != len(c.answers):
             lacks = "offsets of its answers" if c.question else "question"
             raise DataError(c.where, f"row without {lacks}; extractive answers need data in SQuAD's format")
+
+
+def _covering(text: str, offsets: np.ndarray) -> np.ndarray:
+    """The offsets, with each token begun where its word begins: a tokenizer that cuts white space off, and adds a space
+    of its own (RobBERT's), counts that space as the first letter. Characters that tokenizers drop stay uncovered."""
+    before = np.maximum.accumulate(np.concatenate(([0], offsets[:, 1])))[:-1]
+    for token in np.flatnonzero(offsets[:, 0] > before):
+        start, end = int(offsets[token, 0]), int(before[token])
+        while start > end and (c := text[start - 1]).isprintable() and not c.isspace() and c != "\ufffd":
+            start -= 1
+        offsets[token, 0] = start
+    return offsets
 
 
 def _answer_tokens(conversation: Conversation, offsets: np.ndarray) -> tuple[int, int]:

@@ -9,18 +9,20 @@ import atexit
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import date
 from functools import lru_cache
 from typing import IO, Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import ARGUMENTS, DataError, Message
+from data.conversation import ARGUMENTS, DATE, DataError, Message
 from data.encode import template_worker
 
 SECONDS = 10.0  # CPU time of one render
@@ -33,6 +35,7 @@ PROBES = [
     for turns in (TURNS, TURNS[1:], TURNS[1:2])
 ]
 
+TODAY = re.compile(r"set (\w+) = strftime_now\((['\"])(.+?)\2\)")
 OVER_LIMITS = "chat template over its limits"  # a DataError's kind
 
 
@@ -126,6 +129,22 @@ def arguments_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     return own
 
 
+def date_of(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The day, YYYY-MM-DD, that the tokenizer's template writes as today; None: the day on which it is rendered."""
+    own: str | None = tokenizer.init_kwargs.get(DATE)
+    return own
+
+
+def date_arguments(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """The fixed date by the names of a template's variables that stand in for today's, as Llama 3's `date_string`: for
+    a server, which has no other way to fix it."""
+    day, template = date_of(tokenizer), str(tokenizer.chat_template)
+    if day is None:
+        return {}
+    named = ((m[1], date.fromisoformat(day).strftime(m[3])) for m in TODAY.finditer(template))
+    return {name: text for name, text in named if f"{name} is defined" in template}
+
+
 def row_arguments(tokenizer: PreTrainedTokenizerBase, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The tokenizer's arguments with a row's own."""
     return {**(arguments_of(tokenizer) or {}), **(own or {})}
@@ -168,7 +187,8 @@ def render_all(
         else:
             receive(_over(reply["over"], template, asked.where, seconds, limit))
 
-    _worker.ask(template, tokenizer.special_tokens_map, requests, seconds, received)
+    variables = {**tokenizer.special_tokens_map, DATE: date_of(tokenizer)}
+    _worker.ask(template, variables, requests, seconds, received)
 
 
 def probe(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,7 +13,7 @@ import signal
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 from jinja2 import Template, TemplateError, nodes
@@ -49,8 +49,8 @@ def tojson(
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def strftime_now(format: str) -> str:
-    return datetime.now().strftime(format)
+def strftime_now(format: str, day: str | None = None) -> str:
+    return (datetime.fromisoformat(day) if day else datetime.now()).strftime(format)
 
 
 @lru_cache(maxsize=1)
@@ -84,6 +84,8 @@ def texts(
 ) -> dict[str, Any]:
     """The text of each part, the first n messages with or without the generation prompt, or why there is none."""
     done: list[str] = []
+    if day := variables.get("template_date"):  # a run's: tomorrow it must render the same
+        variables = {**variables, "strftime_now": partial(strftime_now, day=day)}
     for turns, generation in parts:
         given = {"messages": messages[:turns], "tools": None, "documents": None, "add_generation_prompt": generation}
         pieces, left = [], characters

@@ -22,6 +22,9 @@ SHORTEST_CACHED, LONGEST_CACHED = (
 LEFT, RIGHT = "A-Za-z0-9" + re.escape(".,;:!?\"')]}%"), "A-Z"
 PARAGRAPH = re.compile(rf"(?<=[{LEFT}])\n\n(?=[{RIGHT}])")
 
+# an added token that is one of many: <loc_1>, <extra_id_0>, [ENT12]
+NUMBERED = re.compile(r"<[A-Za-z]\w*\d>|\[[A-Za-z]\w*\d\]")
+
 # parts of a tokenizer that encode each piece independently of the other pieces
 LOCAL_NORMALIZERS = {"NFC", "NFD", "NFKC", "NFKD"}
 LOCAL_PRE_TOKENIZERS = {"ByteLevel", "Split", "Digits", "Punctuation", "Sequence"}
@@ -88,24 +91,39 @@ class Encoder:
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     """The tokenizer's encoder; a new one if tokens were added."""
-    return _encoder(tokenizer, len(tokenizer))
+    template = tokenizer.chat_template
+    return _encoder(tokenizer, len(tokenizer), template if isinstance(template, str) else None)
 
 
 @lru_cache(maxsize=4)
-def _encoder(tokenizer: PreTrainedTokenizerBase, size: int) -> Encoder:
+def _encoder(tokenizer: PreTrainedTokenizerBase, size: int, template: str | None) -> Encoder:
     return Encoder(tokenizer)
 
 
 def control_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     """Text -> id of the tokens that text from data must never become: all tokens flagged special, and added tokens
-    without the flag (Qwen's <think>, Mistral's [INST]), except runs of spaces and words, which are new vocabulary."""
+    without the flag (Qwen's <think>, Mistral's [INST]), except new_vocabulary."""
     special = set(tokenizer.all_special_ids)
     tokens = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special or i in special}
-    for i, token in tokenizer.added_tokens_decoder.items():
-        text = str(token)
-        if len(text) > 1 and text.strip("\u2581 \t\r\n") and not text.strip("\u2581 ").isalnum():
-            tokens[text] = i
+    vocabulary = new_vocabulary(tokenizer)
+    tokens |= {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if i not in vocabulary}
     return {text: i for text, i in tokens.items() if text.strip()}
+
+
+def new_vocabulary(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """Id -> text of the added tokens that stand for text in data: single characters, runs of spaces, words, and
+    numbered ones of a task (<loc_1>) that the chat template does not write. All others stay control."""
+    template = str(tokenizer.chat_template or "")
+    tokens = {i: str(token) for i, token in tokenizer.added_tokens_decoder.items()}
+    flagged = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {*tokenizer.all_special_ids}
+
+    def is_text(i: int, text: str) -> bool:
+        bare = text.strip("\u2581 \t\r\n")
+        if len(text) == 1 or not bare or text.strip("\u2581 ").isalnum():
+            return True
+        return bool(template and NUMBERED.fullmatch(bare)) and bare not in template
+
+    return {i: text for i, text in tokens.items() if i not in flagged and is_text(i, text)}
 
 
 def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -11,6 +11,10 @@ LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # noted, not refused: real posts hold form feeds and terminal escapes, and tokenizers accept them
 ODD_CHARACTERS = {
     "control characters": re.compile("[\x01-\x08\x0b\x0c\x0e-\x1f\x7f]"),
+    "control characters, left by cp1252 that was read as latin1": re.compile("[\x80-\x84\x86-\x9f]"),
+    "mojibake, UTF-8 that was read as cp1252": re.compile(
+        "\u00c3(?=[\x80-\xbf])|\u00c2(?=[\xa0-\xbf])|\u00e2(?=\u20ac)"
+    ),
     "U+2028 or U+2029, which some tools take for a line end": re.compile("[\u2028\u2029]"),
     "U+FFFD, left by an earlier wrong decoding": re.compile("\ufffd"),
 }

@@ -1,6 +1,7 @@
 """Read a data file as bytes or lines: gzip is detected, sizes are limited, the encoding is checked."""
 
 import gzip
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ LINE_LIMIT = 64 * 2**20  # bytes; a longer line is skipped without being held in
 # 1/1032
 UNPACKED_LIMIT, UNPACKED_TIMES = 2**24, 200
 GZIP, BOM, UTF_16 = b"\x1f\x8b", b"\xef\xbb\xbf", (b"\xff\xfe", b"\xfe\xff")
+UTF_32 = (b"\xff\xfe\0\0", b"\0\0\xfe\xff")
+UNDEFINED = re.compile(rb"[\x81\x8d\x8f\x90\x9d]")  # in cp1252
+LONG_RUN = re.compile(rb"[\x80-\xff]{4}")  # more than a Western word has of accented letters in a row
 
 
 def data_suffix(path: Path) -> str:
@@ -73,12 +77,13 @@ def open_bytes(path: Path) -> Iterator[BufferedReader]:
 
 
 def check_encoding(path: Path, ledger: Ledger) -> None:
-    """Refuse UTF-16, and note a UTF-8 byte order mark, which all readers skip."""
+    """Refuse UTF-16 and UTF-32, and note a UTF-8 byte order mark, which all readers skip."""
     with open_bytes(path) as file:
         head = file.peek(64)[:64]
-    if head[:2] in UTF_16:
-        remedy = f"convert it: iconv -f utf-16 -t utf-8 {path.name}"
-        raise DataError(str(path), f"UTF-16 (it begins with {head[:2].hex(' ').upper()}); {remedy}", "UTF-16")
+    if head[:2] in UTF_16 or head[:4] in UTF_32:
+        bits, mark = (32, head[:4]) if head[:4] in UTF_32 else (16, head[:2])
+        remedy = f"convert it: iconv -f utf-{bits} -t utf-8 {path.name}"
+        raise DataError(str(path), f"UTF-{bits} (it begins with {mark.hex(' ').upper()}); {remedy}", f"UTF-{bits}")
     if b"\0" in head:
         order = "be" if head[0] == 0 else "le"
         problem = f"UTF-16 without a byte order mark, or no text (NUL is byte {head.index(0) + 1})"
@@ -117,7 +122,25 @@ def row_or_defect(check: Callable[..., Row], *values: Any) -> Row | DataError:
         return error
 
 
-def not_utf8(byte: int, where: str, place: str = "") -> DataError:
-    """The defect of a text that holds this byte; the byte lets the user guess the encoding."""
-    remedy = "convert the file, perhaps: iconv -f latin1 -t utf-8"
-    return DataError(where, f"{place}byte 0x{byte:02X}, which is not UTF-8; {remedy}", "not UTF-8")
+def not_utf8(content: bytes | str, where: str, place: str = "") -> DataError:
+    """The defect of a line or value that holds bytes which are not UTF-8, or that was decoded with surrogateescape."""
+    raw = content.encode(errors="surrogateescape") if isinstance(content, str) else content
+    text = raw.decode(errors="surrogateescape")
+    first = next(character for character in text if "\udc80" <= character <= "\udcff")
+    problem = f"byte 0x{ord(first) - 0xDC00:02X}, which is not UTF-8; {_remedy(raw, text)}"
+    return DataError(where, place + problem, "not UTF-8")
+
+
+def _remedy(raw: bytes, text: str) -> str:
+    """How to convert a text that is not UTF-8. cp1252 is what Windows saves in the West; it has all letters of latin1,
+    and quotes, dashes and the euro sign where latin1 has control characters."""
+    escaped = sum("\udc80" <= character <= "\udcff" for character in text)
+    letters = sum(not character.isascii() for character in text) - escaped
+    if letters >= escaped or (letters and not LONG_RUN.search(raw)):
+        return "other characters of it are UTF-8, so converting the file would damage those; correct this place"
+    if UNDEFINED.search(raw) or LONG_RUN.search(raw):
+        return (
+            "convert the file from its own encoding: iconv -f ENCODING -t utf-8, with gb18030 for Chinese, cp932 for "
+            "Japanese, cp949 for Korean, cp1251 for Russian, macintosh for an old Mac"
+        )
+    return "convert the file, perhaps: iconv -f cp1252 -t utf-8"

@@ -16,8 +16,8 @@ def read_paragraphs(path: Path, ledger: Ledger) -> Rows:
             continue
         try:
             lines.append(line.decode())
-        except UnicodeDecodeError as error:
-            yield f"{path}:{number}", not_utf8(line[error.start], f"{path}:{number}")
+        except UnicodeDecodeError:
+            yield f"{path}:{number}", not_utf8(line, f"{path}:{number}")
             continue
         if not lines[-1].strip():
             lines.pop()

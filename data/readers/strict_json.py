@@ -133,7 +133,7 @@ class JsonText:
                     raise malformed(element, f"{self.path}:{self.line + element.lineno - 1}") from error
         if byte := LONE_SURROGATE.search(self.text, self.at, end):
             line = self.line + self.text.count("\n", self.at, byte.start())
-            flaw = flaw or not_utf8(ord(byte[0]) - 0xDC00, f"{self.path}:{line}")
+            flaw = flaw or not_utf8(self.text[self.at : end], f"{self.path}:{line}")
         self._go_to(end)
         return value, flaw
 
@@ -153,7 +153,7 @@ def parse_object(line: bytes, where: str) -> Row:
     try:
         text = line.decode().strip(" \t\r\n")
     except UnicodeDecodeError as error:
-        raise not_utf8(line[error.start], where, f"byte {error.start + 1} of the line: ") from error
+        raise not_utf8(line, where, f"byte {error.start + 1} of the line: ") from error
     try:
         value, end, flaw = decode(text, 0, where)
     except json.JSONDecodeError as error:

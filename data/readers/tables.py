@@ -43,8 +43,10 @@ def read_csv(path: Path, ledger: Ledger) -> Rows:
             continue
         if not header:
             header = _checked_header(cells, where)
-        elif byte := LONE_SURROGATE.search("".join(cells)):
-            yield where, not_utf8(ord(byte[0]) - 0xDC00, where)
+        elif LONE_SURROGATE.search(row := "".join(cells)):
+            yield where, not_utf8(row, where)
+        elif not row:  # Excel writes ",," for rows below a table that were once formatted
+            ledger.note(where, "row of empty cells, skipped")
         elif len(cells) > len(header):
             problem = f"{len(cells)} cells in a table of {len(header)} columns; put cells with commas in quotes"
             yield where, DataError(where, problem, "too many cells")
@@ -54,8 +56,8 @@ def read_csv(path: Path, ledger: Ledger) -> Rows:
 
 def _checked_header(cells: list[str], where: str) -> list[str]:
     """The names of the columns. Raises DataError if they are not usable, since then no row can be read."""
-    if byte := LONE_SURROGATE.search("".join(cells)):
-        raise not_utf8(ord(byte[0]) - 0xDC00, where, "header: ")
+    if LONE_SURROGATE.search(names := "".join(cells)):
+        raise not_utf8(names, where, "header: ")
     if len(cells) > COLUMNS:
         problem = f"{len(cells):,} columns, the limit is {COLUMNS:,}; leave out those that hold no text"
         raise DataError(where, problem, "too many columns")

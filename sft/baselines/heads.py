@@ -5,6 +5,7 @@ Heads do not depend on optimizers, and sft/baselines/trainer.py does not depend 
 
 import json
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,11 +19,12 @@ from sklearn.metrics import f1_score
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.cache import CacheUnwritable
 from data.conversation import Conversation
 from data.encode.qa_windows import load_windows, make_windows
 from data.encode.tokens import encode_texts
 from data.readers.squad import UNANSWERABLE
-from data.terminal import quoted
+from data.terminal import print, quoted
 from eval.metrics import squad_scores
 from eval.prediction import Prediction
 from eval.spans import SpanAnswer, best_spans, choose, tune_threshold
@@ -197,7 +199,10 @@ def windows_of(
     """Questions as windows of the recipe's lengths; `cached`: from the cache folder if it has them."""
     lengths = recipe.data.max_seq_length, recipe.data.doc_stride, recipe.data.max_query_length
     if cached:
-        return load_windows(questions, tokenizer, cache_dir() / "windows", *lengths)
+        try:
+            return load_windows(questions, tokenizer, cache_dir() / "windows", *lengths)
+        except CacheUnwritable as error:
+            print(f"{error}; the passages are cut for this run alone", file=sys.stderr, flush=True)
     return make_windows(questions, tokenizer, *lengths)
 
 

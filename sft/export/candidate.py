@@ -12,7 +12,7 @@ from data.terminal import print
 from sft.errors import ParityError
 from sft.export.integrity import text_faults
 from sft.export.merge import Merge, read_merge, write_merge
-from sft.export.skeleton import CannotStream, check_adapter, original_name
+from sft.export.skeleton import CannotStream, check_adapter, original_name, unmerged_way
 from sft.models.load import (
     bitsandbytes_config,
     compute_dtype,
@@ -117,7 +117,11 @@ def _merge_in_memory(trained: Trained, base: str, folder: Path) -> dict[str, Any
     check_adapter(tuned, trained.adapter)
     names = (original_name(name) for name, _ in loaded.named_parameters() if ".base_layer." in name)
     adapted = [name for name in names if name in before]
-    merged = tuned.merge_and_unload(safe_merge=True).to(dtype)
+    try:
+        merged = tuned.merge_and_unload(safe_merge=True).to(dtype)
+    except (RuntimeError, ValueError) as error:  # PEFT can't merge this kind of layer or setting
+        reason = (str(error).partition("\n")[0] or type(error).__name__).rstrip(".")
+        raise ParityError(f"{trained.run} can't be merged: {reason}; {unmerged_way(trained.adapter)}") from error
     after = {name: value.cpu() for name, value in merged.state_dict().items()}
     same = [n for n in adapted if torch.equal(before[n], after[n]) and not n.endswith(".bias")]
     merged.save_pretrained(folder)

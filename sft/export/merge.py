@@ -21,10 +21,21 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from data.errors import DiskFull
 from data.progress import track
-from sft.errors import ParityError
+from data.terminal import quoted
+from sft.errors import ParityError, RunError
 from sft.export.shards import INDEX, SINGLE
-from sft.export.skeleton import attach_adapter, build, names_by_weight, quantizers, stored_weights
+from sft.export.skeleton import (
+    CannotStream,
+    attach_adapter,
+    build,
+    names_by_weight,
+    quantizers,
+    stored_weights,
+    unmerged_way,
+)
 from sft.models.load import fit_vocabulary
+from sft.models.resolve import resolve_base
+from sft.models.target import run_any_recipe
 
 
 class Weight(NamedTuple):
@@ -46,6 +57,7 @@ class Merge:
     replaced: dict[str, torch.Tensor]  # weights of the base that the adapter's file holds as a whole
     dtype: torch.dtype
     quantize: dict[str, Callable[[torch.Tensor], torch.Tensor]]  # by weight: to NF4 and back, as in training
+    adapter: Path | None
     shapes: dict[str, tuple[int, ...]]  # as trained; a vocabulary may have more rows than are stored
     files: dict[str, list[str]] = field(default_factory=dict)  # names of the result's weights, by file
 
@@ -72,7 +84,11 @@ class Merge:
                     before[leaf] = weight.to(self.dtype)
                     memo[id(empty)] = nn.Parameter(weight.to(torch.float32, copy=True), requires_grad=False)
             layer = copy.deepcopy(layer, memo)  # with the base's weights; the plan's own layer stays empty
-        after = _merged_by_peft(owner, layer)
+        try:
+            after = _merged_by_peft(layer)
+        except (RuntimeError, ValueError) as error:  # PEFT can't merge this kind of layer or setting
+            reason = (str(error).partition("\n")[0] or type(error).__name__).rstrip(".")
+            raise ParityError(f"{owner} can't be merged: {reason}; {unmerged_way(cast(Path, self.adapter))}") from error
         weights = (Weight(f"{owner}.{leaf}", owner, before.get(leaf), w.to(self.dtype)) for leaf, w in after.items())
         return {weight.name: weight for weight in weights}
 
@@ -120,7 +136,7 @@ def read_merge(
         adapted, replaced = attach_adapter(model, adapter)
         for names in ties:  # a weight that replaces one of them replaces all, unless they are untied below
             replaced |= {name: replaced[n] for n in names if n in replaced for name in names}
-    merge = Merge(model, stored, adapted, replaced, dtype, quantize, shapes, files)
+    merge = Merge(model, stored, adapted, replaced, dtype, quantize, adapter, shapes, files)
     written = {name for names in files.values() for name in names}
     places = {merge.owner(name) for name in written}
     for names in ties:
@@ -174,17 +190,32 @@ def _check_finite(name: str, values: torch.Tensor) -> None:
         )
 
 
-def _merged_by_peft(owner: str, layer: Any) -> dict[str, torch.Tensor]:
+def other_way(adapter: Path) -> str:
+    """What a user can do with a run whose adapter can't be served: merge it, if a layer of each kind can be merged."""
+    run = adapter.parent
+    base = Path(resolve_base(run_any_recipe(run).model.base))
+    try:
+        if base.is_dir():
+            merge = read_merge(base, adapter, torch.float32)
+            kinds = {(type(m), owner.rpartition(".")[2]): owner for owner, m in merge.adapted.items()}
+            for owner in kinds.values():
+                merge.merged(owner)
+    except (ParityError, RunError):
+        return unmerged_way(adapter)
+    except CannotStream:
+        pass  # it is merged in memory
+    return f"merge it first: graft export {quoted(run)}"
+
+
+def _merged_by_peft(layer: Any) -> dict[str, torch.Tensor]:
     """The weights of a module with its adapter merged into them. Without safe_merge, which copies each weight to undo a
     merge that is not finite; write_merge checks that."""
-    try:
-        if hasattr(layer, "unload_and_optionally_merge_module"):
-            merged = layer.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            return merged.state_dict()
-        layer.merge(safe_merge=False)
-    except (RuntimeError, ValueError) as error:  # PEFT can't merge this kind of layer or setting
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ParityError(f"{owner} can't be merged: {reason}; serve the run as it is") from error
+    if hasattr(layer, "unload_and_optionally_merge_module"):
+        merged: dict[str, torch.Tensor] = layer.unload_and_optionally_merge_module(
+            merge=True, safe_merge=False, adapter_names=None
+        ).state_dict()
+        return merged
+    layer.merge(safe_merge=False)
     return layer.get_base_layer().state_dict()
 
 

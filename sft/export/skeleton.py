@@ -1,6 +1,7 @@
 """A model without memory for its weights: its architecture with PEFT's layers, and the base's stored weights."""
 
 import copy
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from data.terminal import quoted
 from sft.errors import ParityError, RunError
 from sft.export.shards import read_shards, shard_files
+from sft.models.capabilities import unserved
 from sft.models.patterns import check_adapter_patterns
 from sft.models.resolve import readable
 
@@ -112,7 +115,7 @@ def check_adapter(tuned: Any, adapter: Path) -> None:
     if not hasattr(type(tuned.base_model), "merge_and_unload"):
         raise RunError(
             f"{adapter}: {tuned.active_peft_config.peft_type.value} can't be merged: its parameters are not weights "
-            "of the base; use the run as it is"
+            f"of the base; {unmerged_way(adapter)}"
         )
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         stored = set(file.keys())
@@ -129,6 +132,14 @@ def check_adapter(tuned: Any, adapter: Path) -> None:
         raise ParityError(
             f"{adapter}: {missing[0]} is missing ({len(missing)} such tensors); a layer lacks its adapter"
         )
+
+
+def unmerged_way(adapter: Path) -> str:
+    """What a user can do with a run whose adapter can't be merged."""
+    run = adapter.parent
+    if not unserved(json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))):
+        return f"serve the run as it is: graft serve {quoted(run)}"
+    return f"it can be neither merged nor served, so ask it here: graft chat {quoted(run)}, or graft eval {quoted(run)}"
 
 
 def free_parameters(model: nn.Module) -> torch.Tensor:

@@ -1,6 +1,7 @@
-"""Whether a model computes the same for an example in a pack under a mask, or in padded rows, as for it alone."""
+"""Whether a model computes the same for an example in a pack under a mask, or in padded rows, as for it alone; and
+whether vLLM can serve its adapter."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,20 @@ from transformers import PreTrainedModel
 
 from data.encode.chat import Example
 from data.encode.pack import attention_mask, build_pack
+
+# settings of an adapter that vLLM 0.32 refuses, or ignores
+UNSERVED = (
+    "use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora",
+    "alora_invocation_tokens", "use_bdlora", "arrow_config", "kasa_config",
+)  # fmt: skip
+
+
+def unserved(config: Mapping[str, Any]) -> list[str]:
+    """What of an adapter's configuration keeps vLLM from serving it as it was trained."""
+    if config["peft_type"] != "LORA":
+        return [f"peft_type {config['peft_type']}"]
+    biased = config.get("bias", "none") != "none"
+    return [key for key in UNSERVED if config.get(key)] + ["bias"] * biased
 
 
 def sliding_window(model: PreTrainedModel) -> int | None:

@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from data.conversation import ARGUMENTS
+from data.conversation import ARGUMENTS, DATE
+from data.encode.tokens import control_tokens
 from eval.predict import max_positions
 from sft.errors import RecipeError
 from sft.models.resolve import readable, resolve_base, stored_config
@@ -44,12 +45,35 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         if not model.chat_template.is_file():  # opening a FIFO would wait for ever
             raise RecipeError(f"model.chat_template: no such file: {model.chat_template}; name a Jinja file")
         try:
-            tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8")
+            tokenizer.chat_template = model.chat_template.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise RecipeError(f"model.chat_template: {error}; name a Jinja file in UTF-8") from error
+    if isinstance(tokenizer.chat_template, str):  # a base's own file may begin with a byte order mark too
+        tokenizer.chat_template = tokenizer.chat_template.removeprefix("\ufeff")
     if model.template_arguments != "auto":
         tokenizer.init_kwargs[ARGUMENTS] = model.template_arguments
+    if model.template_date != "auto":
+        tokenizer.init_kwargs[DATE] = str(model.template_date)
+    check_vocabulary(model, tokenizer)
     return tokenizer
+
+
+def check_vocabulary(model: Model | EncoderModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise RecipeError if a token that texts or the chat template can hold has no row in the base's embedding."""
+    rows = load_config(model).get_text_config().to_dict().get("vocab_size")
+    beyond = {i: token for token, i in tokenizer.get_vocab().items() if rows is not None and i >= rows}
+    unused = set(control_tokens(tokenizer).values()) - {tokenizer.eos_token_id, tokenizer.bos_token_id}
+    if isinstance(model, EncoderModel):  # each text gets all of them
+        unused -= set(tokenizer.all_special_ids)
+    template = str(tokenizer.chat_template)
+    missing = [token for i, token in sorted(beyond.items()) if i not in unused or token in template]
+    if missing:
+        shown = ", ".join(map(repr, missing[:3])) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise RecipeError(
+            f"model.base: {model.base}: its embedding has {rows} rows, and its tokenizer gives {shown} ids up to "
+            f"{max(beyond)}; make the embedding larger and save the base again, in Python: "
+            f"model.resize_token_embeddings({max(beyond) + 1}); model.save_pretrained(FOLDER)"
+        )
 
 
 def load_base(model: Model, device: torch.device) -> PreTrainedModel:

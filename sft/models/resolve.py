@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from data.cache import build_once, file_sha256
+from data.cache import CacheUnwritable, build_once, file_sha256
 from sft.errors import RecipeError
 from sft.recipe.schema import WHEEL, is_hub_id
 from sft.untrusted import check_configs, check_contents, check_folder
@@ -83,8 +83,12 @@ def stored_config(base: str, revision: str | None) -> dict[str, Any]:
 
 def cache_dir() -> Path:
     """GRAFT_CACHE, or graft/ in the user's cache folder."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("GRAFT_CACHE") or Path(home) / "graft")
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    if named := os.environ.get("GRAFT_CACHE"):
+        return Path(named)
+    if home.startswith("~"):  # a container's user without a name
+        raise CacheUnwritable("this user has no home folder for a cache; set GRAFT_CACHE to a folder to write")
+    return Path(home) / "graft"
 
 
 def _in_package(package: str, file: str, base: str) -> Path:

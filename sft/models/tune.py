@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from sft.errors import RecipeError
+from sft.models.adapter_init import check_init, note_first_values, sums_of
 from sft.models.patterns import check_patterns
 from sft.recipe.load import peft_types
 from sft.recipe.schema import Tune
@@ -24,7 +25,9 @@ def tune_model(base: PreTrainedModel, tune: Tune, seed: int, one_dtype: bool = F
     set_seed(seed)
     if tune.method in ("full", "freeze", "linear_probe"):
         return _train_part(base, tune)
-    return add_adapter(base, tune, "CAUSAL_LM", one_dtype=one_dtype)
+    model = add_adapter(base, tune, "CAUSAL_LM", one_dtype=one_dtype)
+    _check_head(model)
+    return model
 
 
 def add_adapter(
@@ -42,12 +45,28 @@ def add_adapter(
     if settings.get("prompt_tuning_init") == "TEXT":  # read by the base's tokenizer
         settings["tokenizer_name_or_path"] = base.config._name_or_path
     check_patterns(base, tune.peft, "tune")
+    check_init(settings, one_dtype)
+    before = sums_of(base)
     try:
         config = peft_types()[tune.method](task_type=task, **settings)
         model = get_peft_model(base, config, autocast_adapter_dtype=not one_dtype)
-    except ValueError as error:  # names the module or value that does not fit this base
+    except (ValueError, TypeError) as error:  # names the module or value that does not fit this base
         raise RecipeError(f"tune: {error}") from error
+    note_first_values(model, before, tune.method)
     return cast(PreTrainedModel, model)  # it has the same methods
+
+
+def _check_head(model: PreTrainedModel) -> None:
+    """Raise RecipeError for an adapter on the output layer, which TRL refuses after everything is loaded."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name.rpartition(".")[2] for name, module in model.named_modules() if module is head)
+        raise RecipeError(
+            f"tune.target_modules: {name} is the output layer, which takes no adapter in training; leave it out, or "
+            f"train it whole: tune.modules_to_save: [{name}]"
+        )
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

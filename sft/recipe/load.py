@@ -141,6 +141,8 @@ def _check_tune(tune: Tune, own: tuple[str, ...], task_type: str | None) -> tupl
             raise RecipeError(f"tune.method: {tune.method!r} is none of {', '.join(sorted([*methods, *own]))}{near}")
         config = methods[tune.method]
         hints = get_type_hints(config)
+        if "init_lora_weights" in hints:  # PEFT's own type has no pissa_niter_4; sft/models/adapter_init.py checks it
+            hints["init_lora_weights"] = bool | str
         ours = {"peft_type", "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
         ours |= {"tokenizer_name_or_path", "tokenizer_kwargs"}  # the base's own, see sft/models/load.py
         allowed = {f.name: (hints[f.name], None) for f in dataclasses.fields(config) if f.name not in ours}

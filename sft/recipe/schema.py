@@ -5,6 +5,7 @@ Sections use the libraries' names: TrainingArguments in `train`, a PEFT config i
 """
 
 import re
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -125,6 +126,9 @@ class Model(Section):
     """What the chat template is given, in training, evaluation and serving: {enable_thinking: false}. auto: the switch
     that leaves thoughts out, if the template has one and no training row holds a thought. A row's own
     chat_template_kwargs come first."""
+    template_date: date | Literal["auto"] = "auto"
+    """The day, YYYY-MM-DD, that a chat template which writes today's date writes. auto: the day on which training
+    starts; the run's recipe then names it, so that a resumed or scored run sees the same prompts."""
 
 
 class Tune(BaseModel):

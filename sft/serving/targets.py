@@ -19,9 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data.cache import build_once, file_sha256, text_sha256
 from data.conversation import DataError
 from data.encode.chat import stop_tokens
-from data.encode.template import arguments_of, probe
+from data.encode.template import arguments_of, date_arguments, date_of, probe
 from data.terminal import print
 from eval.client import ServerError
+from sft.export.merge import other_way
+from sft.models.capabilities import unserved
 from sft.models.load import default_device, generation_config, is_quantized, load_base, load_tokenizer
 from sft.models.resolve import cache_dir, readable, resolve_base
 from sft.models.target import adapter_folder, check_target, is_run, is_url, run_recipe
@@ -33,10 +35,9 @@ SHARED: dict[str, Callable[[PreTrainedTokenizerBase], Any]] = {
     "chat_template": lambda tokenizer: tokenizer.chat_template,
     "vocab_size": lambda tokenizer: tokenizer.vocab_size,
     "template_arguments": arguments_of,
+    "template_date": date_of,
 }
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
-# settings of an adapter that vLLM 0.32 refuses, or ignores
-UNSERVED = ("use_dora", "lora_bias", "layer_replication", "modules_to_save", "trainable_token_indices", "use_qalora")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,10 @@ def check_served_template(served: Served) -> dict[str, Any]:
         probe(tokenizer)
     except DataError as error:
         raise ServerError(f"{folder}: vLLM renders chat templates without limits, and {error.problem}") from error
-    return arguments_of(tokenizer) or {}
+    fixed = date_arguments(tokenizer)
+    if (day := date_of(tokenizer)) and not fixed:
+        print(f"warning: the chat template writes the server's date; the run was trained with {day}", file=sys.stderr)
+    return {**fixed, **(arguments_of(tokenizer) or {})}
 
 
 def served_name(target: str) -> str:
@@ -164,13 +168,8 @@ def _rank(adapter: Path) -> int:
             raise ServerError(f"{adapter / pickle}: is a pickle, which can run code, so it is never opened; remove it")
     with readable(str(adapter)):
         config = json.loads((adapter / "adapter_config.json").read_text())
-    if config["peft_type"] != "LORA":
-        raise ServerError(f"{adapter}: vLLM serves LoRA adapters, not {config['peft_type']}; `graft export` the run")
-    unserved = [key for key in UNSERVED if config.get(key)]
-    if config.get("bias", "none") != "none":
-        unserved.append("bias")
-    if unserved:
-        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(unserved)}; `graft export` the run first")
+    if reasons := unserved(config):
+        raise ServerError(f"{adapter}: vLLM serves no adapter with {', '.join(reasons)}; {other_way(adapter)}")
     rank = max([config["r"], *(config.get("rank_pattern") or {}).values()])
     if rank > RANKS[-1]:
         raise ServerError(f"{adapter}: its rank {rank} exceeds vLLM's {RANKS[-1]}; `graft export` the run, serve that")

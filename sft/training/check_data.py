@@ -18,7 +18,7 @@ from sft.errors import RecipeError
 from sft.models.load import load_tokenizer
 from sft.recipe.schema import Model, Recipe
 from sft.runs.folder import check_writable, write_report
-from sft.training.examples import examined, training_tokenizer
+from sft.training.examples import decide_date, examined, training_tokenizer
 
 ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 
@@ -26,10 +26,13 @@ ANY_LENGTH = 1_000_000  # tokens; `show` has no max_length
 def check(recipe: Recipe, name: str, out: Path) -> bool:
     """Write the data report to `out` and print it; False if the data stops the run."""
     check_writable(out, "--out")
-    report, _ = examined(recipe, training_tokenizer(recipe))
+    tokenizer = training_tokenizer(recipe)
+    report, _ = examined(recipe, tokenizer)
     report.recipe = name
     write_report(report, out)
     print_report(report, Console())
+    for line in decide_date(recipe, tokenizer)[1]:
+        print(line)
     print(f"written to {out}/data_report.html and data_report.json")
     return not report.stops
 

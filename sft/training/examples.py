@@ -1,6 +1,7 @@
 """The recipe's data as examples: examined once, written to the cache folder, and read from there by later runs."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
@@ -9,19 +10,20 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypeVar
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
-from data.cache import build_once, cache_key, file_digests, text_sha256
-from data.conversation import ARGUMENTS, Conversation, DataError
+from data.cache import CacheUnwritable, build_once, cache_key, file_digests, text_sha256
+from data.conversation import ARGUMENTS, DATE, Conversation, DataError
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
 from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
-from data.encode.template import arguments_of
+from data.encode.template import arguments_of, date_of
+from data.encode.tokens import new_vocabulary
 from data.progress import track
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
@@ -63,13 +65,19 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
         """Add what is not in the cache: names that are only shown, and figures that change with the steps."""
         template = str(tokenizer.chat_template)
         report.tokenizer = {"base": recipe.model.base, "chat_template_sha256": text_sha256(template)}
-        report.examples_sha256 = None if reads_date(template) else examples.sha256()
+        dated = reads_date(template) and date_of(tokenizer) is None
+        report.examples_sha256 = None if dated else examples.sha256()
         count_shared(report.totals, examples, recipe)
         return report
 
     with TemporaryDirectory(prefix="graft-examples-") as scratch:
+        own = Path(scratch) / "examples"
         try:
-            folder = build_once(cache_dir() / "examples" / key if key else Path(scratch) / "examples", build)
+            try:
+                folder = build_once(cache_dir() / "examples" / key if key else own, build)
+            except CacheUnwritable as error:
+                print(f"{error}; the data is encoded for this run alone", file=sys.stderr, flush=True)
+                folder = build_once(own, build)
         except _Stopped as stopped:
             return stopped.args[0], None
         # read before the scratch folder is removed: a mapped file outlives its name
@@ -83,7 +91,21 @@ def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     tokenizer = load_tokenizer(recipe.model)
     if recipe.model.template_arguments == "auto":
         tokenizer.init_kwargs.pop(ARGUMENTS, None)
+    if recipe.model.template_date == "auto":
+        tokenizer.init_kwargs.pop(DATE, None)
+        if reads_date(str(tokenizer.chat_template)):
+            tokenizer.init_kwargs[DATE] = str(date.today())
     return tokenizer
+
+
+def decide_date(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Recipe, list[str]]:
+    """The recipe with the date that the tokenizer's template writes, and a line for the user; for most templates the
+    recipe as it is."""
+    day = date_of(tokenizer)
+    if recipe.model.template_date != "auto" or day is None:
+        return recipe, []
+    line = f"the chat template writes today's date: in this run {day} (model.template_date), whenever it is asked"
+    return changed(recipe, model={"template_date": date.fromisoformat(day)}), [line]
 
 
 def decide_template_arguments(
@@ -106,8 +128,27 @@ def decide_template_arguments(
     return recipe, lines
 
 
+def frozen_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Examples) -> list[str]:
+    """A warning if the data holds added tokens whose rows of the embedding stay as they are: new ones are random."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(parameter.requires_grad for parameter in embedding.parameters()):
+        return []
+    used = examples.distinct_ids()
+    if not (frozen := {i: text for i, text in new_vocabulary(tokenizer).items() if i in used and text.strip()}):
+        return []
+    tied = model.config.get_text_config().tie_word_embeddings
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    remedy = (
+        f"tune.trainable_token_indices: {sorted(frozen)}"
+        if tied
+        else f"tune.modules_to_save: [{names[embedding]}, {names[head]}]"
+    )
+    shown = ", ".join(map(repr, [*frozen.values()][:3])) + (" ..." if len(frozen) > 3 else "")
+    return [f"warning: the rows of the added tokens {shown} are not trained; if they are new, set {remedy}"]
+
+
 def reads_date(template: str) -> bool:
-    """Whether the template may render other text tomorrow."""
+    """Whether the template may render other text tomorrow, unless its date is fixed."""
     return "strftime_now" in template
 
 
@@ -244,7 +285,7 @@ def _key(
         special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],
         template=template,
         arguments=arguments_of(tokenizer),
-        today=str(date.today()) if reads_date(template) else "",
+        today=(date_of(tokenizer) or str(date.today())) if reads_date(template) else "",
         libraries=[version(name) for name in LIBRARIES],
     )
 

@@ -23,7 +23,14 @@ from sft.training.auto import (
     resolve_dequantize,
     resolve_dtype,
 )
-from sft.training.examples import decide_template_arguments, load_examples, load_held_out, training_tokenizer
+from sft.training.examples import (
+    decide_date,
+    decide_template_arguments,
+    frozen_tokens,
+    load_examples,
+    load_held_out,
+    training_tokenizer,
+)
 from sft.training.open_run import open_run
 from sft.training.plan import plan_steps
 from sft.training.trainer import PackTrainer, training_arguments
@@ -41,6 +48,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         check_length(recipe)
         recipe = resolve_dtype(recipe, run.device)
         tokenizer = training_tokenizer(recipe)
+        recipe, dating = decide_date(recipe, tokenizer)
         with run.state.main_process_first():  # encoded once; other processes read the cache
             examples, report = load_examples(recipe, tokenizer)
         recipe, asking = decide_template_arguments(recipe, tokenizer, report)
@@ -56,6 +64,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         recipe, compiling = resolve_compile(recipe, model, plan, resume is not None)
         fusing = apply_auto(recipe, model, sharded)
 
+        frozen = frozen_tokens(model, tokenizer, examples)
         trainable, parameters = count_parameters(model)
         folder = run.claim(recipe, report, (trainable, parameters))
         if recipe.train.save_strategy != "no":
@@ -76,7 +85,8 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
         lines = (
-            summary, *asking, *unpacking, *decided, *checkpointing, *compiling, *fusing, *warnings_of(report, folder),
+            summary, *dating, *asking, *unpacking, *decided, *checkpointing, *compiling, *fusing, *frozen,
+            *warnings_of(report, folder),
         )  # fmt: skip
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -12,6 +12,7 @@ from data.atomic import write_json
 from data.audit.report import DataReport
 from data.terminal import print, quoted
 from sft.errors import RunError
+from sft.models.adapter_init import save_plain
 from sft.recipe.baseline_schema import AnyRecipe
 from sft.runs.checkpoint import (
     commit_folder,
@@ -137,7 +138,13 @@ class OpenRun:
     def save_weights(self, trainer: DurableTrainer, save: Callable[[str], None] | None = None) -> Path:
         """adapter/ or model/, written whole by `save` (the trainer's, if None) on every process."""
         weights = self.folder / ("adapter" if hasattr(trainer.model, "peft_config") else "model")
-        commit_folder(weights, save or trainer.save_model, self.main)
+
+        def write(folder: str) -> None:
+            (save or trainer.save_model)(folder)
+            if self.main:
+                save_plain(Path(folder), trainer.model)
+
+        commit_folder(weights, write, self.main)
         return weights
 
     def finish(self, weights: Path) -> Path | None:

@@ -119,3 +119,10 @@ def test_only_folders_of_graft_are_removed(tmp_path):
     build_once(tmp_path / "key", build)
     assert {path.name for path in tmp_path.iterdir()} == before | {"key"}
     assert (tmp_path / "elsewhere" / "file").read_text() == "x"
+
+
+@pytest.mark.parametrize("parent", ["/dev/null", "/proc/graft", "file/deeper"])
+def test_folder_that_can_not_be_written_is_named_with_the_variable(parent, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(data.cache.CacheUnwritable, match="GRAFT_CACHE"):
+        build_once(tmp_path / parent / "cache", build)

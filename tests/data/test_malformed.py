@@ -215,3 +215,58 @@ def test_fifty_thousand_defects_of_a_kind_are_one_line(tmp_path):
     (line,) = ledger.explain()
     assert line.startswith(f"{path}:1: completion: empty text")
     assert "(50000 such rows" in line
+
+
+@pytest.mark.parametrize(
+    ("encoding", "said", "wrong", "remedy"),
+    [
+        ("cp1252", "It says “Pier – 5 €”", b"", "iconv -f cp1252 "),
+        ("gb18030", "天气很好，今天去码头", b"", "gb18030"),
+        ("cp932", "東京は日本の首都です", b"", "cp932"),
+        ("cp1251", "Паром отходит в девять", b"", "cp1251"),
+        ("utf-8", "It says “Pier – 5 €” and ", b"\xe9", "correct this place"),
+        ("utf-8", "東京は日本の首都です", b"\xe9", "correct this place"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".json"])
+def test_remedy_for_another_encoding_gives_the_right_characters(encoding, said, wrong, remedy, suffix, tmp_path):
+    """iconv -f latin1 would turn the quotes of Windows into control characters."""
+    path = tmp_path / f"a{suffix}"
+    rows = {
+        ".jsonl": b'{"prompt": "q", "completion": "%s"}\n',
+        ".csv": b"prompt,completion\nq,%s\n",
+        ".json": b'[{"prompt": "q", "completion": "%s"}]',
+    }
+    path.write_bytes(rows[suffix] % (said.encode(encoding) + wrong))
+    with pytest.raises(DataError) as error:
+        read_all(FileSource(str(path)), "instruct")
+    assert remedy in str(error.value)
+    if encoding != "utf-8":
+        path.write_bytes(path.read_bytes().decode(encoding).encode())
+        assert read_all(FileSource(str(path)), "instruct")[0].answer == said
+
+
+@pytest.mark.parametrize("wrong", ["It says \x93Pier\x94", "na\u00c3\u00afve", "it\u00e2\u20ac\u2122s"])
+def test_text_damaged_by_a_wrong_conversion_is_noted(wrong, tmp_path):
+    path, ledger = tmp_path / "a.csv", Ledger("a.csv")
+    path.write_text(f"prompt,completion\nq,{wrong}\n", encoding="utf-8")
+    read_all(FileSource(str(path)), "instruct", ledger=ledger)
+    assert sum(ledger.notes.values()) == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-32", "utf-16", "utf-16-le"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv"])
+def test_wide_encodings_are_named(encoding, suffix, tmp_path):
+    path = tmp_path / f"a{suffix}"
+    path.write_text('{"prompt": "q", "completion": "a"}\n', encoding=encoding)
+    with pytest.raises(DataError, match=f"iconv -f utf-{encoding[4:6]}"):
+        read_all(FileSource(str(path)), "instruct")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_rows_of_empty_cells_below_a_table_are_skipped_and_noted(mark, end, tmp_path):
+    path, ledger = tmp_path / "a.csv", Ledger("a.csv")
+    path.write_bytes((mark + end.join(["prompt,completion", "q,a", ",", ",", "", ""])).encode())
+    assert [c.answer for c in read_all(FileSource(str(path)), "instruct", ledger=ledger)] == ["a"]
+    assert ledger.notes["row of empty cells, skipped"] == 2

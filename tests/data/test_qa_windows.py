@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import Dataset
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import data.encode.qa_windows
@@ -266,3 +266,21 @@ def test_rows_that_are_not_squads_are_an_error():
         make_windows([], bert_tokenizer())
     with pytest.raises(UserError, match=r"no token .*\[CLS\]"):
         make_windows([ask("x")], PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, "a"))))
+
+
+@pytest.mark.parametrize("punctuation", [False, True])
+def test_tokenizer_that_cuts_off_white_space_and_adds_a_space_keeps_the_first_letter(punctuation):
+    """RobBERT's parts: offsets began one character into each word, and every gold answer lost a letter."""
+    answers = ["ferry", "the mayor's piano", "4,310", "$5.50", "naïve", "Lund", "“Pier”"]
+    context = "The ferry  carries the mayor's piano and 4,310 naïve tourists to Lund; it costs $5.50 at “Pier”."
+    whole = roberta_tokenizer()
+    backend = Tokenizer.from_str(whole.backend_tokenizer.to_str())
+    parts = [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(parts + [pre_tokenizers.Punctuation()] * punctuation)
+    sep, cls = (("</s>", backend.token_to_id("</s>")), ("<s>", backend.token_to_id("<s>")))
+    backend.post_processor = processors.RobertaProcessing(sep, cls, trim_offsets=True, add_prefix_space=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **whole.special_tokens_map)
+    rows = make_windows([ask(context, answer=answer) for answer in answers], tokenizer, 160, 50, 16)
+    for row in rows:
+        first, last = row["start_positions"], row["end_positions"]
+        assert context[row["char_starts"][first] : row["char_ends"][last]].strip() == answers[row["conversation"]]

@@ -8,6 +8,8 @@ import pytest
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizer
 
+from data.conversation import Conversation
+from data.encode.chat import encode
 from data.encode.tokens import Encoder, encoder_of, paragraph_cut
 from tests.helpers.families import FAMILIES, build
 from tests.helpers.places import SAMPLES
@@ -81,6 +83,26 @@ def test_tokens_added_later_are_control_tokens(tokenizer):
     assert "<new>" not in encoder_of(grown).control
     grown.add_tokens(["<new>"])
     assert "<new>" in encoder_of(grown).control
+
+
+@pytest.mark.parametrize("text", ["<loc_1>", "<extra_id_12>", "[ENT3]", "zyntrix"])
+def test_token_added_for_a_task_is_encoded_as_a_token_in_all_turns(text, tokenizer):
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens([text])
+    turns = ({"role": "user", "content": f"At {text}?"}, {"role": "assistant", "content": f"{text} it is"})
+    example = encode(Conversation(turns, "", "f:1"), grown, 100)
+    new = grown.convert_tokens_to_ids(text)
+    assert example.ids == grown.apply_chat_template(list(turns), return_dict=False)[: len(example.ids)]
+    assert [mask for i, mask in zip(example.ids, example.loss_mask, strict=True) if i == new] == [0, 1]
+    grown.chat_template += "{{ '" + text + "' if false }}"
+    assert text.isalnum() or text in encoder_of(grown).control
+
+
+@pytest.mark.parametrize("text", ["<think>", "</tool_call>", "<tool_response>", "<|file_1|>", "<user>", "[/INST]"])
+def test_token_that_marks_turns_or_thoughts_elsewhere_stays_control(text, tokenizer):
+    grown = copy.deepcopy(tokenizer)
+    grown.add_tokens([text])
+    assert text in encoder_of(grown).control
 
 
 class Letters(PreTrainedTokenizer):

@@ -55,3 +55,18 @@ def flip(path: Path) -> None:
 
 
 HARM = {"truncated": lambda p: os.truncate(p, p.stat().st_size // 2), "flipped": flip, "deleted": lambda p: p.unlink()}
+
+
+def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
+    """A real signal to this process within the step after `step`."""
+    from sft.training.trainer import PackTrainer
+
+    original = PackTrainer.training_step
+
+    def stop(self, *args):
+        if self.state.global_step == step:
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+        return original(self, *args)
+
+    monkeypatch.setattr(PackTrainer, "training_step", stop)

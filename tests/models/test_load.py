@@ -320,3 +320,16 @@ def test_chat_template_that_is_no_file_is_refused(tmp_path, tiny):
     os.mkfifo(tmp_path / "t.jinja")
     with pytest.raises(RecipeError, match=r"^model\.chat_template: no such file"):
         load_tokenizer(Model(base=str(tiny), chat_template=tmp_path / "t.jinja"))
+
+
+@pytest.mark.parametrize("where", ["recipe", "base"])
+def test_byte_order_mark_of_a_template_never_stands_before_a_prompt(where, tiny, tmp_path):
+    plain = load_tokenizer(Model(base=str(tiny))).chat_template
+    file = tmp_path / "t.jinja"
+    base = tiny
+    if where == "base":
+        base = shutil.copytree(tiny, tmp_path / "base")
+        file = base / "chat_template.jinja"
+    file.write_bytes(("\ufeff" + plain.replace("\n", "\r\n")).encode())
+    model = Model(base=str(base), chat_template=file if where == "recipe" else None)
+    assert load_tokenizer(model).chat_template == plain

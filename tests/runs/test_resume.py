@@ -26,22 +26,9 @@ from sft.training.trainer import PackTrainer
 from tests.helpers.builders import Payload, write_recipe
 from tests.helpers.graft import run as graft
 from tests.helpers.places import ROOT, SAMPLES
-from tests.helpers.runs import HARM, everything, recipe_of
+from tests.helpers.runs import HARM, everything, recipe_of, signal_at
 
 pytestmark = pytest.mark.heavy
-
-
-def signal_at(monkeypatch, step: int, number: int, times: int = 1) -> None:
-    """A real signal to this process within the step after `step`."""
-    original = PackTrainer.training_step
-
-    def stop(self, *args):
-        if self.state.global_step == step:
-            for _ in range(times):
-                os.kill(os.getpid(), number)
-        return original(self, *args)
-
-    monkeypatch.setattr(PackTrainer, "training_step", stop)
 
 
 # what changes loss, embeddings, groups of the optimizer and schedule

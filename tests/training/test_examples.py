@@ -1,20 +1,27 @@
 """Examples are encoded once and read from the cache, unless anything that they depend on has changed."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from data.cache import build_once
-from data.conversation import DataError
-from data.encode.chat import Example
+from data.conversation import DATE, DataError
+from data.encode.chat import Example, encode_prompt
 from data.encode.example_store import Examples
+from data.encode.template import date_arguments
 from sft.models.load import load_tokenizer
+from sft.models.target import adapter_tokenizer
 from sft.recipe.load import load_recipe
+from sft.recipe.schema import Model
 from sft.training import examples as module
-from sft.training.examples import examined, held_out_conversations, load_examples
+from sft.training.examples import examined, held_out_conversations, load_examples, training_tokenizer
 from tests.helpers.builders import stored, write_recipe
 from tests.helpers.graft import run as graft
 
@@ -206,3 +213,68 @@ def test_check_writes_report_and_page_and_says_by_its_code_what_stops(tmp_path, 
     assert list(report["sources"][0]["sha256"]) == [f"{tmp_path}/rows.jsonl"]
     page = (tmp_path / "report" / "data_report.html").read_text()
     assert "<script>" not in page.replace("<script>\n", "")
+
+
+@pytest.mark.parametrize("cache", ["/dev/null/graft", "/proc/graft"])
+def test_cache_that_can_not_be_written_costs_time_only(cache, tiny, tmp_path, monkeypatch):
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny))
+    tokenizer = load_tokenizer(recipe.model)
+    expected = list(load_examples(recipe, tokenizer)[0])
+    monkeypatch.setenv("GRAFT_CACHE", cache)
+    assert list(load_examples(recipe, tokenizer)[0]) == expected
+
+
+def test_date_of_a_template_is_fixed_once_in_the_recipe_of_the_run(tiny, tmp_path, monkeypatch):
+    """A run that is resumed or scored tomorrow sees the prompts of today."""
+    base = shutil.copytree(tiny, tmp_path / "base")
+    file = base / "chat_template.jinja"
+    file.write_text(
+        "{{ strftime_now('%d %B %Y') }}"
+        + (file.read_text() if file.is_file() else load_tokenizer(Model(base=str(tiny))).chat_template)
+    )
+
+    class Day(date):
+        now = date(2026, 11, 2)
+
+        @classmethod
+        def today(cls):
+            return cls.now
+
+    monkeypatch.setattr(module, "date", Day)
+    recipe = write_recipe(
+        tmp_path / "r.yaml",
+        base,
+        train=f"{{examples_per_step: 6, max_steps: 4, save_strategy: steps, save_steps: 2, output_dir: '{tmp_path / 'run'}'}}",
+    )
+    assert "2026-11-02" in graft("check", recipe, "--out", tmp_path / "report").stdout
+    graft("train", recipe)
+    assert "02 November 2026" in decoded_prompt(tmp_path / "run")
+    whole = (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr(Day, "now", date(2026, 11, 3))
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    graft("train", "--resume", tmp_path / "run")
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").read_bytes() == whole
+    assert "02 November 2026" in decoded_prompt(tmp_path / "run")
+    graft("export", tmp_path / "run", "--allow-mismatch")
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "export").init_kwargs[DATE] == "2026-11-02"
+    fresh, _ = load_examples(load_recipe(recipe), training_tokenizer(load_recipe(recipe)))
+    assert "03 November 2026" in load_tokenizer(Model(base=str(base))).decode(fresh[0].ids)
+
+
+def decoded_prompt(run: Path) -> str:
+    tokenizer = adapter_tokenizer(run / "adapter")
+    return tokenizer.decode(encode_prompt([{"role": "user", "content": "Who?"}], tokenizer))
+
+
+def test_server_is_given_the_date_by_the_variable_that_a_template_has_for_it(tokenizer):
+    llama = copy.deepcopy(tokenizer)
+    llama.chat_template = (
+        "{%- if not date_string is defined %}{%- if strftime_now is defined %}"
+        '{%- set date_string = strftime_now("%d %b %Y") %}{%- endif %}{%- endif %}{{ date_string }}'
+    )
+    assert date_arguments(llama) == {}
+    llama.init_kwargs[DATE] = "2026-11-02"
+    assert date_arguments(llama) == {"date_string": "02 Nov 2026"}
+    llama.chat_template = "{{ strftime_now('%Y') }}"
+    assert date_arguments(llama) == {}
