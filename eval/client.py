@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from data.conversation import ARGUMENTS, Conversation
-from data.encode.frame import SERVED, Frame, spoken
+from data.encode.frame import SERVED, Frame, spoken, without_system
 from data.errors import UserError
 from data.progress import Bar
 from data.terminal import print
@@ -132,7 +132,7 @@ def server_predictions(
     def ask(questions: Sequence[Conversation], note: Note = lambda number, answer: None) -> list[Prediction]:
         replies = chat_completions(
             url, model, questions, max_new_tokens, concurrency,
-            lambda number, reply: note(number, prediction_of(reply, frame)),
+            lambda number, reply: note(number, prediction_of(reply, frame)), frame.system,
         )  # fmt: skip
         return [prediction_of(reply, frame) for reply in replies]
 
@@ -159,12 +159,13 @@ def chat_completions(
     max_new_tokens: int,
     concurrency: int,
     note: "Callable[[int, ChatCompletion | None], None]" = lambda number, reply: None,
+    system: bool | None = True,
     **options: Any,
 ) -> "list[ChatCompletion | None]":
     """The greedy replies in order; None for a prompt that is too long for the server.
 
-    note: called with the number and the reply of each question as it comes. options: further arguments of a chat
-    completion.
+    note: called with the number and the reply of each question as it comes. system: whether the server's chat template
+    takes a system turn, as in Frame. options: further arguments of a chat completion.
     """
     import openai
 
@@ -175,12 +176,13 @@ def chat_completions(
     async def ask(client: openai.AsyncOpenAI, number: int, conversation: Conversation) -> "ChatCompletion | None":
         nonlocal answered, retries
         reply: ChatCompletion | None = None
+        messages = list(conversation.prompt) if system in (True, None) else without_system(conversation.prompt)
         async with slots:
             for tried in range(1, TRIES + 1):
                 try:
                     reply = await cast(Any, client.chat.completions).create(
                         model=model,
-                        messages=list(conversation.prompt),
+                        messages=messages,
                         temperature=0,
                         max_tokens=max_new_tokens,
                         **_with_arguments(options, conversation),
@@ -189,6 +191,9 @@ def chat_completions(
                 except openai.BadRequestError as error:
                     if "maximum context length" in str(error):  # vLLM's and OpenAI's words
                         break
+                    if system is None and messages != (joined := without_system(messages)) and "role" in str(error):
+                        messages = joined  # the template may refuse a system turn
+                        continue
                     problem = f"question {conversation.id} is refused: {_first_line(error)}"
                     raise ServerError(f"{url}: {problem}; see the server's log") from error
                 except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:

@@ -4,9 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from data.conversation import Conversation
 from data.readers.newsgroups import NEWSGROUPS
-from data.readers.source import FileSource, read_all
 from eval.metrics import label_scores, reference_scores, squad_scores
 
 
@@ -26,8 +24,3 @@ TASKS = {
     "newsgroups": Task(1, partial(label_scores, NEWSGROUPS), NEWSGROUPS),
     "instruct": Task(2, reference_scores),
 }
-
-
-def read_conversations(task: str, path: str, split: str | None = None) -> list[Conversation]:
-    """Conversations of a file, glob, folder or Hub dataset. Raises DataError with a line for each kind of defect."""
-    return read_all(FileSource(path, split=split), task)

@@ -31,8 +31,9 @@ from data.audit.row_counts import (
 from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
-from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, has_thought, learning_last_turn, markers_in
+from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, has_thought, learning_last_turn
 from data.encode.example_store import Examples, Writer
+from data.encode.markers import markers_in
 from data.encode.template import OVER_LIMITS
 from data.progress import track
 from data.readers.source import SourceLike, read_rows

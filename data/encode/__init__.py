@@ -1,6 +1,7 @@
 """Text -> token ids -> packs. It may import only the files directly in data/.
 
 chat.py               conversation -> ids and loss mask: the chat template is applied here only
+markers.py            control markers in the data are split, so that they stay text
 frame.py              what a template writes around an answer: thoughts, channels
 steps.py              one request renders for many rows
 template.py           renders a chat template within limits of time, memory and size

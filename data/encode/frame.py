@@ -25,12 +25,14 @@ class Frame:
     """opening: between the generation prompt and an answer without a thought, "" if it is only white space, which is a
     part of the answer's first token; None if the prompt is no prefix then.
     before, closing: before a thought, and between it and the answer; closing is empty if none is rendered.
-    thoughts: whether the template takes them as a field of the turn, as tags in its content, or not at all."""
+    thoughts: whether the template takes them as a field of the turn, as tags in its content, or not at all.
+    system: whether it renders a system turn; None if that is not known."""
 
     opening: str | None = ""
     before: str | None = ""
     closing: str = ""
     thoughts: Literal["field", "tags", ""] = ""
+    system: bool | None = True
 
     def answer_start(self, text: str) -> int | None:
         """Where the answer begins in what a model wrote; None if it ended within its thought."""
@@ -45,7 +47,7 @@ class Frame:
         return None if unfinished else 0
 
 
-SERVED = Frame("<think>\n\n</think>", None, "</think>", "tags")  # of a server whose template is not known
+SERVED = Frame("<think>\n\n</think>", None, "</think>", "tags", None)  # of a server whose template is not known
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> Frame:
@@ -77,6 +79,14 @@ def with_thought(message: Message, frame: Frame) -> Message:
         return {**message, **dict.fromkeys(FIELDS, thought)}
     rest = {key: value for key, value in message.items() if key != THOUGHT}
     return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
+
+
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages, the text of the system turn before that of the first user."""
+    system, *turns = messages
+    if system["role"] != "system" or not turns:
+        return list(messages)
+    return [{**turns[0], "content": f"{system['content']}\n\n{turns[0]['content']}"}, *turns[1:]]
 
 
 def without_markers(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
@@ -117,21 +127,24 @@ def _frame(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) ->
     )
     renders = [Render([question], [(1, True)], arguments=own)]
     renders += [Render([question, {"role": "assistant", **a}], [(2, False)], arguments=own) for a in answers]
+    renders += [Render([{"role": "system", "content": IDEA}, question], [(2, True)], arguments=own)]
     results: list[Result] = []
     render_all(renders, tokenizer, results.append)
     # a template may refuse such turns; a row's own are refused with their place
-    prompt, plain, field, tags = ("" if isinstance(r, DataError) else r[0] for r in (*results, *[[""]] * 4)[:4])
+    texts = ["" if isinstance(r, DataError) else r[0] for r in (*results, *[[""]] * len(renders))]
+    prompt, plain, field, tags, instructed = texts[: len(renders)]
+    system = IDEA in instructed and QUESTION in instructed
 
     def after_prompt(text: str, part: str) -> str | None:
         return text[len(prompt) : text.index(part)] if text.startswith(prompt) and part in text else None
 
     if not prompt or not plain:
-        return Frame()
+        return Frame(system=system or not prompt)
     opening = after_prompt(plain, ANSWER)
     opening = "" if opening is not None and not opening.strip() else opening
     kinds: tuple[tuple[Literal["field", "tags"], str], ...] = (("field", field), ("tags", tags))
     for kind, text in kinds:
         if IDEA in text and ANSWER in text and (kind == "field" or "</think>" in template):
             closing = text[text.index(IDEA) + len(IDEA) : text.rindex(ANSWER)]
-            return Frame(opening, after_prompt(text, IDEA), closing, kind)
-    return Frame(opening)
+            return Frame(opening, after_prompt(text, IDEA), closing, kind, system)
+    return Frame(opening, system=system)

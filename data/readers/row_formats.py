@@ -1,6 +1,6 @@
 """Recognise a row's format by its keys, and rename the columns that the recipe names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from data.conversation import ARGUMENTS, Conversation, DataError, Ledger
@@ -93,13 +93,14 @@ def check_names(format: str | None, columns: Mapping[str, str], source: str) -> 
             raise DataError(source, f"columns: {ours!r} is not a known key; {remedy}", "columns")
 
 
-def refuse_absent_columns(absent: Mapping[str, str], row: Row, source: str) -> None:
-    """Raise DataError for a column that the recipe names and no row has; the message lists the keys of `row`."""
-    for ours, theirs in absent.items():
-        near = get_close_matches(theirs, row, n=1)
+def refuse_absent_columns(absent: Iterable[tuple[str, str]], row: Row, source: str) -> None:
+    """Raise DataError for a column that a key of the source names and no row has; the message lists the keys of
+    `row`."""
+    for key, column in sorted(absent):
+        near = get_close_matches(column, row, n=1)
         remedy = f"did you mean {shown_names(near)}?" if near else "check the spelling"
         keys = f"the first row's keys are {shown_names(row)}"
-        raise DataError(source, f"columns.{ours}: no row has a column {theirs!r}; {keys}; {remedy}", "columns")
+        raise DataError(source, f"{key}: no row has a column {column!r}; {keys}; {remedy}", "columns")
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:

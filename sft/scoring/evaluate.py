@@ -12,13 +12,13 @@ from rich.table import Table
 
 from data.cache import file_digests
 from data.conversation import Conversation, DataError
-from data.readers.source import files_of
+from data.readers.source import files_of, read_all
 from data.terminal import Console, print
 from eval.answer_log import NAME
 from eval.few_shot import with_shots
 from eval.metrics import METRICS, TITLES, normalize_label
 from eval.results import limit_questions, score, summarize, write_results
-from eval.tasks import TASKS, read_conversations
+from eval.tasks import TASKS
 from sft.baselines.data import baseline_questions
 from sft.errors import RecipeError
 from sft.models.target import check_target, is_run, is_url, run_any_recipe
@@ -30,7 +30,7 @@ from sft.runs.folder import check_writable
 from sft.runs.manifest import machine
 from sft.scoring.answerers import AnswerOptions, baseline_answerer, model_answerer, training_questions
 from sft.session import use_all_cores
-from sft.training.examples import held_out_conversations, with_split
+from sft.training.examples import held_out_conversations, other_questions
 
 SIDE_BY_SIDE = 3  # scores in one table
 
@@ -137,8 +137,7 @@ def questions_to_score(
     """The questions of --data, or those that the run's recipe holds out; and the name of the data."""
     limit = limit or (recipe.eval.limit if recipe else None)
     if data:
-        source = with_split(Source(path=data, split=split), "validation")
-        questions = read_conversations(task, data, source.split)
+        questions = read_all(other_questions(recipe, data, split), task)
         labels = {normalize_label(label) for label in TASKS[task].labels}
         for c in questions if labels else ():
             if not labels.intersection(map(normalize_label, c.answers)):

@@ -110,8 +110,9 @@ def answer_by_server(
     """The server's answer to each prompt. `return_token_ids` and `return_tokens_as_token_ids` are options of vLLM."""
     ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     replies = chat_completions(
-        url, model, questions, max_new_tokens, concurrency, logprobs=True, top_logprobs=TOP, extra_body=ids
-    )
+        url, model, questions, max_new_tokens, concurrency,
+        system=frame.system, logprobs=True, top_logprobs=TOP, extra_body=ids,
+    )  # fmt: skip
     return [_server_answer(reply, frame) for reply in replies]
 
 

@@ -23,12 +23,14 @@ from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.encode.template import arguments_of
 from data.progress import track
+from data.readers.prompts import templates_of
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
 from eval.results import limit_questions
 from sft.models.load import load_tokenizer
 from sft.models.resolve import cache_dir
-from sft.recipe.schema import Recipe, Source, changed
+from sft.recipe.baseline_schema import AnyRecipe
+from sft.recipe.schema import Recipe, Source, changed, common_prompts, with_prompts
 
 REPORT = "report.json"
 LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # their versions change examples
@@ -219,6 +221,14 @@ def with_split(source: Source, default: str) -> Source:
     if source.split or files_of(source):
         return source
     return changed(source, split=default)
+
+
+def other_questions(recipe: AnyRecipe | None, path: str, split: str | None = None) -> Source:
+    """A source of other questions than the recipe's, asked as its own are."""
+    prompts: dict[str, str] = {}
+    if isinstance(recipe, Recipe):
+        prompts = templates_of(recipe.eval.data) if recipe.eval.data else common_prompts(recipe.data.train)
+    return with_split(with_prompts(Source(path=path, split=split), prompts), "validation")
 
 
 def pinned(source: S) -> S:
