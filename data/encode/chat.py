@@ -5,12 +5,14 @@ Control tokens come from the template only, see data/encode/markers.py.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import THOUGHT, Conversation, DataError, Ledger, Message
+from data.conversation import CALLS, THOUGHT, TOOLS, Conversation, DataError, Ledger, Message
+from data.encode.calls import CALL_TURN, check_thought, tool_use_of, with_tools
 from data.encode.frame import Frame, frame_of, quiet_arguments, thinking_arguments, with_thought, without_system
 from data.encode.markers import TAGGED_THOUGHT, protect
 from data.encode.steps import Steps, finished, finished_all
@@ -121,7 +123,8 @@ def _prompt(
     """The steps of `encode_prompt`."""
     frame = frame_of(tokenizer, arguments)
     messages = [with_thought(m, frame) for m in (messages if frame.system else without_system(messages))]
-    safe, separator = yield from protect(messages, tokenizer, "", True, arguments)
+    messages = with_tools(messages, arguments, tokenizer, "")
+    safe, arguments, separator = yield from protect(messages, tokenizer, "", True, arguments)
     (text,) = yield Render(safe, [(len(safe), True)], "", arguments)
     return _ids(text, separator, encoder_of(tokenizer), "")
 
@@ -133,8 +136,8 @@ def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
     frame = frame_of(tokenizer, arguments)
     turns = conversation.messages if frame.system else without_system(conversation.messages)
     joined = len(conversation.messages) - len(turns)  # 1 if the system turn became a part of the user's
-    messages = [_thinking(m, frame, where) for m in turns]
-    safe, separator = yield from protect(messages, tokenizer, where, False, arguments)
+    messages = with_tools([_thinking(m, frame, where) for m in turns], arguments, tokenizer, where)
+    safe, arguments, separator = yield from protect(messages, tokenizer, where, False, arguments)
     examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
@@ -142,7 +145,7 @@ def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
     for i, message in enumerate(messages):
         if message["role"] != "assistant" or i + joined in conversation.not_learnt:
             continue
-        if not message["content"].strip():
+        if not message["content"].strip() and CALLS not in message:
             problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
             raise DataError(where, problem, "empty answer")
         prompt, full = yield Render(safe[: i + 1], [(i, True), (i + 1, False)], where, arguments)
@@ -158,6 +161,7 @@ def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         # a control token separates the texts around it, so continuing from the last one in `ids` is exact
         prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
         answer, length = _answer(full[len(prompt) :], where, encoder)
+        check_thought(safe[i], answer, where)
         opening = frame.opening or ""
         if not has_thought(message) and opening and answer.startswith(opening):
             opening_ids = _continued(prompt[end:], opening, separator, encoder, where)
@@ -184,10 +188,11 @@ def learning_last_turn(conversation: Conversation) -> Conversation:
 def training_arguments(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the template is given for a row: its own arguments and the tokenizer's; if neither has any, the switch that
     lets thoughts in or leaves them out, as the row needs it."""
-    if arguments_of(tokenizer) is not None or conversation.template_arguments:
+    if arguments_of(tokenizer) is not None or conversation.template_arguments.keys() - {TOOLS}:
         return row_arguments(tokenizer, conversation.template_arguments)
     thinks = any(map(has_thought, conversation.messages))
-    return thinking_arguments(tokenizer) if thinks else quiet_arguments(tokenizer)
+    switch = thinking_arguments(tokenizer) if thinks else quiet_arguments(tokenizer)
+    return {**switch, **conversation.template_arguments}
 
 
 def has_thought(message: Message) -> bool:
@@ -210,15 +215,23 @@ def _thinking(message: Message, frame: Frame, where: str) -> Message:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that ends the assistant's turn in training; it must also stop generation."""
-    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    return _last_token({"role": "assistant", "content": "b"}, tokenizer)
+
+
+def _last_token(answer: Message, tokenizer: PreTrainedTokenizerBase) -> int:
+    turns = ({"role": "user", "content": "a"}, answer)
     return encode(Conversation(turns, "", "chat template"), tokenizer, 1_000_000).ids[-1]
 
 
 def stop_tokens(base: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: `base` (eos_token_id of the base's generation config), the tokenizer's EOS and the end of
-    turn that is trained."""
+    turn that is trained, also that of a turn that calls a tool."""
     base_ids = [base] if isinstance(base, int) else base or ()
-    return sorted({i for i in (*base_ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None})
+    ends = {*base_ids, tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    if tool_use_of(tokenizer).calls:
+        with suppress(DataError):  # a template may end such a turn without a token; rows with one are then refused
+            ends.add(_last_token(CALL_TURN, tokenizer))
+    return sorted(i for i in ends if i is not None)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

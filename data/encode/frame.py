@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import THOUGHT, DataError, Message
+from data.conversation import THOUGHT, TOOLS, DataError, Message
 from data.encode.template import Render, Result, arguments_of, render_all
 
 QUESTION, ANSWER, IDEA = "Where does the ferry go?", "To the island.", "The map shows an island."
@@ -53,6 +53,7 @@ SERVED = Frame("<think>\n\n</think>", None, "</think>", "tags", None)  # of a se
 def frame_of(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> Frame:
     """The frame of the tokenizer's template with the arguments (None: the tokenizer's own)."""
     own = arguments_of(tokenizer) or {} if arguments is None else arguments
+    own = {key: value for key, value in own.items() if key != TOOLS}
     return _frame(tokenizer, str(tokenizer.get_chat_template()), json.dumps(own, sort_keys=True))
 
 

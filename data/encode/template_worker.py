@@ -85,10 +85,12 @@ def texts(
     """The text of each part, the first n messages with or without the generation prompt, or why there is none."""
     done: list[str] = []
     for turns, generation in parts:
-        given = {"messages": messages[:turns], "tools": None, "documents": None, "add_generation_prompt": generation}
+        given = {"messages": messages[:turns], "add_generation_prompt": generation}
         pieces, left = [], characters
         try:
-            for piece in compiled(template).generate(**{**variables, **arguments, **given}):
+            for piece in compiled(template).generate(
+                **{"tools": None, "documents": None, **variables, **arguments, **given}
+            ):
                 left -= len(piece)
                 if left < 0:
                     return {"over": "characters"}

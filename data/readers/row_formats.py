@@ -10,12 +10,13 @@ from data.readers.instruct import instruct_conversation, refuse_unreadable, unre
 from data.readers.newsgroups import newsgroups_conversation
 from data.readers.raw_text import text_conversation
 from data.readers.squad import squad_conversation, squad_version
+from data.readers.tools import ROW_KEYS as TOOL_KEYS
 
 # required and optional keys of each format
 SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("id", "conversations", ARGUMENTS)),
-    "sharegpt": (("conversations",), ("id", "system", ARGUMENTS)),
+    "messages": (("messages",), ("id", "conversations", ARGUMENTS, *TOOL_KEYS)),
+    "sharegpt": (("conversations",), ("id", "system", ARGUMENTS, *TOOL_KEYS)),
     "alpaca": (("instruction", "output"), ("id", "input", "system", "history", ARGUMENTS)),
     "prompt_completion": (("prompt", "completion"), ("id", ARGUMENTS)),
     "squad_v1": SQUAD_KEYS,
@@ -37,7 +38,7 @@ def row_conversation(row: Row, named: str | None, task: str, where: str, ledger:
         ledger.formats["text"] += 1
         return text_conversation(row, where)
     format = _format(row, named, where)
-    refuse_unreadable(row, "", where)
+    refuse_unreadable(row, "", where, KEYS[format][1])
     if format.startswith("squad"):
         version = squad_version(row, named, task)
         format = f"squad_v{version}"
