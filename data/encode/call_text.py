@@ -20,6 +20,25 @@ NAMED = re.compile(r"[\w.\-/]+")
 BARE_KEY = re.compile(r"([{,]\s*)([A-Za-z_][\w-]*)(?=\s*:)")
 
 
+PARSER = "tool_call_parser"  # in a tokenizer's config: vLLM's name of the form
+# vLLM's parsers by what is in a form; the first that fits
+PARSERS = {
+    "<atem:function_calls>": "muse_glimmer",
+    "to=functions.": "openai",
+    "<function=": "qwen3_coder",
+    "<arg_key>": "glm45",
+    "<|tool_call>call:": "gemma4",
+    "<|tool_call_start|>": "lfm2",
+    "[TOOL_CALLS]": "mistral",
+    "function<｜tool▁sep｜>": "deepseek_v3",
+    "<｜tool▁sep｜>": "deepseek_v31",
+    "<|tool_call_argument_begin|>": "kimi_k2",
+    "<|tool_call|>": "granite",
+    "'opening': '<tool_call>', 'name': 'name', 'arguments': 'arguments'": "hermes",
+    "'opening': '', 'name': 'name', 'arguments': 'parameters'": "llama3_json",
+}
+
+
 @dataclass(frozen=True)
 class Probes:
     """Answers that call NAME with {KEY: VALUE}, {KEY: VALUE, OTHER: ...}, {KEY: COUNT}, {KEY: COUNT, OTHER: COUNT} and
@@ -174,6 +193,12 @@ class ParameterText(CallText):
             except (ValueError, SyntaxError, RecursionError, MemoryError):
                 continue
         return raw
+
+
+def parser_of(form: CallText | None) -> str | None:
+    """vLLM's parser of the form; None if none is known."""
+    text = str(vars(form)) if form else ""
+    return next((name for mark, name in PARSERS.items() if mark in text), None)
 
 
 def learn_call_text(probes: Probes) -> CallText | None:

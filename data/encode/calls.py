@@ -14,6 +14,7 @@ from data.conversation import CALLS, THOUGHT, TOOLS, DataError, Message
 from data.encode.call_text import COUNT, KEY, NAME, OTHER, VALUE, CallText, Probes, common_start, learn_call_text
 from data.encode.frame import frame_of
 from data.encode.template import Render, Result, arguments_of, render_all
+from data.tool_calls import answer_text
 
 QUESTION, TEXT, RESULT = "Where does the ferry go?", "I look it up.", "to the island"
 SECOND = "Nether"
@@ -106,6 +107,24 @@ def check_thought(message: Message, answer: str, where: str) -> None:
     if CALLS in message and thought and thought not in answer:
         problem = "the chat template leaves out the thought before a call; remove it, or set model.chat_template"
         raise DataError(where, problem, "thought before a call")
+
+
+def spoken_calls(
+    written: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
+) -> str | None:
+    """The answer with its calls in the form of `answer_text`; None if the row has no tools, or the answer no call.
+
+    written: what the model wrote, control tokens included. messages, arguments: of the row."""
+    if not uses_tools(messages, arguments):
+        return None
+    form, frame = tool_use_of(tokenizer, arguments).form, frame_of(tokenizer, arguments)
+    start = frame.answer_start(written)
+    read = form.read(written[start:], arguments.get(TOOLS) or []) if form and start is not None else None
+    if not read:
+        return None
+    before = (frame.before or "").strip()  # gpt-oss calls tools without an end of its thought
+    said = "" if before and read[0].startswith(before) else read[0]
+    return answer_text(said, read[1])
 
 
 @lru_cache(maxsize=16)

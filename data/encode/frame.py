@@ -5,7 +5,7 @@ its channel (gpt-oss' <|channel|>final<|message|>).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
@@ -107,15 +107,22 @@ def spoken(text: str, frame: Frame) -> str:
     return "" if start is None else text[start:].strip()
 
 
-def spoken_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, frame: Frame) -> str:
-    """The same for ids, whose control tokens count for the frame and are left out of the answer."""
+def spoken_tokens(
+    tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    decoded: Callable[[Sequence[int], PreTrainedTokenizerBase], str] | None = None,
+) -> str:
+    """The same for ids, whose control tokens count for the frame. decoded: the text of an answer's ids, by default
+    without any control token."""
     start = frame.answer_start(str(tokenizer.decode(list(tokens), skip_special_tokens=False)))
     if start is None:
         return ""
     first = 0
     while start and first < len(tokens) and len(str(tokenizer.decode(list(tokens[:first])))) < start:
         first += 1
-    return str(tokenizer.decode(list(tokens[first:]), skip_special_tokens=True)).strip()
+    rest = list(tokens[first:])
+    return (decoded(rest, tokenizer) if decoded else str(tokenizer.decode(rest, skip_special_tokens=True))).strip()
 
 
 @lru_cache(maxsize=16)

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +56,17 @@ def answer_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     if named is not None:
         return tuple(named)
     return tuple(text for text in (OPEN, CLOSE) if text in encoder_of(tokenizer).control)
+
+
+def decoded_answer(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text without control tokens, except those that an answer may hold."""
+    control = encoder_of(tokenizer).control
+    kept = {control[text]: text for text in answer_tokens(tokenizer) if text in control}
+    runs = groupby(tokens, lambda token: kept.get(token, ""))
+    return "".join(
+        text * len(list(run)) if text else str(tokenizer.decode(list(run), skip_special_tokens=True))
+        for text, run in runs
+    )
 
 
 def protect(

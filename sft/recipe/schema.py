@@ -112,6 +112,9 @@ class Model(Section):
     """On CUDA: fused kernels for norms, MLP and more, by transformers' own switch; needs `pip install kernels`."""
     chat_template: Path | None = None
     """A Jinja file, for a base whose tokenizer has no chat template or a wrong one."""
+    tool_call_parser: str | None = "auto"
+    """vLLM's parser of tool calls (--tool-call-parser) for `graft serve`. auto: by the form of the template's calls, if
+    training rows have tools; null: none."""
     template_arguments: dict[str, Any] | Literal["auto"] = "auto"
     """What the chat template is given, in training, evaluation and serving: {enable_thinking: false}. auto: the switch
     that leaves thoughts out, if the template has one and no training row holds a thought. A row's own
@@ -228,6 +231,9 @@ class Data(Section):
     4096 on CUDA, 512 if attention computes all pairs of tokens."""
     train_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are learnt; one whose weight, train or loss is 0 never is."""
+    answer_tokens: tuple[str, ...] | Literal["auto"] = "auto"
+    """Control tokens of the tokenizer that answers may hold: they are real tokens in the assistant's turns, and text
+    elsewhere. auto: <tool_call> and </tool_call>, if the tokenizer has them."""
     max_branches: Count | None = None
     """Most examples of one context in a step, which may then be smaller. Default: examples_per_step."""
 
@@ -291,7 +297,8 @@ class Eval(HeldOut):
     """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
     metrics: tuple[MetricName, ...] = ()
     """Task instruct: scores beside EM and F1, which every answer gets: ROUGE-L, chrF, the last number, whether the
-    answer is JSON, whether it equals the reference as JSON, and `pattern`."""
+    answer is JSON, whether it equals the reference as JSON, and `pattern`. With call or call_arguments, each turn that calls a
+    tool is a question too: whether names and arguments are exact, and F1 of the arguments."""
     pattern: str | None = None
     """Regular expression of the metric regex: it must be in the answer; if it has a group, the first group must also be
     that of the reference answer."""

@@ -49,7 +49,7 @@ def verify(
     recipe = run_any_recipe(run)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{run}: is a baseline, which vLLM does not serve; verify a run of a language model")
-    drawn, source = questions_to_score(str(run), recipe, recipe.task, data, None, n)
+    drawn, source = questions_to_score(str(run), recipe, recipe.task, data, None, n, recipe.eval.metrics)
     own_name = run.resolve().name
     served = served_model(url, model or (own_name if own_name in served_models(url) else None))
     start = time.monotonic()

@@ -11,25 +11,32 @@ from typing import TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
+from data.audit.examine import CALLS as TOOL_ROWS
 from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
 from data.cache import build_once, cache_key, file_digests, text_sha256
 from data.conversation import ARGUMENTS, Conversation, DataError
+from data.encode.call_text import PARSER, parser_of
+from data.encode.calls import tool_use_of
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
 from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
+from data.encode.markers import ANSWER_TOKENS, answer_tokens
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.encode.template import arguments_of
+from data.encode.tokens import encoder_of
 from data.progress import track
 from data.readers.prompts import templates_of
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
 from eval.results import limit_questions
+from sft.errors import RecipeError
 from sft.models.load import load_tokenizer
 from sft.models.resolve import cache_dir
 from sft.recipe.baseline_schema import AnyRecipe
+from sft.recipe.load import nearest
 from sft.recipe.schema import Recipe, Source, changed, common_prompts, with_prompts
 
 REPORT = "report.json"
@@ -83,9 +90,29 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
 def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base's tokenizer; with template arguments only if the recipe states them, whatever an earlier run saved."""
     tokenizer = load_tokenizer(recipe.model)
-    if recipe.model.template_arguments == "auto":
-        tokenizer.init_kwargs.pop(ARGUMENTS, None)
+    for key in (ANSWER_TOKENS, PARSER, *([ARGUMENTS] if recipe.model.template_arguments == "auto" else [])):
+        tokenizer.init_kwargs.pop(key, None)
+    if recipe.data.answer_tokens != "auto":
+        known = encoder_of(tokenizer).control
+        for token in recipe.data.answer_tokens:
+            if token not in known:
+                near = nearest(token, list(known))
+                raise RecipeError(f"data.answer_tokens: {token!r} is no added token of the tokenizer{near}")
+        tokenizer.init_kwargs[ANSWER_TOKENS] = list(recipe.data.answer_tokens)
     return tokenizer
+
+
+def decide_tool_call_parser(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> list[str]:
+    """Save the parser of tool calls with the tokenizer, for serving; lines for the user."""
+    parser = recipe.model.tool_call_parser
+    if not any(TOOL_ROWS in source.notes for source in report.sources) or parser is None:
+        return []
+    if parser == "auto":
+        parser = parser_of(tool_use_of(tokenizer).form)
+    if parser is None:
+        return ["rows have tools, and no parser of vLLM is known for the chat template; set model.tool_call_parser"]
+    tokenizer.init_kwargs[PARSER] = parser
+    return [f"rows have tools; `graft serve` reads calls by vLLM's parser {parser}"]
 
 
 def decide_template_arguments(
@@ -254,6 +281,7 @@ def _key(
         special=[tokenizer.special_tokens_map, tokenizer.all_special_ids],
         template=template,
         arguments=arguments_of(tokenizer),
+        answer_tokens=answer_tokens(tokenizer),
         today=str(date.today()) if reads_date(template) else "",
         libraries=[version(name) for name in LIBRARIES],
     )

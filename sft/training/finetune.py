@@ -23,7 +23,13 @@ from sft.training.auto import (
     resolve_dequantize,
     resolve_dtype,
 )
-from sft.training.examples import decide_template_arguments, load_examples, load_held_out, training_tokenizer
+from sft.training.examples import (
+    decide_template_arguments,
+    decide_tool_call_parser,
+    load_examples,
+    load_held_out,
+    training_tokenizer,
+)
 from sft.training.open_run import open_run
 from sft.training.plan import plan_steps
 from sft.training.trainer import PackTrainer, training_arguments
@@ -44,6 +50,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         with run.state.main_process_first():  # encoded once; other processes read the cache
             examples, report = load_examples(recipe, tokenizer)
         recipe, asking = decide_template_arguments(recipe, tokenizer, report)
+        asking += decide_tool_call_parser(recipe, tokenizer, report)
         held_out = load_held_out(recipe, tokenizer)
         recipe, unpacking = resolve_dequantize(recipe, examples, run.device)
 
