@@ -16,7 +16,7 @@ def named_calls(message: Mapping[str, Any]) -> list[Call]:
 
 
 def answer_text(content: str, calls: Iterable[Call]) -> str:
-    """The text, and each call as Hermes writes it, whatever the chat template's own form."""
+    """The text, and each call as Hermes writes it with its arguments sorted, whatever the chat template's own form."""
     blocks = [f"{OPEN}\n{_json(call)}\n{CLOSE}" for call in calls]
     return "\n".join([content, *blocks] if content else blocks)
 
@@ -52,4 +52,5 @@ def is_call(value: Any) -> bool:
 
 
 def _json(call: Call) -> str:
-    return json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+    arguments = json.dumps(call["arguments"], ensure_ascii=False, sort_keys=True)
+    return f'{{"name": {json.dumps(call["name"], ensure_ascii=False)}, "arguments": {arguments}}}'

@@ -112,18 +112,19 @@ def check_thought(message: Message, answer: str, where: str) -> None:
 def spoken_calls(
     written: str, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any]
 ) -> str | None:
-    """The answer with its calls in the form of `answer_text`; None if the row has no tools, or the answer no call.
+    """The answer with its calls in the form of `answer_text`; None if the row has tools in its text only or none, or if
+    the answer calls none.
 
     written: what the model wrote, control tokens included. messages, arguments: of the row."""
-    if not uses_tools(messages, arguments):
+    if not (arguments.get(TOOLS) or any(CALLS in m for m in messages)):
         return None
-    form, frame = tool_use_of(tokenizer, arguments).form, frame_of(tokenizer, arguments)
+    use, frame = tool_use_of(tokenizer, arguments), frame_of(tokenizer, arguments)
     start = frame.answer_start(written)
-    read = form.read(written[start:], arguments.get(TOOLS) or []) if form and start is not None else None
+    read = use.form.read(written[start:], arguments.get(TOOLS) or []) if use.form and start is not None else None
     if not read:
         return None
     before = (frame.before or "").strip()  # gpt-oss calls tools without an end of its thought
-    said = "" if before and read[0].startswith(before) else read[0]
+    said = "" if not use.beside or (before and read[0].startswith(before)) else read[0]
     return answer_text(said, read[1])
 
 

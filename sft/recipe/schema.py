@@ -297,8 +297,8 @@ class Eval(HeldOut):
     """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
     metrics: tuple[MetricName, ...] = ()
     """Task instruct: scores beside EM and F1, which every answer gets: ROUGE-L, chrF, the last number, whether the
-    answer is JSON, whether it equals the reference as JSON, and `pattern`. With call or call_arguments, each turn that calls a
-    tool is a question too: whether names and arguments are exact, and F1 of the arguments."""
+    answer is JSON, whether it equals the reference as JSON, and `pattern`. With call or call_arguments, each turn that
+    calls a tool is a question too: whether names and arguments are exact, and F1 of the arguments."""
     pattern: str | None = None
     """Regular expression of the metric regex: it must be in the answer; if it has a group, the first group must also be
     that of the reference answer."""
