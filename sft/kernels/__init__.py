@@ -3,4 +3,5 @@
 forest_attention.py    attention over a pack on a CPU
 segment_attention.py   attention over a pack on a GPU
 fused_lora.py          LoRA's products and their gradients in one step
+fused_layers.py        norms, gated activation and rotation on a GPU
 """

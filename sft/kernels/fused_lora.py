@@ -5,7 +5,7 @@ whole activation. Here the base's product accumulates the low rank, the backward
 common input (q, k and v; gate and up) share one product with their stacked A and one gradient of the input.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import MethodType
 from typing import Any, cast
 
@@ -47,27 +47,26 @@ class _Lora(torch.autograd.Function):
     def forward(ctx: Any, x: Any, bases: Any, scalings: Any, *low: Any) -> tuple[torch.Tensor, ...]:
         flat = x.reshape(-1, x.shape[-1])
         ranks = [a.shape[0] for a in low[::2]]
-        stacked = torch.cat([a.to(x.dtype) for a in low[::2]]) if len(ranks) > 1 else low[0].to(x.dtype)
-        scaled = [(b * s).to(x.dtype) for b, s in zip(low[1::2], scalings, strict=True)]
+        stacked, every_b = _in_dtype(low[::2], low[1::2], x.dtype)
         hidden = flat @ stacked.t()
         outputs = []
-        for base, part, b in zip(bases, hidden.split(ranks, 1), scaled, strict=True):
+        for base, part, b, scaling in zip(bases, hidden.split(ranks, 1), every_b, scalings, strict=True):
             weight = dense_weight(base)
             out = flat @ weight.t() if base.bias is None else torch.addmm(base.bias, flat, weight.t())
-            outputs.append(out.addmm_(part, b.t()).view(*x.shape[:-1], -1))
-        ctx.save_for_backward(flat, stacked, hidden, *scaled)
+            outputs.append(out.addmm_(part, b.t(), alpha=scaling).view(*x.shape[:-1], -1))
+        ctx.save_for_backward(flat, stacked, hidden, *every_b)
         ctx.bases, ctx.scalings, ctx.ranks, ctx.shape = bases, scalings, ranks, x.shape
-        ctx.dtypes = [p.dtype for p in low]
+        ctx.dtype = low[0].dtype
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        flat, stacked, hidden, *scaled = ctx.saved_tensors
+        flat, stacked, hidden, *every_b = ctx.saved_tensors
         ranks = ctx.ranks
         ofs = [g.reshape(-1, g.shape[-1]) for g in gradients]
         back = flat.new_empty(flat.shape[0], sum(ranks))
-        for of, b, part in zip(ofs, scaled, back.split(ranks, 1), strict=True):
-            torch.mm(of, b, out=part)
+        for of, b, part, scaling in zip(ofs, every_b, back.split(ranks, 1), ctx.scalings, strict=True):
+            torch.addmm(part, of, b, beta=0, alpha=scaling, out=part)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = back @ stacked
@@ -75,10 +74,31 @@ class _Lora(torch.autograd.Function):
                 of_x.addmm_(of, dense_weight(base))
             of_x = of_x.view(ctx.shape)
         of_low: list[torch.Tensor] = []
-        parts = zip((back.t() @ flat).split(ranks), ofs, hidden.split(ranks, 1), ctx.scalings, strict=True)
-        for i, (of_a, of, part, scaling) in enumerate(parts):
-            of_low += [of_a.to(ctx.dtypes[2 * i]), (of.t() @ part).to(ctx.dtypes[2 * i + 1]) * scaling]
-        return of_x, None, None, *of_low
+        parts = zip((back.t() @ flat).split(ranks), ofs, every_b, hidden.split(ranks, 1), ctx.scalings, strict=True)
+        for of_a, of, b, part, scaling in parts:
+            of_low += [of_a, torch.addmm(b, of.t(), part, beta=0, alpha=scaling)]
+        return of_x, None, None, *_cast(of_low, ctx.dtype)
+
+
+def _in_dtype(
+    every_a: Sequence[torch.Tensor], every_b: Sequence[torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """All A stacked [sum of ranks, in], and each B, in the dtype."""
+    if every_a[0].dtype == dtype:
+        return torch.cat(list(every_a)) if len(every_a) > 1 else every_a[0], list(every_b)
+    stacked = every_a[0].new_empty(sum(a.shape[0] for a in every_a), every_a[0].shape[1], dtype=dtype)
+    copies = [torch.empty_like(b, dtype=dtype) for b in every_b]
+    torch._foreach_copy_([*stacked.split([a.shape[0] for a in every_a]), *copies], [*every_a, *every_b])
+    return stacked, copies
+
+
+def _cast(tensors: list[torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+    """The tensors in the dtype, in one kernel on a GPU."""
+    if tensors[0].dtype == dtype:
+        return tensors
+    copies = [torch.empty_like(tensor, dtype=dtype) for tensor in tensors]
+    torch._foreach_copy_(copies, tensors)
+    return copies
 
 
 def dense_weight(base: nn.Module) -> torch.Tensor:
@@ -142,7 +162,7 @@ def _forward_of(group: Group, position: int, plain: Any) -> Any:
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
         wanted = getattr(base, "compute_dtype", None) or base.weight.dtype
-        if layer.disable_adapters or layer.merged or dtype != wanted or (autocast and kind == "cpu"):
+        if layer.disable_adapters or layer.merged or dtype != wanted:
             return cast(torch.Tensor, plain(layer, x, *args, **kwargs))
         return group.output(x, position, dtype)
 

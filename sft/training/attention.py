@@ -14,7 +14,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.functional import pad
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
 from data.encode.pack import Pack, attention_mask, is_chain
@@ -27,14 +27,24 @@ Implementation = Literal["forest", "sdpa", "eager", "flex_attention"]
 LENGTHS = 256  # flex_attention packs are padded to a multiple, since its kernels are compiled for each length
 
 
-def choose_attention(model: PreTrainedModel, device: torch.device) -> Implementation:
-    """The fastest back end that the model supports on the device."""
+def choose_attention(model: PreTrainedModel, device: torch.device, half: bool = False) -> Implementation:
+    """The fastest back end that the model supports on the device, in half precision or not."""
     text = model.config.get_text_config()
-    if device.type == "cuda":
-        drops = bool(text.to_dict().get("attention_dropout"))  # FlexAttention refuses dropout
-        return "flex_attention" if model._supports_flex_attn and not drops else "sdpa"
     replaceable = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
-    return "forest" if replaceable else "sdpa"
+    if device.type == "cpu":
+        return "forest" if replaceable else "sdpa"
+    if text.to_dict().get("attention_dropout"):  # which neither FlexAttention nor the forest on a GPU takes
+        return "sdpa"
+    if half and replaceable and takes_flash(text, device):
+        return "forest"
+    return "flex_attention" if model._supports_flex_attn else "sdpa"
+
+
+def takes_flash(config: PretrainedConfig, device: torch.device) -> bool:
+    """Whether PyTorch's FlashAttention takes the model's heads on this GPU."""
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    recent = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
+    return recent and size <= 256 and size % 8 == 0
 
 
 def source_logits(model: nn.Module, pack: Pack, device: torch.device) -> torch.Tensor:

@@ -6,12 +6,15 @@ One graph, with any length, serves all layers: compiling takes seconds instead o
 import os
 import shlex
 import shutil
+from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from sft.models.resolve import cache_dir
 from sft.models.speed import matmul_flops_per_s
 from sft.training.flops import attention_flops, training_flops
 from sft.training.plan import StepPlan
@@ -63,6 +66,18 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The model's repeated layers; none if the architecture names none."""
     names = set(cast(Any, model)._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def keep_kernels_private() -> None:
+    """Compiled kernels are code that the next run loads: PyTorch keeps them in /tmp, where another user may have made
+    the folder first. Here only this user may open it."""
+    folder = cache_dir() / "kernels"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
+    except OSError:  # a cache that can't be written
+        folder = Path(mkdtemp(prefix="graft-kernels-"))
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def compile_layers(model: PreTrainedModel) -> None:

@@ -42,7 +42,7 @@ from sft.recipe.schema import Recipe, Source, changed, common_prompts, with_prom
 REPORT = "report.json"
 LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # their versions change examples
 # of a micro-batch. On 2 CPU cores SmolLM2-135M trains 24 questions a step 1.15 times as fast as with 512
-PACK_TOKENS = {"forest": 1024, "flex_attention": 4096}
+PACK_TOKENS, GPU_PACK_TOKENS = {"forest": 1024}, {"forest": 4096, "flex_attention": 4096}
 S = TypeVar("S", bound=Source)
 
 
@@ -148,22 +148,22 @@ def load_examples(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[E
     return examples, report
 
 
-def layout_of(recipe: Recipe, share: bool, implementation: str) -> Layout:
+def layout_of(recipe: Recipe, share: bool, implementation: str, on_gpu: bool = False) -> Layout:
     """The micro-batches of an attention back end; with data.pack_tokens auto they are of PACK_TOKENS tokens."""
     asked = recipe.data.pack_tokens
-    tokens = PACK_TOKENS.get(implementation, 512) if asked == "auto" else asked
+    tokens = (GPU_PACK_TOKENS if on_gpu else PACK_TOKENS).get(implementation, 512) if asked == "auto" else asked
     return Layout(share, tokens, "sparse" if implementation in ("forest", "flex_attention") else "dense")
 
 
 def rows_layout(recipe: Recipe, on_gpu: bool, padded: bool) -> Layout:
     """The micro-batches of a model that does not follow a pack's mask: each example is a row of its own."""
-    layout = layout_of(recipe, False, "flex_attention" if on_gpu else "forest")
+    layout = layout_of(recipe, False, "forest", on_gpu)
     return replace(layout, attention="padded" if padded else "alone")
 
 
-def sharing_of(examples: Examples, recipe: Recipe, implementation: str = "forest") -> Sharing:
+def sharing_of(examples: Examples, recipe: Recipe, implementation: str = "forest", on_gpu: bool = False) -> Sharing:
     """What sharing prefixes would do in the recipe's steps."""
-    layout, train = layout_of(recipe, True, implementation), recipe.train
+    layout, train = layout_of(recipe, True, implementation, on_gpu), recipe.train
     return measure_sharing(examples, layout, train.examples_per_step, train.seed, recipe.data.max_branches)
 
 

@@ -61,7 +61,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         plan = plan_steps(examples, recipe.train, layout, recipe.data.max_branches)
         recipe, checkpointing = resolve_checkpointing(recipe, model, plan, run.device)
         recipe, compiling = resolve_compile(recipe, model, plan, resume is not None)
-        apply_auto(recipe, model, sharded)
+        fusing = apply_auto(recipe, model, sharded)
 
         trainable, parameters = count_parameters(model)
         folder = run.claim(recipe, report, (trainable, parameters))
@@ -80,7 +80,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
             f"{trainable:,} of {parameters:,} parameters trained; {recipe.model.dtype}; run folder {folder}"
         )
         lines = (
-            summary, *asking, *unpacking, *decided, *checkpointing, *compiling, *warnings_of(report, folder),
+            summary, *asking, *unpacking, *decided, *checkpointing, *compiling, *fusing, *warnings_of(report, folder),
         )  # fmt: skip
         with run.record(trainer, plan.steps_per_epoch, lines) as checkpoint:
             trainer.train(resume_from_checkpoint=checkpoint)

@@ -32,6 +32,7 @@ from transformers.pytorch_utils import Conv1D
 
 from data.errors import UserError
 from sft.kernels.forest_attention import PLAIN_GIB, pieces_of
+from sft.kernels.fused_layers import fuse_layers
 from sft.kernels.fused_lora import fuse_lora
 from sft.models.load import compute_dtype, dequantizes, is_quantized
 from sft.models.resolve import readable
@@ -111,8 +112,10 @@ def count_memory(
         weights = frozen_bytes(model, quantization, dtype)
         trained = sum(8 * p.numel() + _states(p, recipe.train.optim) for p in model.parameters() if p.requires_grad)
         unpacked = _largest_packed(model) * dtype.itemsize if quantization else 0
-        if device.type == "cpu" and shards == 1:
-            fuse_lora(model)  # the function that apply_auto calls
+        if shards == 1:  # as apply_auto does
+            fuse_lora(model)
+            if device.type == "cuda" and not recipe.model.use_kernels:
+                fuse_layers(model)
         if autocast:
             from sft.training.trainer import leave_casts_to_autocast  # it needs TRL
 

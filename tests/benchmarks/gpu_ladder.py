@@ -11,6 +11,7 @@ packed without padding, FlashAttention, no checkpointing.
 """
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -33,10 +34,10 @@ from transformers.models.qwen2 import modeling_qwen2
 
 from data.encode.chat import Example
 from data.encode.pack import Layout, Pack, make_packs, step_order
+from sft.kernels.fused_layers import fuse_layers
 from sft.kernels.fused_lora import fuse_lora
 from sft.training.compile_layers import compile_layers
 from sft.training.step import train_step
-from tests.benchmarks.fused_layers import fuse_layers
 from tests.benchmarks.shapes import SHAPES
 
 ROTATE = modeling_qwen2.apply_rotary_pos_emb
@@ -76,13 +77,15 @@ def variants() -> list[Variant]:
         start := replace(start, name="+ attention by runs", attention="forest"),
         start := replace(start, name="+ fused LoRA", lora="fused"),
         best := replace(start, name="+ fused norms, rotation, activation", rest="fused"),
+        replace(best, name="or FlexAttention", attention="flex_attention"),
         replace(start, name="or compiled layers", rest="compiled"),
     ]
     dense = replace(best, name="dequantized once, or bf16", base="bf16")
     peer = Variant("peer: PEFT, packed rows, flash", "bf16", share=False, lora="peft", rest="eager")
     return [
         *ladder,
-        replace(best, name="NF4, 256 questions, 16k packs", questions=256, pack_tokens=16384),
+        long := replace(best, name="NF4, 256 questions, 16k packs", questions=256, pack_tokens=16384),
+        replace(long, name="or FlexAttention, 256 questions", attention="flex_attention"),
         dense,
         replace(dense, name="bf16, compiled layers", rest="compiled"),
         replace(dense, name="bf16, 256 questions, 8k packs", questions=256, pack_tokens=8192),
@@ -169,6 +172,7 @@ class Bench:
             return
         base = self.model.unload()
         (quantize if kind == "nf4" else dequantize)(base)
+        gc.collect()  # fused layers and their adapters name each other
         torch.cuda.empty_cache()
         self.model, self.kind = self._adapted(base), kind
 
@@ -180,6 +184,7 @@ class Bench:
         self.model.zero_grad()
         modeling_qwen2.apply_rotary_pos_emb = ROTATE
         torch._dynamo.reset()
+        gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -238,6 +243,7 @@ class Bench:
             "tokens_per_s": tokens / seconds,
             "ms_per_step": seconds * 1e3,
             "tokens_per_step": tokens,
+            "largest": max((len(p.input_ids), len(p.target)) for step in steps for p in packs_of(variant, step)),
             "tflops": flops / seconds / 1e12,
             "share_of_products": flops / seconds / rate,
             "first_step_s": first_step,
@@ -279,14 +285,21 @@ class Bench:
             wall = time.perf_counter() - began
         kinds = dict.fromkeys((*KINDS, "elementwise"), 0.0)
         names: dict[str, float] = {}
+        launches = 0
         for event in record.key_averages():
             ms = event.self_device_time_total / 1e3 / len(steps)
+            launches += event.count if ms else 0  # else a call of the host
             low = event.key.lower()
             kinds[next((k for k, parts in KINDS.items() if any(p in low for p in parts)), "elementwise")] += ms
             names[event.key[:60]] = names.get(event.key[:60], 0.0) + ms
         busy = sum(kinds.values()) * len(steps) / 1e3 / wall
         top = dict(sorted(names.items(), key=lambda pair: -pair[1])[:12])
-        return {"busy": busy, "kernel_ms": kinds, "top_kernels_ms": {k: round(v, 2) for k, v in top.items()}}
+        return {
+            "busy": busy,
+            "launches": launches // len(steps),
+            "kernel_ms": kinds,
+            "top_kernels_ms": {k: round(v, 2) for k, v in top.items()},
+        }
 
 
 def quantize(base: Any) -> None:
@@ -430,7 +443,9 @@ def as_text(line: dict[str, Any]) -> str:
         f"{line['loss'][1]:.4f} cos {line['gradient_cosine']:.5f}"
     )
     if "busy" in line:
-        text += f"\n    busy {line['busy']:.0%} " + " ".join(f"{k} {v:.1f}" for k, v in line["kernel_ms"].items())
+        text += f"\n    busy {line['busy']:.0%} {line['launches']} launches " + " ".join(
+            f"{k} {v:.1f}" for k, v in line["kernel_ms"].items()
+        )
     return text
 
 

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen2Config
 
+from sft.kernels.fused_layers import fuse_layers
 from sft.kernels.fused_lora import fuse_lora
 from tests.benchmarks import gpu_ladder
-from tests.benchmarks.fused_layers import fuse_layers
 
 SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -1,7 +1,9 @@
 """The values of `auto`: decided by measurement, printed, and written to the run's recipe."""
 
 import json
+import os
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,9 +16,9 @@ from sft.kernels.fused_lora import fuse_lora
 from sft.models.capabilities import takes_packs
 from sft.models.tune import tune_model
 from sft.recipe.load import load_recipe
-from sft.recipe.schema import Model, Tune
+from sft.recipe.schema import Model, Tune, changed
 from sft.training.attention import choose_attention
-from sft.training.auto import apply_auto, resolve_auto, resolve_compile, resolve_dtype
+from sft.training.auto import apply_auto, expected_plan, resolve_auto, resolve_compile, resolve_dtype
 from sft.training.compile_layers import compile_pays, decoder_layers, missing_compiler, training_seconds
 from sft.training.plan import plan_steps
 from sft.training.step import pack_loss
@@ -25,7 +27,7 @@ from tests.helpers.graft import run
 
 pytestmark = pytest.mark.heavy
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 def lora(**keys) -> Tune:
@@ -90,9 +92,29 @@ def test_virtual_tokens_leave_no_place_for_packs(tiny, squad, tmp_path):
 def test_attention_follows_device_and_architecture(tiny):
     model = tuned(tiny)
     assert choose_attention(model, CPU) == "forest"
-    assert choose_attention(model, torch.device("cuda")) == "flex_attention"
+    assert choose_attention(model, GPU) == "flex_attention"
+    assert choose_attention(model, GPU, half=True) == "forest"
     model.set_attn_implementation("eager")  # an architecture whose own attention is not SDPA, which forest replaces
     assert choose_attention(model, CPU) == "sdpa"
+    assert choose_attention(model, GPU, half=True) == "flex_attention"
+    wide = tuned(tiny)
+    wide.config.head_dim = 320  # FlashAttention takes 256
+    assert choose_attention(wide, GPU, half=True) == "flex_attention"
+    wide.config.attention_dropout = 0.1
+    assert choose_attention(wide, GPU, half=True) == "sdpa"
+
+
+@pytest.mark.parametrize(("gib", "tokens"), [(80, 8192), (0.2, 4096), (1e-3, 4096)])
+def test_packs_of_a_gpu_are_the_largest_that_fit(tiny, squad, tmp_path, monkeypatch, gib, tokens):
+    """If none fits, gradient checkpointing follows, and packs are of the usual size."""
+    monkeypatch.setattr("sft.training.memory.LIBRARIES", 0)
+    monkeypatch.setattr("sft.training.auto.memory_of", lambda *_: gib * 2**30)
+    recipe = changed(load_recipe(write_recipe(tmp_path / "r.yaml", tiny)), train={"examples_per_step": 256})
+    recipe = changed(recipe, data={"pack_tokens": "auto"})
+    plan = expected_plan(recipe, tuned(tiny), squad, GPU)
+    assert plan.layout.pack_tokens == tokens
+    assert expected_plan(changed(recipe, data={"pack_tokens": 512}), tuned(tiny), squad, GPU).layout.pack_tokens == 512
+    assert expected_plan(recipe, tuned(tiny), squad, CPU).layout.pack_tokens == 1024
 
 
 def test_flex_attention_on_a_cpu_is_a_mistake_with_a_remedy(tiny, squad, tmp_path):
@@ -224,3 +246,14 @@ def test_compiled_layers_give_the_same_loss_and_gradients(tiny, squad, tmp_path)
 
 def test_every_decoder_layer_is_found(tiny):
     assert len(decoder_layers(tuned(tiny))) == 2
+
+
+def test_compiled_kernels_are_kept_where_only_this_user_may_open_them(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=sdpa"])
+    apply_auto(changed(recipe, train={"compile_layers": False}), tuned(tiny))
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert folder.stat().st_mode & 0o777 == 0o700
