@@ -23,10 +23,10 @@ from sft.recipe.load import load_recipe
 from sft.serving.serve import serve_command
 from sft.serving.targets import Served, check_served_template
 from sft.training.examples import training_tokenizer
-from tests.data.test_tools import ANSWER, RESULT, ROWS, USER, WITH_TOOLS, call, calling, read, row, template
 from tests.helpers import graft
 from tests.helpers.builders import save_tiny, write_recipe
 from tests.helpers.fake_server import completion, serving
+from tests.helpers.tools import ANSWER, RESULT, ROWS, USER, WITH_TOOLS, call, calling, read, row, template
 
 TOOL = {
     "type": "function",
