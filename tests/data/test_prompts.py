@@ -5,17 +5,19 @@ import json
 from pathlib import Path
 
 import pytest
+import trl
 
 from data.conversation import DataError
-from data.encode.chat import encode, encode_prompt
+from data.encode.chat import encode, encode_prompt, encode_turns
 from data.encode.frame import SERVED, frame_of
 from data.readers.source import FileSource, read_all
 from eval.client import server_predictions
 from sft.errors import RecipeError
 from sft.recipe.load import check_recipe
+from sft.serving.chat import system_of_rows
 from sft.training.examples import other_questions
 from tests.helpers.fake_server import completion, serving
-from tests.helpers.families import build
+from tests.helpers.families import build, build_for
 from tests.helpers.recipes import with_key
 
 SQL = [
@@ -169,3 +171,28 @@ def test_server_is_asked_without_a_system_turn_if_its_template_has_none(known, t
     assert got.text == "no"
     assert seen[-1] == [{**USER, "content": "Be brief.\n\nLate?"}]
     assert len(seen) == (1 if known else 2)
+
+
+TEMPLATES = sorted((Path(trl.__file__).parent / "chat_templates").glob("*.jinja"))
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_no_template_that_trl_ships_loses_the_instruction(template, tmp_path):
+    tokenizer = build_for(template.read_text(encoding="utf-8"))
+    try:
+        ids = encode_prompt([SYSTEM, USER], tokenizer)
+        encode_turns(conversation(tmp_path, SYSTEM, USER, ANSWER), tokenizer, 4096)
+    except DataError:  # of images only, or without a token that ends a turn
+        with pytest.raises(DataError):
+            encode_turns(conversation(tmp_path, USER, ANSWER), tokenizer, 4096)
+    else:
+        assert tokenizer.decode(ids).count("Be brief.") == 1
+
+
+def test_chat_starts_with_the_system_prompt_of_the_recipe(tmp_path):
+    for system, started in (("'{{a}} b'", "{a} b"), ("'{schema}'", None), ("null", None)):
+        (tmp_path / "recipe.yaml").write_text(
+            f"task: instruct\nmodel: {{base: owner/model}}\n"
+            f"data: {{train: {{path: data/samples/instructions.jsonl, system: {system}}}}}\n"
+        )
+        assert system_of_rows(tmp_path) == started
