@@ -228,7 +228,7 @@ class Data(Section):
     """Compute a prefix that several examples of a step share once; auto: if that saves 3 % of the time or more."""
     pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(_auto)] = "auto"
     """Most tokens of a micro-batch, which bounds memory; only a longer example makes a larger one. auto: 1024 on a CPU,
-    4096 on CUDA, 512 if attention computes all pairs of tokens."""
+    2048 to 8192 on CUDA by its memory, 512 if attention computes all pairs of tokens."""
     train_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are learnt; one whose weight, train or loss is 0 never is."""
     answer_tokens: tuple[str, ...] | Literal["auto"] = "auto"
@@ -261,7 +261,7 @@ class Train(Section):
     """Compute activations again in the backward pass: less memory, more time. auto: unless the training fits in 85 % of
     the free memory without it, by a count of its bytes."""
     attn_implementation: Literal["auto", "forest", "sdpa", "eager", "flex_attention"] = "auto"
-    """auto: flex_attention on CUDA if the base supports it, forest (each tree by itself) on a CPU, else sdpa."""
+    """auto: forest (each tree by itself) on a CPU, and in half precision on CUDA; else flex_attention or sdpa there."""
     compile_layers: bool | Literal["auto"] = "auto"
     """Compile each decoder layer; auto: on a CPU, if the run is estimated to be long enough to gain by it."""
     bf16: bool | None = None
