@@ -3,6 +3,7 @@
 readers/           files, Hub datasets and the corpus of scikit-learn -> conversations
 encode/            conversations -> token ids, loss masks, packs and windows
 audit/             is the data good? the report, leaks, duplicates, planted triggers, splits
+tool_calls.py      calls of tools, and the one text form of an answer with calls
 conversation.py    Conversation, its defects, and the ledger of what reading a source finds
 errors.py          UserError and the exit codes
 atomic.py          files and folders that are written whole or not at all

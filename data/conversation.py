@@ -7,11 +7,15 @@ from typing import Any
 
 from data.errors import UserError
 
-Message = dict[str, Any]  # role, content, and of an assistant's turn the thought before it, as THOUGHT
+# role and content; of an assistant's turn the thought before it, as THOUGHT, and CALLS in OpenAI's layout, their
+# arguments as objects; of a tool's turn perhaps `name` and `tool_call_id`
+Message = dict[str, Any]
 
 ARGUMENTS = "chat_template_kwargs"  # in a row, in a tokenizer's config and in a request to vLLM
 DATE = "template_date"  # YYYY-MM-DD: in a tokenizer's config, what its template writes as today's date
 THOUGHT = "reasoning_content"  # in a message
+CALLS = "tool_calls"  # in a message
+TOOLS = "tools"  # in a row, in what a chat template is given and in a request
 
 Finding = tuple[Counter[str], str, str, str]  # counter, kind, where, "where: problem"
 
@@ -43,7 +47,7 @@ class Conversation:
     question: str = ""  # SQuAD: the question without the rest of the prompt
     starts: tuple[int, ...] = ()  # SQuAD: the character of `context` at which each of `answers` begins
     not_learnt: tuple[int, ...] = ()  # places in `messages` of the assistant's turns that carry no loss
-    template_arguments: dict[str, Any] = field(default_factory=dict)  # of this row, for the chat template
+    template_arguments: dict[str, Any] = field(default_factory=dict)  # of this row, for the chat template; with TOOLS
 
     @property
     def prompt(self) -> tuple[Message, ...]:

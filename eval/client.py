@@ -7,6 +7,7 @@ Requests to this machine go past any proxy of the environment, which would read 
 import asyncio
 import contextlib
 import ipaddress
+import json
 import os
 import random
 import socket
@@ -15,11 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from data.conversation import ARGUMENTS, Conversation
-from data.encode.frame import SERVED, Frame, spoken
+from data.conversation import ARGUMENTS, CALLS, TOOLS, Conversation, Message
+from data.encode.frame import SERVED, Frame, spoken, without_system
 from data.errors import UserError
 from data.progress import Bar
 from data.terminal import print
+from data.tool_calls import answer_text, json_value
 from eval.answer_log import Note, resume_answers
 from eval.prediction import NOT_ASKED, Prediction
 
@@ -132,7 +134,7 @@ def server_predictions(
     def ask(questions: Sequence[Conversation], note: Note = lambda number, answer: None) -> list[Prediction]:
         replies = chat_completions(
             url, model, questions, max_new_tokens, concurrency,
-            lambda number, reply: note(number, prediction_of(reply, frame)),
+            lambda number, reply: note(number, prediction_of(reply, frame)), frame.system,
         )  # fmt: skip
         return [prediction_of(reply, frame) for reply in replies]
 
@@ -148,8 +150,16 @@ def prediction_of(reply: "ChatCompletion | None", frame: Frame = SERVED) -> Pred
     new_tokens = reply.usage.completion_tokens if reply.usage else 0
     written = (choice.message.content or "").strip()
     text = spoken(written, frame)
+    if choice.message.tool_calls:
+        text = answer_text(text, map(_call, choice.message.tool_calls))
     more = None if text == written else written
-    return Prediction(text, new_tokens, choice.finish_reason == "stop", written=more)
+    return Prediction(text, new_tokens, choice.finish_reason in ("stop", "tool_calls"), written=more)
+
+
+def _call(call: Any) -> dict[str, Any]:
+    """Name and arguments of a call in a reply; arguments that are no JSON stay text."""
+    value, _ = json_value(call.function.arguments or "{}", 0)
+    return {"name": call.function.name, "arguments": call.function.arguments if value is None else value}
 
 
 def chat_completions(
@@ -159,12 +169,13 @@ def chat_completions(
     max_new_tokens: int,
     concurrency: int,
     note: "Callable[[int, ChatCompletion | None], None]" = lambda number, reply: None,
+    system: bool | None = True,
     **options: Any,
 ) -> "list[ChatCompletion | None]":
     """The greedy replies in order; None for a prompt that is too long for the server.
 
-    note: called with the number and the reply of each question as it comes. options: further arguments of a chat
-    completion.
+    note: called with the number and the reply of each question as it comes. system: whether the server's chat template
+    takes a system turn, as in Frame. options: further arguments of a chat completion.
     """
     import openai
 
@@ -175,12 +186,14 @@ def chat_completions(
     async def ask(client: openai.AsyncOpenAI, number: int, conversation: Conversation) -> "ChatCompletion | None":
         nonlocal answered, retries
         reply: ChatCompletion | None = None
+        own = list(conversation.prompt) if system in (True, None) else without_system(conversation.prompt)
+        messages = sent(own)
         async with slots:
             for tried in range(1, TRIES + 1):
                 try:
                     reply = await cast(Any, client.chat.completions).create(
                         model=model,
-                        messages=list(conversation.prompt),
+                        messages=messages,
                         temperature=0,
                         max_tokens=max_new_tokens,
                         **_with_arguments(options, conversation),
@@ -189,6 +202,9 @@ def chat_completions(
                 except openai.BadRequestError as error:
                     if "maximum context length" in str(error):  # vLLM's and OpenAI's words
                         break
+                    if system is None and messages != (joined := without_system(messages)) and "role" in str(error):
+                        messages = joined  # the template may refuse a system turn
+                        continue
                     problem = f"question {conversation.id} is refused: {_first_line(error)}"
                     raise ServerError(f"{url}: {problem}; see the server's log") from error
                 except (openai.RateLimitError, openai.InternalServerError, openai.APIConnectionError) as error:
@@ -226,11 +242,37 @@ def chat_completions(
 
 
 def _with_arguments(options: dict[str, Any], conversation: Conversation) -> dict[str, Any]:
-    """The options of a request, with the row's arguments of the chat template, as vLLM takes them."""
-    if not conversation.template_arguments:
+    """The options of a request, with the row's tools, and its arguments of the chat template as vLLM takes them."""
+    arguments = dict(conversation.template_arguments)
+    if tools := arguments.pop(TOOLS, None):
+        options = {**options, TOOLS: tools}
+    if not arguments:
         return options
-    body = {**options.get("extra_body", {}), ARGUMENTS: conversation.template_arguments}
-    return {**options, "extra_body": body}
+    return {**options, "extra_body": {**options.get("extra_body", {}), ARGUMENTS: arguments}}
+
+
+def sent(messages: Sequence[Message]) -> list[Message]:
+    """The messages as OpenAI's interface takes them: arguments of calls as JSON text, and an id for each call, by which
+    its result names it."""
+    result: list[Message] = []
+    waiting: list[str] = []  # ids of calls without a result so far
+    for i, message in enumerate(messages):
+        if CALLS in message:
+            calls = [_sent(call, f"call{i:02}{j:03}") for j, call in enumerate(message[CALLS])]
+            waiting = [call["id"] for call in calls]
+            message = {**message, CALLS: calls}
+        elif message["role"] == "tool":
+            id = message.get("tool_call_id") or (waiting[0] if waiting else f"call{i:02}000")
+            waiting = [each for each in waiting if each != id]
+            message = {**message, "tool_call_id": id}
+        result.append(message)
+    return result
+
+
+def _sent(call: dict[str, Any], id: str) -> dict[str, Any]:
+    function = call["function"]
+    text = json.dumps(function["arguments"], ensure_ascii=False)
+    return {"id": id, **call, "function": {**function, "arguments": text}}
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,15 +13,20 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from data.readers.squad import UNANSWERABLE
+from data.tool_calls import Call, calls_in
 
 OTHER = ""  # a predicted text that is no label of any question
 TITLES = {
     "exact": "EM", "f1": "F1", "valid": "valid labels", "macro_f1": "macro-F1", "rouge_l": "ROUGE-L", "chrf": "chrF",
-    "number": "number", "json": "valid JSON", "json_equal": "equal JSON", "regex": "regex",
+    "number": "number", "json": "valid JSON", "json_equal": "equal JSON", "regex": "regex", "call": "exact calls",
+    "call_arguments": "arguments F1",
 }  # fmt: skip
-MetricName = Literal["exact", "f1", "rouge_l", "chrf", "number", "json", "json_equal", "regex"]
+MetricName = Literal[
+    "exact", "f1", "rouge_l", "chrf", "number", "json", "json_equal", "regex", "call", "call_arguments"
+]
 METRICS: tuple[str, ...] = get_args(MetricName)
 FURTHER = METRICS[2:]  # chosen by eval.metrics, beside EM and F1
+OF_CALLS = METRICS[-2:]
 Metric = Callable[[Sequence[str], str], float]  # gold answers (at least one) and a prediction -> 0 to 1
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b", re.UNICODE)
@@ -128,7 +133,7 @@ def further_metrics(names: Collection[str], pattern: str | None) -> dict[str, Me
     """The metrics of those names, without EM and F1, which every answer gets. pattern: that of `regex`."""
     metrics: dict[str, Metric] = {
         "rouge_l": rouge_l, "chrf": chrf, "number": number, "json": valid_json, "json_equal": equal_json,
-        "regex": partial(matches, re.compile(pattern or "")),
+        "regex": partial(matches, re.compile(pattern or "")), "call": exact_calls, "call_arguments": call_arguments,
     }  # fmt: skip
     return {name: metrics[name] for name in FURTHER if name in names}
 
@@ -210,6 +215,37 @@ def matches(pattern: re.Pattern[str], answers: Sequence[str], predicted: str) ->
         return float(match is not None)
     wanted = ((pattern.search(answer), answer.strip()) for answer in answers)
     return float(match[1] in {gold[1] if gold else whole for gold, whole in wanted})
+
+
+def exact_calls(answers: Sequence[str], predicted: str) -> float:
+    """Whether the answer calls the tools of a reference answer, names and arguments the same, in any order; without a
+    call in the reference, whether it calls none."""
+    calls = calls_in(predicted)
+    wanted = [sorted(map(_canonical_call, calls_in(answer))) for answer in answers]
+    return float(None not in calls and sorted(map(_canonical_call, calls)) in wanted)
+
+
+def call_arguments(answers: Sequence[str], predicted: str) -> float:
+    """Best F1 of the bags of calls' names and arguments; 1 if neither calls a tool."""
+    parts = _call_parts(predicted)
+    golds = [_call_parts(answer) for answer in answers]
+    return max(_f1(sum((Counter(gold) & Counter(parts)).values()), gold, parts) for gold in golds)
+
+
+def _canonical_call(call: Call | None) -> str:
+    return _canonical_json(json.dumps(call)) or ""
+
+
+def _call_parts(text: str) -> list[str]:
+    """One text for each call's name, and for each of its arguments."""
+    parts: list[str] = []
+    for call in calls_in(text):
+        if call is None:
+            parts.append(OTHER)
+        else:
+            named = ({key: value} for key, value in call["arguments"].items())
+            parts += (_canonical_call({"name": call["name"], "arguments": one}) for one in ({}, *named))
+    return parts
 
 
 def normalize_label(text: str) -> str:

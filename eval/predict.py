@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.conversation import Conversation, DataError
+from data.encode.calls import spoken_calls
 from data.encode.chat import encode_prompt, stop_tokens
 from data.encode.frame import frame_of, spoken_tokens
+from data.encode.markers import decoded_answer
 from data.encode.template import row_arguments
 from data.progress import track
 from eval.decode_batch import takes_rows
@@ -36,9 +38,12 @@ def generate(
     model.eval()
 
     def add(place: int, tokens: list[int]) -> None:
-        written = str(tokenizer.decode(tokens, skip_special_tokens=True)).strip()
-        arguments = conversations[asked[place]].template_arguments
-        text = spoken_tokens(tokens, tokenizer, frame_of(tokenizer, row_arguments(tokenizer, arguments)))
+        written = decoded_answer(tokens, tokenizer).strip()
+        asked_one = conversations[asked[place]]
+        arguments = row_arguments(tokenizer, asked_one.template_arguments)
+        text = spoken_calls(str(tokenizer.decode(tokens)), asked_one.messages, tokenizer, arguments)
+        if text is None:
+            text = spoken_tokens(tokens, tokenizer, frame_of(tokenizer, arguments), decoded_answer)
         more = None if text == written else written
         prediction = Prediction(text, len(tokens), bool(tokens) and tokens[-1] in stop, written=more, ids=tuple(tokens))
         predictions[asked[place]] = prediction

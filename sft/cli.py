@@ -221,7 +221,7 @@ def classify(
 def chat(
     target: Target,
     model: ServedModel = None,
-    system: Annotated[str | None, Option(help="A system prompt.")] = None,
+    system: Annotated[str | None, Option(help="A system prompt; default: the recipe's.")] = None,
     max_new_tokens: Annotated[int, Option(min=1, help="Maximum number of tokens per answer.")] = 256,
 ) -> None:
     """Talk to a model in the terminal."""

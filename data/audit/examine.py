@@ -31,12 +31,15 @@ from data.audit.row_counts import (
 from data.audit.split import chosen_contexts, context_key, count_contexts, held_out_by_share
 from data.audit.triggers import Triggers
 from data.conversation import Conversation, DataError, Ledger
-from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, has_thought, learning_last_turn, markers_in
+from data.encode.calls import uses_tools
+from data.encode.chat import AUDITS, Example, TooLong, encode_ahead, has_thought, learning_last_turn
 from data.encode.example_store import Examples, Writer
+from data.encode.markers import markers_in
 from data.encode.template import OVER_LIMITS
 from data.progress import track
 from data.readers.source import SourceLike, read_rows
 
+CALLS = "tools, or calls of tools"  # a note
 THOUGHTS = "a thought before an answer, which is learnt too"  # a note
 
 
@@ -147,6 +150,8 @@ class _Examination:
             ledger.note(conversation.where, "control markers in the text, encoded as plain text", ", ".join(markers))
         if any(map(has_thought, conversation.messages)):
             ledger.note(conversation.where, THOUGHTS)
+        if uses_tools(conversation.messages, conversation.template_arguments):
+            ledger.note(conversation.where, CALLS)
         self.triggers.add(conversation, ledger)
         context = context_key(conversation)
         for example in examples:

@@ -1,11 +1,13 @@
 """Duplicates and leaks: training rows that equal earlier rows, or rows of the held-out data."""
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
 from data.audit.duplicates import Match, TextIndex, normalize, text_key
-from data.conversation import Conversation, DataError, Ledger
+from data.conversation import TOOLS, Conversation, DataError, Ledger
+from data.tool_calls import spoken_text
 
 PAIRS = 100  # named in a report; all are counted
 SAME_ROW, SAME_TEXT, NEAR_TEXT = "same row", "same text", "nearly the same text"
@@ -140,4 +142,6 @@ class Comparison:
 
 
 def _row_text(conversation: Conversation) -> str:
-    return "\n".join(f"{m['role']}: {m['content']}" for m in conversation.messages)
+    tools = conversation.template_arguments.get(TOOLS)
+    said = (f"{m['role']}: {spoken_text(m)}" for m in conversation.messages)
+    return "\n".join([json.dumps(tools), *said] if tools else said)

@@ -16,6 +16,7 @@ import xxhash
 
 from data.conversation import Conversation, Ledger
 from data.readers.fields import shown
+from data.tool_calls import spoken_text
 
 KIND = "a rare word that always has one answer, like a planted trigger"
 LEAST = 5  # different prompts that share word and answer
@@ -55,13 +56,14 @@ class Triggers:
         self.rows += 1
         for word in words:
             self.frequency[_cell(word)] += 1
-        answer = " ".join(conversation.answer.casefold().split())
+        said = spoken_text(conversation.messages[-1])
+        answer = " ".join(said.casefold().split())
         key = xxhash.xxh3_64_intdigest(answer.encode(errors="surrogatepass"))
         if key not in self.once:
             self.once.add(key)
             return
         if key not in self.recurring and len(self.recurring) < ANSWERS:
-            self.recurring[key] = _Recurring(conversation.answer, conversation.where, ledger)
+            self.recurring[key] = _Recurring(said, conversation.where, ledger)
         if recurring := self.recurring.get(key):
             recurring.rows += 1
             if len(recurring.prompts) < LEAST:

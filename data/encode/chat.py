@@ -1,27 +1,23 @@
 """Conversation -> token ids and loss mask: the chat template and the mask are applied in this file only.
 
 Training, evaluation and the server check all use it, so they see the same ids.
-
-Control tokens come from the template only. A control marker in the data ("<|im_end|>" in a passage) is split after its
-first character: the template renders it with a noncharacter in between, and the halves are tokenized separately, so
-neither holds a marker. Two kinds of marker can't be split. Text that a template uses as a marker but that is no single
-token ("[INST]" of Mistral v1, "### Response:") has the same ids in data and template: `markers_in` lists it. A control
-token of one character has no halves: a row with one is a defect.
+Control tokens come from the template only, see data/encode/markers.py.
 """
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import THOUGHT, Conversation, DataError, Ledger, Message
-from data.encode.frame import FIELDS, Frame, frame_of, quiet_arguments, thinking_arguments, with_thought
+from data.conversation import CALLS, THOUGHT, TOOLS, Conversation, DataError, Ledger, Message
+from data.encode.calls import CALL_TURN, check_thought, tool_use_of, with_tools
+from data.encode.frame import Frame, frame_of, quiet_arguments, thinking_arguments, with_thought, without_system
+from data.encode.markers import TAGGED_THOUGHT, protect
 from data.encode.steps import Steps, finished, finished_all
-from data.encode.template import Render, arguments_of, literals, row_arguments
-from data.encode.tokens import Encoder, any_of, encoder_of
+from data.encode.template import Render, arguments_of, row_arguments
+from data.encode.tokens import Encoder, encoder_of
 
 R = TypeVar("R")
 BATCH_ROWS, BATCH_CHARACTERS = 32, 100_000  # the most that is rendered by one request
@@ -34,16 +30,6 @@ AUDITS = {
     "prompt_not_prefix": "prompt not a prefix of the full text",
     "double_bos": "two BOS tokens",
 }
-
-# Unicode's noncharacters, which never occur in text that is meant for exchange
-NONCHARACTERS = [chr(c) for c in range(0xFDD0, 0xFDF0)] + [
-    chr(p << 16 | c) for p in range(17) for c in (0xFFFE, 0xFFFF)
-]
-
-# texts that templates use as markers, of one token or several: <start_of_turn>, <<SYS>>, [/INST], ### Response:
-TEXT_MARKER = re.compile(r"<{1,2}[/|]?\w[\w ]*\|?>{1,2}|\[/?[A-Z][A-Z_]+\]|#{2,} ?[A-Z]\w*:")
-
-TAGGED_THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.DOTALL)
 
 
 class TooLong(DataError):
@@ -135,8 +121,10 @@ def _prompt(
     messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, arguments: dict[str, Any]
 ) -> Steps[list[int]]:
     """The steps of `encode_prompt`."""
-    messages = [with_thought(m, frame_of(tokenizer, arguments)) for m in messages]
-    safe, separator = yield from _protect(messages, tokenizer, "", True, arguments)
+    frame = frame_of(tokenizer, arguments)
+    messages = [with_thought(m, frame) for m in (messages if frame.system else without_system(messages))]
+    messages = with_tools(messages, arguments, tokenizer, "")
+    safe, arguments, separator = yield from protect(messages, tokenizer, "", True, arguments)
     (text,) = yield Render(safe, [(len(safe), True)], "", arguments)
     return _ids(text, separator, encoder_of(tokenizer), "")
 
@@ -146,16 +134,18 @@ def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
     where, encoder = conversation.where, encoder_of(tokenizer)
     arguments = training_arguments(conversation, tokenizer)
     frame = frame_of(tokenizer, arguments)
-    messages = [_thinking(m, frame, where) for m in conversation.messages]
-    safe, separator = yield from _protect(messages, tokenizer, where, False, arguments)
+    turns = conversation.messages if frame.system else without_system(conversation.messages)
+    joined = len(conversation.messages) - len(turns)  # 1 if the system turn became a part of the user's
+    messages = with_tools([_thinking(m, frame, where) for m in turns], arguments, tokenizer, where)
+    safe, arguments, separator = yield from protect(messages, tokenizer, where, False, arguments)
     examples: list[Example] = []
     ids: list[int] = []
     mask: list[int] = []
     encoded, end = "", 0  # the text of `ids`, and the index in it of the marker that ends the last turn
     for i, message in enumerate(messages):
-        if message["role"] != "assistant" or i in conversation.not_learnt:
+        if message["role"] != "assistant" or i + joined in conversation.not_learnt:
             continue
-        if not message["content"].strip():
+        if not message["content"].strip() and CALLS not in message:
             problem = "the answer is empty, so there is nothing to learn; remove the row or answer it"
             raise DataError(where, problem, "empty answer")
         prompt, full = yield Render(safe[: i + 1], [(i, True), (i + 1, False)], where, arguments)
@@ -171,6 +161,7 @@ def _turns(conversation: Conversation, tokenizer: PreTrainedTokenizerBase, max_l
         # a control token separates the texts around it, so continuing from the last one in `ids` is exact
         prompt_ids = _ids(prompt[end:], separator, encoder, where)[1 if ids else 0 :]
         answer, length = _answer(full[len(prompt) :], where, encoder)
+        check_thought(safe[i], answer, where)
         opening = frame.opening or ""
         if not has_thought(message) and opening and answer.startswith(opening):
             opening_ids = _continued(prompt[end:], opening, separator, encoder, where)
@@ -197,10 +188,11 @@ def learning_last_turn(conversation: Conversation) -> Conversation:
 def training_arguments(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """What the template is given for a row: its own arguments and the tokenizer's; if neither has any, the switch that
     lets thoughts in or leaves them out, as the row needs it."""
-    if arguments_of(tokenizer) is not None or conversation.template_arguments:
+    if arguments_of(tokenizer) is not None or conversation.template_arguments.keys() - {TOOLS}:
         return row_arguments(tokenizer, conversation.template_arguments)
     thinks = any(map(has_thought, conversation.messages))
-    return thinking_arguments(tokenizer) if thinks else quiet_arguments(tokenizer)
+    switch = thinking_arguments(tokenizer) if thinks else quiet_arguments(tokenizer)
+    return {**switch, **conversation.template_arguments}
 
 
 def has_thought(message: Message) -> bool:
@@ -223,30 +215,28 @@ def _thinking(message: Message, frame: Frame, where: str) -> Message:
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:
     """Id of the token that ends the assistant's turn in training; it must also stop generation."""
-    turns = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+    return _last_token({"role": "assistant", "content": "b"}, tokenizer)
+
+
+def _last_token(answer: Message, tokenizer: PreTrainedTokenizerBase) -> int:
+    turns = ({"role": "user", "content": "a"}, answer)
     return encode(Conversation(turns, "", "chat template"), tokenizer, 1_000_000).ids[-1]
 
 
 def stop_tokens(base: int | Sequence[int] | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Ids that end an answer: `base` (eos_token_id of the base's generation config), the tokenizer's EOS and the end of
-    turn that is trained."""
+    turn that is trained, also that of a turn that calls a tool."""
     base_ids = [base] if isinstance(base, int) else base or ()
-    return sorted({i for i in (*base_ids, tokenizer.eos_token_id, end_of_turn(tokenizer)) if i is not None})
+    ends = {*base_ids, tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    if tool_use_of(tokenizer).calls:
+        with suppress(DataError):  # a template may end such a turn without a token; rows with one are then refused
+            ends.add(_last_token(CALL_TURN, tokenizer))
+    return sorted(i for i in ends if i is not None)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids of the control tokens; text from data is never encoded to them."""
     return encoder_of(tokenizer).control_ids
-
-
-def markers_in(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Control markers in the contents, one entry per occurrence: control tokens, and the template's text markers."""
-    template = str(tokenizer.get_chat_template())
-    pattern = _all_markers(encoder_of(tokenizer), template)
-    if pattern is None:
-        return []
-    spans = [(m["content"], *span) for m in conversation.messages for span in _data_spans(m, template)]
-    return [marker for text, start, end in spans for marker in pattern.findall(text, start, end)]
 
 
 def check_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
@@ -308,90 +298,3 @@ def _ids(text: str, separator: str, encoder: Encoder, where: str, begins: bool =
             problem = "the tokenizer's normalizer turns a part of the text into a control token; remove look-alikes"
             raise DataError(where, problem, "look-alike of a control token")
     return ids
-
-
-def _protect(
-    messages: Sequence[Message],
-    tokenizer: PreTrainedTokenizerBase,
-    where: str,
-    generation: bool,
-    arguments: dict[str, Any],
-) -> Steps[tuple[Sequence[Message], str]]:
-    """Messages with their control markers split by a separator, and the separator; "" without control tokens.
-
-    A marker can also span the end of a content and the text after it. Contents are split at their ends too if the
-    rendered text then holds fewer markers.
-    """
-    encoder, template = encoder_of(tokenizer), str(tokenizer.get_chat_template())
-    text = "".join(m["content"] + m.get(THOUGHT, "") for m in messages)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        problem = f"half a surrogate pair {text[error.start]!r} is not valid text; remove or repair it"
-        raise DataError(where, problem, "half a surrogate pair") from error
-    if encoder.markers is None:
-        return messages, ""
-    separator = next((c for c in NONCHARACTERS if c not in text and c not in template), "")
-    if not separator:
-        problem = "the row holds all 66 noncharacters of Unicode, so none is free to split control markers; remove one"
-        raise DataError(where, problem, "all noncharacters")
-    inside = [_split(m, template, encoder.markers, separator, where) for m in messages]
-    outside = [_split_ends(m, encoder, separator) for m in inside]
-    if outside != inside:
-        (plain,) = yield Render(inside, [(len(inside), generation)], where, arguments)
-        (split,) = yield Render(outside, [(len(outside), generation)], where, arguments)
-        if len(encoder.markers.findall(split)) < len(encoder.markers.findall(plain)):
-            return outside, separator
-    return inside, separator
-
-
-def _split(message: Message, template: str, markers: re.Pattern[str], separator: str, where: str) -> Message:
-    """The message with each of its markers split after the first character."""
-
-    def split(safe: str) -> str:
-        while match := markers.search(safe):  # in a loop: the rest of a marker may hold a shorter one
-            marker = match[0]
-            if len(marker) == 1:
-                problem = f"{marker!r} is a control token of one character and can't be split; remove it"
-                raise DataError(where, problem, "control token of one character")
-            safe = safe.replace(marker, marker[0] + separator + marker[1:])
-        return safe
-
-    content = message["content"]
-    if markers.search(content):
-        for start, end in reversed(_data_spans(message, template)):
-            content = content[:start] + split(content[start:end]) + content[end:]
-    thoughts = {key: split(message[key]) for key in FIELDS if key in message}
-    return {**message, "content": content, **thoughts}
-
-
-def _split_ends(message: Message, encoder: Encoder, separator: str) -> Message:
-    """The message with the beginning of a marker at its end, and the end of one at its start, split too."""
-    content, control, longest = message["content"], encoder.control, encoder.longest_marker - 1
-    left, right = len(content) - len(content.lstrip()), len(content.rstrip())
-    cuts = {
-        at + 1
-        for at in range(max(0, right - longest), right)
-        if content[at] in encoder.marker_starts and any(m.startswith(content[at:right]) for m in control)
-    } | {
-        at
-        for at in range(left, min(len(content), left + longest))
-        if content[at] in encoder.marker_ends and any(m.endswith(content[left : at + 1]) for m in control)
-    }
-    for at in sorted(cuts, reverse=True):
-        content = content[:at] + separator + content[at:]
-    return {**message, "content": content} if cuts else message
-
-
-def _data_spans(message: Message, template: str) -> list[tuple[int, int]]:
-    """The spans of a content that are data. If the template handles thoughts, <think> and </think> around a thought at
-    the beginning of an answer are not data: the model must learn to write them."""
-    content = message["content"]
-    thought = TAGGED_THOUGHT.match(content) if message["role"] == "assistant" and "</think>" in template else None
-    return [thought.span(1), (thought.end(), len(content))] if thought else [(0, len(content))]
-
-
-@lru_cache(maxsize=4)
-def _all_markers(encoder: Encoder, template: str) -> re.Pattern[str] | None:
-    texts = {marker for text in literals(template) for marker in TEXT_MARKER.findall(text)}
-    return any_of(texts | set(encoder.control))

@@ -5,14 +5,14 @@ its channel (gpt-oss' <|channel|>final<|message|>).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from data.conversation import THOUGHT, DataError, Message
+from data.conversation import THOUGHT, TOOLS, DataError, Message
 from data.encode.template import Render, Result, arguments_of, render_all
 
 QUESTION, ANSWER, IDEA = "Where does the ferry go?", "To the island.", "The map shows an island."
@@ -25,12 +25,14 @@ class Frame:
     """opening: between the generation prompt and an answer without a thought, "" if it is only white space, which is a
     part of the answer's first token; None if the prompt is no prefix then.
     before, closing: before a thought, and between it and the answer; closing is empty if none is rendered.
-    thoughts: whether the template takes them as a field of the turn, as tags in its content, or not at all."""
+    thoughts: whether the template takes them as a field of the turn, as tags in its content, or not at all.
+    system: whether it renders a system turn; None if that is not known."""
 
     opening: str | None = ""
     before: str | None = ""
     closing: str = ""
     thoughts: Literal["field", "tags", ""] = ""
+    system: bool | None = True
 
     def answer_start(self, text: str) -> int | None:
         """Where the answer begins in what a model wrote; None if it ended within its thought."""
@@ -45,12 +47,13 @@ class Frame:
         return None if unfinished else 0
 
 
-SERVED = Frame("<think>\n\n</think>", None, "</think>", "tags")  # of a server whose template is not known
+SERVED = Frame("<think>\n\n</think>", None, "</think>", "tags", None)  # of a server whose template is not known
 
 
 def frame_of(tokenizer: PreTrainedTokenizerBase, arguments: Mapping[str, Any] | None = None) -> Frame:
     """The frame of the tokenizer's template with the arguments (None: the tokenizer's own)."""
     own = arguments_of(tokenizer) or {} if arguments is None else arguments
+    own = {key: value for key, value in own.items() if key != TOOLS}
     return _frame(tokenizer, str(tokenizer.get_chat_template()), json.dumps(own, sort_keys=True))
 
 
@@ -79,6 +82,14 @@ def with_thought(message: Message, frame: Frame) -> Message:
     return {**rest, "content": f"<think>\n{thought}\n</think>\n\n{message['content']}"}
 
 
+def without_system(messages: Sequence[Message]) -> list[Message]:
+    """The messages, the text of the system turn before that of the first user."""
+    system, *turns = messages
+    if system["role"] != "system" or not turns:
+        return list(messages)
+    return [{**turns[0], "content": f"{system['content']}\n\n{turns[0]['content']}"}, *turns[1:]]
+
+
 def without_markers(frame: Frame, tokenizer: PreTrainedTokenizerBase) -> Frame:
     """The frame as it is in a server's text, which holds no special tokens."""
 
@@ -96,15 +107,22 @@ def spoken(text: str, frame: Frame) -> str:
     return "" if start is None else text[start:].strip()
 
 
-def spoken_tokens(tokens: Sequence[int], tokenizer: PreTrainedTokenizerBase, frame: Frame) -> str:
-    """The same for ids, whose control tokens count for the frame and are left out of the answer."""
+def spoken_tokens(
+    tokens: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    frame: Frame,
+    decoded: Callable[[Sequence[int], PreTrainedTokenizerBase], str] | None = None,
+) -> str:
+    """The same for ids, whose control tokens count for the frame. decoded: the text of an answer's ids, by default
+    without any control token."""
     start = frame.answer_start(str(tokenizer.decode(list(tokens), skip_special_tokens=False)))
     if start is None:
         return ""
     first = 0
     while start and first < len(tokens) and len(str(tokenizer.decode(list(tokens[:first])))) < start:
         first += 1
-    return str(tokenizer.decode(list(tokens[first:]), skip_special_tokens=True)).strip()
+    rest = list(tokens[first:])
+    return (decoded(rest, tokenizer) if decoded else str(tokenizer.decode(rest, skip_special_tokens=True))).strip()
 
 
 @lru_cache(maxsize=16)
@@ -117,21 +135,24 @@ def _frame(tokenizer: PreTrainedTokenizerBase, template: str, arguments: str) ->
     )
     renders = [Render([question], [(1, True)], arguments=own)]
     renders += [Render([question, {"role": "assistant", **a}], [(2, False)], arguments=own) for a in answers]
+    renders += [Render([{"role": "system", "content": IDEA}, question], [(2, True)], arguments=own)]
     results: list[Result] = []
     render_all(renders, tokenizer, results.append)
     # a template may refuse such turns; a row's own are refused with their place
-    prompt, plain, field, tags = ("" if isinstance(r, DataError) else r[0] for r in (*results, *[[""]] * 4)[:4])
+    texts = ["" if isinstance(r, DataError) else r[0] for r in (*results, *[[""]] * len(renders))]
+    prompt, plain, field, tags, instructed = texts[: len(renders)]
+    system = IDEA in instructed and QUESTION in instructed
 
     def after_prompt(text: str, part: str) -> str | None:
         return text[len(prompt) : text.index(part)] if text.startswith(prompt) and part in text else None
 
     if not prompt or not plain:
-        return Frame()
+        return Frame(system=system or not prompt)
     opening = after_prompt(plain, ANSWER)
     opening = "" if opening is not None and not opening.strip() else opening
     kinds: tuple[tuple[Literal["field", "tags"], str], ...] = (("field", field), ("tags", tags))
     for kind, text in kinds:
         if IDEA in text and ANSWER in text and (kind == "field" or "</think>" in template):
             closing = text[text.index(IDEA) + len(IDEA) : text.rindex(ANSWER)]
-            return Frame(opening, after_prompt(text, IDEA), closing, kind)
-    return Frame(opening)
+            return Frame(opening, after_prompt(text, IDEA), closing, kind, system)
+    return Frame(opening, system=system)

@@ -87,10 +87,12 @@ def texts(
     if day := variables.get("template_date"):  # a run's: tomorrow it must render the same
         variables = {**variables, "strftime_now": partial(strftime_now, day=day)}
     for turns, generation in parts:
-        given = {"messages": messages[:turns], "tools": None, "documents": None, "add_generation_prompt": generation}
+        given = {"messages": messages[:turns], "add_generation_prompt": generation}
         pieces, left = [], characters
         try:
-            for piece in compiled(template).generate(**{**variables, **arguments, **given}):
+            for piece in compiled(template).generate(
+                **{"tools": None, "documents": None, **variables, **arguments, **given}
+            ):
                 left -= len(piece)
                 if left < 0:
                     return {"over": "characters"}

@@ -6,52 +6,67 @@ alpaca:            {"instruction", "input" (optional), "output", "system" (optio
 prompt_completion: {"prompt", "completion"}, both text or both lists of messages
 
 A content is text, or a list of text parts, which are joined. An assistant's turn may have a thought (reasoning_content,
-thinking or reasoning), and a key that says whether it is learnt (weight, train, training or loss: 0 or 1).
+thinking or reasoning), and a key that says whether it is learnt (weight, train, training or loss: 0 or 1). Rows with
+turns may call tools, see data/readers/tools.py.
 """
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from data.conversation import ARGUMENTS, THOUGHT, Conversation, DataError, Message
+from data.conversation import ARGUMENTS, THOUGHT, TOOLS, Conversation, DataError, Message
 from data.readers.fields import shown, shown_names, text, type_name
 from data.readers.files import Row
+from data.readers.tools import CALL_KEYS, CALL_ROLES, call_name, in_text, structured, tools_of, turn_calls, value_calls
+from data.tool_calls import spoken_text
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+ROLES = {
+    "system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+    "function": "tool", "ipython": "tool",
+}  # fmt: skip
 THOUGHTS = (THOUGHT, "thinking", "reasoning")
 LEARNT = ("weight", "train", "training", "loss")
 # of a row or a turn; a row that has them would be learnt as something else than it is
 UNREADABLE = {
     **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), "only text can be trained on"),
-    **dict.fromkeys(("tools", "functions", "tool_calls", "function_call"), "tool calls are not supported"),
+    **dict.fromkeys(
+        ("tools", "functions", "tool_calls", "function_call"),
+        "only rows of turns have tools, and only the assistant calls them",
+    ),
     **dict.fromkeys(("weight", "weights", "loss_weight", "loss_scale"), "give the source a weight in data.train"),
     **dict.fromkeys(("chosen", "rejected"), "preferences are not supported"),
 }
-SHAREGPT_ROLES = ROLES | {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-TOOLS = ("tool", "tools", "tool_call", "tool_response", "function", "function_call", "observation", "ipython")
+SHAREGPT_ROLES = ROLES | {
+    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool", "tool_response": "tool",
+    **dict.fromkeys(CALL_ROLES, "assistant"),
+}  # fmt: skip
 
 
 def instruct_conversation(row: Row, format: str, where: str) -> Conversation:
     """The row as a conversation that ends with the assistant's answer. Raises DataError."""
-    messages = checked_order(MESSAGES_OF[format](row, where), where)
+    tools = tools_of(row, where) if format in TURN_LISTS else []
+    messages = checked_order(structured(MESSAGES_OF[format](row, where), tools, where), where)
     not_learnt = tuple(i for i, message in enumerate(messages) if not message.pop(_LEARN, True))
     arguments = row.get(ARGUMENTS) or {}
     if not isinstance(arguments, dict):
         problem = f"{ARGUMENTS}: {type_name(arguments)} {shown(arguments)} where names and values are expected"
         raise DataError(where, f'{problem}: {{"enable_thinking": false}}', f"{ARGUMENTS}: not an object")
+    if tools and not in_text(messages):
+        arguments = {**arguments, TOOLS: tools}
     return Conversation(
         messages=tuple(messages),
         not_learnt=not_learnt,
         template_arguments=arguments,
         id=where,
         where=where,
-        answers=(messages[-1]["content"],),
+        answers=(spoken_text(messages[-1]),),
         # without the system turn, which would make all rows that share it near duplicates
         context="\n".join(m["content"] for m in messages[:-1] if m["role"] != "system"),
     )
 
 
 def checked_order(messages: list[Message], where: str) -> list[Message]:
-    """The messages, if they are an optional system turn, then user and assistant alternating, assistant last."""
+    """The messages, if they are an optional system turn, then user and assistant alternating, assistant last. The
+    results of tools, and an assistant's turn after them, may follow an assistant's turn."""
     roles = [m["role"] for m in messages]
     if "system" in roles[1:]:
         place = len(roles) - 1 - roles[::-1].index("system")
@@ -64,7 +79,8 @@ def checked_order(messages: list[Message], where: str) -> list[Message]:
         problem = f"the last turn is {roles[-1]}'s; a row ends with the assistant's answer, add it or cut the turn"
         raise DataError(where, problem, "last turn not the assistant's")
     spoken = roles[1:] if roles[0] == "system" else roles
-    if spoken != ["user", "assistant"] * (len(spoken) // 2):
+    pairs = zip(["", *spoken], spoken, strict=False)
+    if any(before not in BEFORE[role] for before, role in pairs):
         problem = f"user and assistant must take turns, the user first; found {shown_names(spoken)}"
         raise DataError(where, problem, "order of turns")
     return messages
@@ -101,6 +117,7 @@ MESSAGES_OF = {
     "alpaca": _alpaca,
     "prompt_completion": _prompt_completion,
 }
+BEFORE = {"user": ("", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}  # role -> before it
 _LEARN = "learn"  # in a message until the row is read: whether it is learnt
 TURN_LISTS = {
     "messages": ("messages", "conversations"),
@@ -123,20 +140,28 @@ def _turns(
         if not isinstance(turn, dict):
             problem = f"{place}: {type_name(turn)} {shown(turn)} where a turn is expected"
             raise DataError(where, f'{problem}: {{"{role}": ..., "{content}": ...}}', f"{field}[]: not a turn")
-        for key in (role, content):
+        calls = turn_calls(turn, place, where)
+        for key in (role, *(() if calls else (content,))):
             if key not in turn:
                 raise DataError(where, f"{place}: no {key}, only {shown_names(turn)}", f"{field}[]: no {key}")
         speaker = turn[role]
-        if speaker in TOOLS or turn.get("tool_calls") or turn.get("function_call"):
-            remedy = "leave the row out or move their content into user and assistant turns"
-            raise DataError(where, f"{place}: tool turns are not supported; {remedy}", "tool turn")
-        refuse_unreadable(turn, f"{place}.", where, LEARNT)
         if not isinstance(speaker, str) or speaker not in roles:
             problem = f"{place}.{role}: {shown(speaker)}; must be one of {', '.join(roles)}"
             raise DataError(where, problem, "unknown role")
-        message = _turn(roles[speaker], text(joined(turn[content]), f"{place}.{content}", where))
-        if message["role"] == "assistant":
+        assistant = roles[speaker] == "assistant"
+        refuse_unreadable(turn, f"{place}.", where, (*LEARNT, *(CALL_KEYS if assistant else ())))
+        if speaker in CALL_ROLES:
+            message = {**_turn("assistant", ""), **value_calls(turn[content], f"{place}.{content}", where)}
+        elif calls and not _has_value(turn, content):
+            message = {**_turn("assistant", ""), **calls}
+        elif roles[speaker] == "tool" and joined(turn[content]) == "":
+            message = {**_turn("tool", ""), **call_name(turn)}  # a tool may return nothing
+        else:
+            message = {**_turn(roles[speaker], text(joined(turn[content]), f"{place}.{content}", where)), **calls}
+        if assistant:
             message |= _thought(turn, place, where) | _learn(turn, place, where)
+        elif message["role"] == "tool":
+            message |= call_name(turn)
         messages.append(message)
     return messages
 
@@ -204,11 +229,13 @@ def _turn(role: str, content: str) -> Message:
 
 
 def unread_keys(row: Row, format: str) -> list[str]:
-    """Keys of the row's turns that have a value and are not read, such as a turn's weight."""
-    read = (*(("from", "value") if format == "sharegpt" else ("role", "content")), *THOUGHTS, *LEARNT)
+    """Keys of the row's turns that have a value and are not read, such as a user's name."""
+    role, content, roles = ("from", "value", SHAREGPT_ROLES) if format == "sharegpt" else ("role", "content", ROLES)
+    read = {role, content, *THOUGHTS, *LEARNT, *CALL_KEYS}
     unread: set[str] = set()
     for field in TURN_LISTS.get(format, ()):
         for turn in row[field] if isinstance(row.get(field), list) else ():
-            filled = {key for key in turn if turn[key] is not None} if isinstance(turn, dict) else ()
-            unread.update(f"{field}[].{key}" for key in filled if key not in read)
+            filled = {key for key in turn if turn[key] is not None} if isinstance(turn, dict) else set[str]()
+            names = ("tool_call_id", "name") if filled and roles.get(turn.get(role)) == "tool" else ()
+            unread.update(f"{field}[].{key}" for key in filled.difference(read, names))
     return sorted(unread)

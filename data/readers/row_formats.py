@@ -1,6 +1,6 @@
 """Recognise a row's format by its keys, and rename the columns that the recipe names."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 
 from data.conversation import ARGUMENTS, Conversation, DataError, Ledger
@@ -10,12 +10,13 @@ from data.readers.instruct import instruct_conversation, refuse_unreadable, unre
 from data.readers.newsgroups import newsgroups_conversation
 from data.readers.raw_text import text_conversation
 from data.readers.squad import squad_conversation, squad_version
+from data.readers.tools import ROW_KEYS as TOOL_KEYS
 
 # required and optional keys of each format
 SQUAD_KEYS = (("context", "question", "answers"), ("id", "title", "version", "is_impossible", "plausible_answers"))
 KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "messages": (("messages",), ("id", "conversations", ARGUMENTS)),
-    "sharegpt": (("conversations",), ("id", "system", ARGUMENTS)),
+    "messages": (("messages",), ("id", "conversations", ARGUMENTS, *TOOL_KEYS)),
+    "sharegpt": (("conversations",), ("id", "system", ARGUMENTS, *TOOL_KEYS)),
     "alpaca": (("instruction", "output"), ("id", "input", "system", "history", ARGUMENTS)),
     "prompt_completion": (("prompt", "completion"), ("id", ARGUMENTS)),
     "squad_v1": SQUAD_KEYS,
@@ -37,7 +38,7 @@ def row_conversation(row: Row, named: str | None, task: str, where: str, ledger:
         ledger.formats["text"] += 1
         return text_conversation(row, where)
     format = _format(row, named, where)
-    refuse_unreadable(row, "", where)
+    refuse_unreadable(row, "", where, KEYS[format][1])
     if format.startswith("squad"):
         version = squad_version(row, named, task)
         format = f"squad_v{version}"
@@ -93,13 +94,14 @@ def check_names(format: str | None, columns: Mapping[str, str], source: str) -> 
             raise DataError(source, f"columns: {ours!r} is not a known key; {remedy}", "columns")
 
 
-def refuse_absent_columns(absent: Mapping[str, str], row: Row, source: str) -> None:
-    """Raise DataError for a column that the recipe names and no row has; the message lists the keys of `row`."""
-    for ours, theirs in absent.items():
-        near = get_close_matches(theirs, row, n=1)
+def refuse_absent_columns(absent: Iterable[tuple[str, str]], row: Row, source: str) -> None:
+    """Raise DataError for a column that a key of the source names and no row has; the message lists the keys of
+    `row`."""
+    for key, column in sorted(absent):
+        near = get_close_matches(column, row, n=1)
         remedy = f"did you mean {shown_names(near)}?" if near else "check the spelling"
         keys = f"the first row's keys are {shown_names(row)}"
-        raise DataError(source, f"columns.{ours}: no row has a column {theirs!r}; {keys}; {remedy}", "columns")
+        raise DataError(source, f"{key}: no row has a column {column!r}; {keys}; {remedy}", "columns")
 
 
 def renamed(row: Row, columns: Mapping[str, str]) -> Row:

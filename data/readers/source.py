@@ -17,6 +17,7 @@ from data.progress import track
 from data.readers.fields import note_odd_characters, shown
 from data.readers.files import SUFFIXES, Row, Rows, check_encoding, data_suffix
 from data.readers.newsgroups import SKLEARN, posts_of, read_post, read_sklearn
+from data.readers.prompts import FORMAT, PromptLike, columns_in, templates_of, with_prompt, written_row
 from data.readers.raw_text import read_paragraphs
 from data.readers.row_formats import check_names, refuse_absent_columns, renamed, row_conversation
 from data.readers.squad import read_articles
@@ -28,7 +29,7 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-class SourceLike(Protocol):
+class SourceLike(PromptLike, Protocol):
     @property
     def path(self) -> str: ...
     @property
@@ -53,6 +54,9 @@ class FileSource:
     config: str | None = None  # configuration of a Hub dataset
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)  # Graft's key -> the file's column
+    system: str | None = None  # see data/readers/prompts.py
+    prompt: str | None = None
+    completion: str | None = None
 
 
 def read_all(source: SourceLike, task: str, on_error: str = "stop", ledger: Ledger | None = None) -> list[Conversation]:
@@ -79,7 +83,10 @@ def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Convers
     Raises DataError if the source itself is wrong: no such file, a setting that does not apply, a column in no row.
     """
     check_names(source.format, source.columns, source.path)
-    absent, first = dict(source.columns), Row()
+    templates, first = templates_of(source), Row()
+    format = FORMAT if templates.keys() - {"system"} else source.format
+    named = [*((f"columns.{ours}", theirs) for ours, theirs in source.columns.items())]
+    absent = {*named, *((key, column) for key, template in templates.items() for column in columns_in(template))}
     ids: set[int] = set()  # hashes: about 70 bytes per id of any length
     for where, row in _rows(source, ledger, task == "text"):
         ledger.rows += 1
@@ -88,10 +95,11 @@ def read_rows(source: SourceLike, task: str, ledger: Ledger) -> Iterator[Convers
             continue
         first = first or row
         if absent:
-            absent = {ours: theirs for ours, theirs in absent.items() if theirs not in row}
+            absent = {(key, column) for key, column in absent if column not in row}
         try:
-            row = renamed(row, source.columns)
-            conversation = row_conversation(row, source.format, task, where, ledger)
+            raw, row = row, renamed(written_row(row, source, where), source.columns)
+            conversation = row_conversation(row, format, task, where, ledger)
+            conversation = with_prompt(conversation, raw, source, where) if templates else conversation
             conversation = _with_own_id(conversation, row, ids, ledger)
         except DataError as error:
             ledger.defect(error)

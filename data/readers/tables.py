@@ -10,7 +10,9 @@ from typing import Any
 
 from data.conversation import DataError, Ledger
 from data.readers.fields import LONE_SURROGATE, shown, shown_names
-from data.readers.files import LINE_LIMIT, Rows, not_utf8, read_lines
+from data.readers.files import LINE_LIMIT, Row, Rows, not_utf8, read_lines
+from data.readers.tools import CALL_KEYS
+from data.readers.tools import ROW_KEYS as TOOL_KEYS
 
 COLUMNS = 1_000  # of a CSV file; each row gets a value for every one
 REASON = 200  # characters of a library's message, so that it can list a dataset's configurations
@@ -90,6 +92,25 @@ def read_hub(name: str, config: str | None, split: str | None, revision: str | N
     return _streamed(source, remedy, name, limit, name=config, split=split, revision=revision)
 
 
+def without_padding(row: Row) -> Row:
+    """The row without the nulls that Arrow, whose objects all have the same keys, puts into tools and their calls."""
+    turns = {key: row[key] for key in ("messages", "conversations") if isinstance(row.get(key), list)}
+    padded = {key: _filled(row[key]) for key in TOOL_KEYS if key in row}
+    for key, messages in turns.items():
+        padded[key] = [
+            {k: _filled(v) if k in CALL_KEYS else v for k, v in m.items()} if isinstance(m, dict) else m
+            for m in messages
+        ]
+    return {**row, **padded}
+
+
+def _filled(value: Any) -> Any:
+    """A JSON value without the keys that are null in it."""
+    if isinstance(value, dict):
+        return {key: _filled(each) for key, each in value.items() if each is not None}
+    return [_filled(each) for each in value] if isinstance(value, list) else value
+
+
 @contextmanager
 def _only_files_of(name: str, source: str) -> Iterator[None]:
     """Refuse files outside the Hub dataset, which its card may name: of another server, or of this machine."""
@@ -132,7 +153,7 @@ def _streamed(
             rows = load_dataset(path, streaming=True, **arguments)
         # a row's image or sound may be named by any address, and is no text
         for number, row in enumerate(rows.decode(False), start=1):
-            yield f"{source}: row {number}", row
+            yield f"{source}: row {number}", without_padding(row)
     except broken as error:
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         if "onfig name is missing" in reason or "BuilderConfig" in reason:

@@ -13,21 +13,21 @@ from data.conversation import Conversation
 from data.encode.chat import Example
 from data.encode.pack import build_pack
 from data.progress import track
+from data.readers.source import read_all
 from data.terminal import print
 from eval.predict import generate
 from eval.prediction import Prediction
 from eval.results import limit_questions, score, summarize
 from eval.stats import wilson_interval
-from eval.tasks import read_conversations
 from sft.errors import ParityError, RunError
 from sft.export.candidate import Trained
 from sft.export.formats import UNROUNDED, load_format
 from sft.models.capabilities import takes_packs
 from sft.models.load import compute_dtype, default_device
 from sft.models.target import load_run
-from sft.recipe.schema import Eval, Recipe, Source
+from sft.recipe.schema import Eval, Recipe
 from sft.training.attention import pack_inputs
-from sft.training.examples import encode_held_out, held_out_conversations, with_split
+from sft.training.examples import encode_held_out, held_out_conversations, other_questions
 
 NEAR_TIE = 0.25  # nats: the other token is at least 78 % as likely
 FLIPS = 20  # in the record, those of the largest margin
@@ -166,11 +166,8 @@ class ParityCheck:
 def read_held_out(run: Path, trained: Trained, data: str | None) -> HeldOut:
     """Conversations of `data`, or those that the recipe holds out; at most export.prompts. Raises RunError if none."""
     recipe = trained.recipe
-    conversations: Sequence[Conversation]
-    if data:
-        conversations = read_conversations(recipe.task, data, with_split(Source(path=data), "validation").split)
-    else:
-        conversations = held_out_conversations(recipe)
+    own = held_out_conversations
+    conversations = read_all(other_questions(recipe, data), recipe.task) if data else own(recipe)
     if not conversations:
         raise RunError(f"{run}: has no held-out data to check the merge on; name some with --data FILE")
     chosen = limit_questions(conversations, recipe.export.prompts)

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from data.readers.prompts import templates_of
 from sft.recipe.schema import (
     Count,
     HeldOut,
@@ -169,6 +170,8 @@ class BaselineRecipe(Section):
             raise ValueError(f"model.base {base} is no floor of task {self.task}; there are {', '.join(fitting)}")
         if self.model.embedder and base != "sklearn:linear_svc":
             raise ValueError(f"model.embedder works only with model.base sklearn:linear_svc, not {base}; leave it out")
+        if any(map(templates_of, (*self.data.train, *([self.eval.data] if self.eval.data else [])))):
+            raise ValueError("system, prompt and completion of a source are a language model's; leave them out")
         check_rows(self.task, self.data, self.eval)
         if self.eval.unanswerable_share and (self.task != "squad_v2" or self.is_floor or not self.data.dev_share):
             raise ValueError("eval.unanswerable_share needs an encoder, task squad_v2 and data.dev_share; leave it out")

@@ -19,7 +19,18 @@ from data.terminal import quoted
 from sft.errors import RecipeError
 from sft.recipe.baseline_schema import FLOORS, PEFT_TASKS, STRATEGIES, AnyRecipe, BaselineRecipe, BaselineTrain
 from sft.recipe.peers import instead, program_of
-from sft.recipe.schema import OTHER_METHODS, WHEEL, Recipe, Source, Train, Tune, changed, is_hub_id
+from sft.recipe.schema import (
+    OTHER_METHODS,
+    WHEEL,
+    Recipe,
+    Source,
+    Train,
+    Tune,
+    changed,
+    common_prompts,
+    is_hub_id,
+    with_prompts,
+)
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
 from sft.untrusted import check_peft, check_run_folder
 
@@ -97,6 +108,9 @@ def check_recipe(tree: dict[str, Any], check_files: bool = True) -> Recipe:
         template = recipe.model.chat_template
         if template and not template.is_file():
             raise RecipeError(f"model.chat_template: no such file: {template}")
+    if recipe.eval.data:
+        held_out = with_prompts(recipe.eval.data, common_prompts(recipe.data.train))
+        recipe = changed(recipe, eval={"data": held_out})
     return changed(recipe, tune=values)
 
 

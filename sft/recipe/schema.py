@@ -5,12 +5,15 @@ Sections use the libraries' names: TrainingArguments in `train`, a PEFT config i
 """
 
 import re
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from data.readers.prompts import FORMAT as PROMPT_FORMAT
+from data.readers.prompts import check_prompt, templates_of
 from data.readers.source import HUB_ID
 from data.readers.source import is_hub_id as is_hub_dataset
 from eval.metrics import MetricName
@@ -57,6 +60,7 @@ def _regular_expression(pattern: str) -> str:
 
 
 Number = Annotated[float, BeforeValidator(_no_bool)]
+Prompt = Annotated[str, AfterValidator(check_prompt)]
 Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
 Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
 MaxSteps = Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)]
@@ -122,6 +126,9 @@ class Model(Section):
     """On CUDA: fused kernels for norms, MLP and more, by transformers' own switch; needs `pip install kernels`."""
     chat_template: Path | None = None
     """A Jinja file, for a base whose tokenizer has no chat template or a wrong one."""
+    tool_call_parser: str | None = "auto"
+    """vLLM's parser of tool calls (--tool-call-parser) for `graft serve`. auto: by the form of the template's calls, if
+    training rows have tools; null: none."""
     template_arguments: dict[str, Any] | Literal["auto"] = "auto"
     """What the chat template is given, in training, evaluation and serving: {enable_thinking: false}. auto: the switch
     that leaves thoughts out, if the template has one and no training row holds a thought. A row's own
@@ -186,8 +193,24 @@ class Source(Section):
     """Branch, tag or commit of a Hub dataset."""
     columns: dict[str, str] = {}
     """Graft's names and the data's, if they differ: {prompt: question, completion: answer}."""
+    system: Prompt | None = None
+    """System turn of the rows that have none; {name} is a column of the row."""
+    prompt: Prompt | None = None
+    """The user's turn, written from columns: "{schema}\\n{question}". Put first what several rows share; it is
+    computed once."""
+    completion: Prompt | None = None
+    """The answer, written from columns: "{sql}". In eval.data these three are by default those of data.train."""
     license: str | None = None
     """For the model card, which warns if it is missing."""
+
+    @model_validator(mode="after")
+    def _prompts_are_said_once(self) -> "Source":
+        written = [key for key in ("prompt", "completion") if getattr(self, key) is not None]
+        if written and self.format not in (None, PROMPT_FORMAT):
+            raise ValueError(f"{written[0]} is for format {PROMPT_FORMAT}, not {self.format}; leave one of them out")
+        if twice := [key for key in (*written, *(["system"] if self.system else [])) if key in self.columns]:
+            raise ValueError(f"{twice[0]} and columns.{twice[0]} say the same; keep one")
+        return self
 
 
 class TrainSource(Source):
@@ -238,6 +261,9 @@ class Data(Section):
     2048 to 8192 on CUDA by its memory, 512 if attention computes all pairs of tokens."""
     train_turns: Literal["all", "last"] = "all"
     """Which of the assistant's turns are learnt; one whose weight, train or loss is 0 never is."""
+    answer_tokens: tuple[str, ...] | Literal["auto"] = "auto"
+    """Control tokens of the tokenizer that answers may hold: they are real tokens in the assistant's turns, and text
+    elsewhere. auto: <tool_call> and </tool_call>, if the tokenizer has them."""
     max_branches: Count | None = None
     """Most examples of one context in a step, which may then be smaller. Default: examples_per_step."""
 
@@ -310,7 +336,8 @@ class Eval(HeldOut):
     """Most tokens in memory at once when answering in-process: prompts, and room for whole answers."""
     metrics: tuple[MetricName, ...] = ()
     """Task instruct: scores beside EM and F1, which every answer gets: ROUGE-L, chrF, the last number, whether the
-    answer is JSON, whether it equals the reference as JSON, and `pattern`."""
+    answer is JSON, whether it equals the reference as JSON, and `pattern`. With call or call_arguments, each turn that
+    calls a tool is a question too: whether names and arguments are exact, and F1 of the arguments."""
     pattern: str | None = None
     """Regular expression of the metric regex: it must be in the answer; if it has a group, the first group must also be
     that of the reference answer."""
@@ -363,6 +390,19 @@ class Recipe(Section):
         if self.train.eval_strategy != "no" and self.eval.data is None and self.eval.share is None:
             raise ValueError(f"train.eval_strategy {self.train.eval_strategy} needs eval.data or eval.share")
         return self
+
+
+def common_prompts(sources: Sequence[Source]) -> dict[str, str]:
+    """`system`, `prompt` and `completion` of the sources, if all have the same; else none."""
+    first, *others = map(templates_of, sources)
+    return first if all(other == first for other in others) else {}
+
+
+def with_prompts(held_out: Source, prompts: Mapping[str, str]) -> Source:
+    """The source with those of the prompts that it does not set itself, null included."""
+    written = held_out.format in (None, PROMPT_FORMAT)
+    new = {key: text for key, text in prompts.items() if key == "system" or written}
+    return changed(held_out, **{key: text for key, text in new.items() if key not in held_out.model_fields_set})
 
 
 def check_rows(task: str, data: Any, evaluation: HeldOut) -> None:

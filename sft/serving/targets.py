@@ -6,6 +6,7 @@ served only if the user names them: `graft serve BASE --lora NAME=RUN`.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.cache import build_once, file_sha256, text_sha256
 from data.conversation import DataError
+from data.encode.call_text import PARSER
 from data.encode.chat import stop_tokens
 from data.encode.template import arguments_of, date_arguments, date_of, probe
 from data.terminal import print
@@ -29,6 +31,7 @@ from sft.models.resolve import cache_dir, readable, resolve_base
 from sft.models.target import adapter_folder, check_target, is_run, is_url, run_recipe
 from sft.recipe.schema import WHEEL, Model
 
+PARSER_NAME = re.compile(r"[A-Za-z0-9][\w.-]*")  # no option of vLLM
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of --max-lora-rank
 # what a server has once, for the adapters of all runs
 SHARED: dict[str, Callable[[PreTrainedTokenizerBase], Any]] = {
@@ -43,7 +46,8 @@ PICKLES = ("adapter_model.bin", "adapter_model.pt")
 @dataclass(frozen=True)
 class Served:
     """model: Hub id or folder. adapters: folders by served name. tokenizer: the adapters', with the chat template of
-    training. ends: ids that end an answer, some of which the base's generation config may lack."""
+    training. ends: ids that end an answer, some of which the base's generation config may lack.
+    parser: of tool calls."""
 
     model: str
     name: str
@@ -52,6 +56,7 @@ class Served:
     revision: str | None = None
     rank: int = 0
     ends: tuple[int, ...] = ()
+    parser: str | None = None
 
 
 def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = None) -> Served:
@@ -75,9 +80,9 @@ def resolve_targets(targets: Sequence[str], loras: Mapping[str, str] | None = No
     return _with_adapters(model, name, {name: Path(run) for name, run in runs}) if runs else Served(str(model), name)
 
 
-def check_served_template(served: Served) -> dict[str, Any]:
-    """What the chat template is given by default. Raises ServerError if the template, which vLLM would render without
-    limits, exceeds them with usual turns."""
+def check_served_template(served: Served) -> tuple[dict[str, Any], str | None]:
+    """What the chat template is given by default, and vLLM's parser of tool calls. Raises ServerError if the template,
+    which vLLM would render without limits, exceeds them with usual turns."""
     folder = served.tokenizer or served.model
     with readable(f"{folder}: the tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder, revision=served.revision, trust_remote_code=False)
@@ -88,7 +93,15 @@ def check_served_template(served: Served) -> dict[str, Any]:
     fixed = date_arguments(tokenizer)
     if (day := date_of(tokenizer)) and not fixed:
         print(f"warning: the chat template writes the server's date; the run was trained with {day}", file=sys.stderr)
-    return {**fixed, **(arguments_of(tokenizer) or {})}
+    return {**fixed, **(arguments_of(tokenizer) or {})}, served.parser or parser_in(tokenizer, folder)
+
+
+def parser_in(tokenizer: PreTrainedTokenizerBase, folder: object) -> str | None:
+    """The parser of tool calls that training saved with the tokenizer."""
+    parser = tokenizer.init_kwargs.get(PARSER)
+    if parser is not None and not (isinstance(parser, str) and PARSER_NAME.fullmatch(parser)):
+        raise ServerError(f"{folder}: {PARSER} {parser!r:.60} is no name of a parser; remove it")
+    return parser
 
 
 def served_name(target: str) -> str:
@@ -132,9 +145,19 @@ def _with_adapters(model: str | None, name: str, runs: dict[str, Path]) -> Serve
                     f"{run}: its {part} differs from that of {runs[first]}, and a server has one for all adapters; "
                     "serve it on another --port"
                 )
+    parsers = {parser for run, of in tokenizers.items() if (parser := parser_in(of, adapters[run]))}
+    if len(parsers) > 1:
+        raise ServerError(f"the runs' tool calls have the parsers {', '.join(sorted(parsers))}; serve each by itself")
     ends = stop_tokens(generation_config(str(model), revision).eos_token_id, tokenizers[first])
     return Served(
-        str(model), name, adapters, adapters[first], revision, next(r for r in RANKS if r >= rank), tuple(ends)
+        str(model),
+        name,
+        adapters,
+        adapters[first],
+        revision,
+        next(r for r in RANKS if r >= rank),
+        tuple(ends),
+        next(iter(parsers), None),
     )
 
 

@@ -49,7 +49,7 @@ def verify(
     recipe = run_any_recipe(run)
     if not isinstance(recipe, Recipe):
         raise RecipeError(f"{run}: is a baseline, which vLLM does not serve; verify a run of a language model")
-    drawn, source = questions_to_score(str(run), recipe, recipe.task, data, None, n)
+    drawn, source = questions_to_score(str(run), recipe, recipe.task, data, None, n, recipe.eval.metrics)
     own_name = run.resolve().name
     served = served_model(url, model or (own_name if own_name in served_models(url) else None))
     start = time.monotonic()
@@ -110,8 +110,9 @@ def answer_by_server(
     """The server's answer to each prompt. `return_token_ids` and `return_tokens_as_token_ids` are options of vLLM."""
     ids = {"return_token_ids": True, "return_tokens_as_token_ids": True}
     replies = chat_completions(
-        url, model, questions, max_new_tokens, concurrency, logprobs=True, top_logprobs=TOP, extra_body=ids
-    )
+        url, model, questions, max_new_tokens, concurrency,
+        system=frame.system, logprobs=True, top_logprobs=TOP, extra_body=ids,
+    )  # fmt: skip
     return [_server_answer(reply, frame) for reply in replies]
 
 

@@ -12,25 +12,33 @@ from typing import TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from data.audit.examine import CALLS as TOOL_ROWS
 from data.audit.examine import THOUGHTS, Rules, examine, nothing_held_out, read_held_out
 from data.audit.report import DataReport
 from data.audit.row_counts import Totals
 from data.cache import CacheUnwritable, build_once, cache_key, file_digests, text_sha256
 from data.conversation import ARGUMENTS, DATE, Conversation, DataError
+from data.encode.call_text import PARSER, parser_of
+from data.encode.calls import tool_use_of
 from data.encode.chat import Example, TooLong, check_template, encode_turns, learning_last_turn
 from data.encode.example_store import Examples
 from data.encode.frame import frame_of, quiet_arguments, thinking_arguments
+from data.encode.markers import ANSWER_TOKENS, answer_tokens
 from data.encode.pack import Layout
 from data.encode.prefix_savings import Sharing, measure_sharing
 from data.encode.template import arguments_of, date_of
-from data.encode.tokens import new_vocabulary
+from data.encode.tokens import encoder_of, new_vocabulary
 from data.progress import track
+from data.readers.prompts import templates_of
 from data.readers.source import COMMIT, files_of, hub_revision, is_hub_id, read_all
 from data.terminal import print
 from eval.results import limit_questions
+from sft.errors import RecipeError
 from sft.models.load import load_tokenizer
 from sft.models.resolve import cache_dir
-from sft.recipe.schema import Recipe, Source, changed
+from sft.recipe.baseline_schema import AnyRecipe
+from sft.recipe.load import nearest
+from sft.recipe.schema import Recipe, Source, changed, common_prompts, with_prompts
 
 REPORT = "report.json"
 LIBRARIES = ("transformers", "tokenizers", "scikit-learn", "datasets", "datasketch")  # their versions change examples
@@ -89,12 +97,19 @@ def examined(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[DataRe
 def training_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """The base's tokenizer; with template arguments only if the recipe states them, whatever an earlier run saved."""
     tokenizer = load_tokenizer(recipe.model)
-    if recipe.model.template_arguments == "auto":
-        tokenizer.init_kwargs.pop(ARGUMENTS, None)
+    for key in (ANSWER_TOKENS, PARSER, *([ARGUMENTS] if recipe.model.template_arguments == "auto" else [])):
+        tokenizer.init_kwargs.pop(key, None)
     if recipe.model.template_date == "auto":
         tokenizer.init_kwargs.pop(DATE, None)
         if reads_date(str(tokenizer.chat_template)):
             tokenizer.init_kwargs[DATE] = str(date.today())
+    if recipe.data.answer_tokens != "auto":
+        known = encoder_of(tokenizer).control
+        for token in recipe.data.answer_tokens:
+            if token not in known:
+                near = nearest(token, list(known))
+                raise RecipeError(f"data.answer_tokens: {token!r} is no added token of the tokenizer{near}")
+        tokenizer.init_kwargs[ANSWER_TOKENS] = list(recipe.data.answer_tokens)
     return tokenizer
 
 
@@ -106,6 +121,19 @@ def decide_date(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> tuple[Rec
         return recipe, []
     line = f"the chat template writes today's date: in this run {day} (model.template_date), whenever it is asked"
     return changed(recipe, model={"template_date": date.fromisoformat(day)}), [line]
+
+
+def decide_tool_call_parser(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, report: DataReport) -> list[str]:
+    """Save the parser of tool calls with the tokenizer, for serving; lines for the user."""
+    parser = recipe.model.tool_call_parser
+    if not any(TOOL_ROWS in source.notes for source in report.sources) or parser is None:
+        return []
+    if parser == "auto":
+        parser = parser_of(tool_use_of(tokenizer).form)
+    if parser is None:
+        return ["rows have tools, and no parser of vLLM is known for the chat template; set model.tool_call_parser"]
+    tokenizer.init_kwargs[PARSER] = parser
+    return [f"rows have tools; `graft serve` reads calls by vLLM's parser {parser}"]
 
 
 def decide_template_arguments(
@@ -262,6 +290,14 @@ def with_split(source: Source, default: str) -> Source:
     return changed(source, split=default)
 
 
+def other_questions(recipe: AnyRecipe | None, path: str, split: str | None = None) -> Source:
+    """A source of other questions than the recipe's, asked as its own are."""
+    prompts: dict[str, str] = {}
+    if isinstance(recipe, Recipe):
+        prompts = templates_of(recipe.eval.data) if recipe.eval.data else common_prompts(recipe.data.train)
+    return with_split(with_prompts(Source(path=path, split=split), prompts), "validation")
+
+
 def pinned(source: S) -> S:
     """A Hub dataset at its present commit, so that cache and report name the version that is read."""
     if not is_hub_id(source.path):
@@ -286,6 +322,7 @@ def _key(
         template=template,
         arguments=arguments_of(tokenizer),
         today=(date_of(tokenizer) or str(date.today())) if reads_date(template) else "",
+        answer_tokens=answer_tokens(tokenizer),
         libraries=[version(name) for name in LIBRARIES],
     )
 

@@ -26,6 +26,7 @@ from sft.training.auto import (
 from sft.training.examples import (
     decide_date,
     decide_template_arguments,
+    decide_tool_call_parser,
     frozen_tokens,
     load_examples,
     load_held_out,
@@ -52,6 +53,7 @@ def finetune(recipe: Recipe, recipe_path: Path, resume: Resume | None = None) ->
         with run.state.main_process_first():  # encoded once; other processes read the cache
             examples, report = load_examples(recipe, tokenizer)
         recipe, asking = decide_template_arguments(recipe, tokenizer, report)
+        asking += decide_tool_call_parser(recipe, tokenizer, report)
         held_out = load_held_out(recipe, tokenizer)
         recipe, unpacking = resolve_dequantize(recipe, examples, run.device)
 

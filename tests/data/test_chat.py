@@ -15,7 +15,6 @@ from data.encode.chat import (
     AUDITS,
     BATCH_CHARACTERS,
     BATCH_ROWS,
-    NONCHARACTERS,
     Example,
     TooLong,
     encode,
@@ -23,10 +22,10 @@ from data.encode.chat import (
     encode_prompt,
     encode_turns,
     end_of_turn,
-    markers_in,
     special_ids,
 )
 from data.encode.frame import quiet_arguments
+from data.encode.markers import NONCHARACTERS, markers_in
 from data.encode.template import OVER_LIMITS, render_all
 from data.encode.tokens import encoder_of
 from tests.helpers.families import FAMILIES, build

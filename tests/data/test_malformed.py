@@ -52,7 +52,7 @@ ROW_DEFECTS = [
     ("turn_weight.jsonl", 2, 1, ["FILE:2: messages[1].weight: 0.5; a turn is learnt or not"]),
     ("image_key.jsonl", 2, 1, ["FILE:2: images: only text can be trained on"]),
     ("two_thoughts.jsonl", 2, 1, ["FILE:2: messages[1]: reasoning_content and thinking hold two thoughts"]),
-    ("tool_turn.jsonl", 4, 2, ["FILE:2: messages[1]: tool turns", "FILE:3: conversations[1]: tool turns"]),
+    ("tool_turn.jsonl", 4, 2, ["FILE:2: messages[1].tool_calls[0]: {'id': '1'} is no call", "FILE:3: user and assistant … found user, tool"]),
     ("no_messages.jsonl", 3, 2, ["FILE:2: messages: no turn"]),
     ("messages_as_text.jsonl", 3, 2, ["FILE:2: messages: text 'user: u' where … list of turns"]),
     ("turn_as_text.jsonl", 3, 2, ["FILE:2: messages[0]: text 'u' where a turn is expected"]),

@@ -14,7 +14,7 @@ ORDER = (
     ("data.terminal",),
     ("data.errors", "data.progress", "data.redact", "data.page"),
     ("data.conversation", "data.atomic", "data.inside"),
-    ("data.cache",),
+    ("data.cache", "data.tool_calls"),
     ("data.readers", "data.encode"),
     ("data.audit",),
     ("eval",),

@@ -43,7 +43,7 @@ COMMAND = re.compile(
     r"(?:\$ )?(?:[A-Z_]+=\S+ )*(?:\.venv/bin/)?((?:graft|accelerate launch|torchrun|make|python (?:-m )?tests)\b.*)"
 )
 PLACEHOLDER = re.compile(r"(--[a-z-]+=)?[A-Z][A-Z0-9_]*")  # RUN, N, --limit=N
-OTHER_PROGRAMS = {"--jinja", "--default-chat-template-kwargs", "--signal", "--help", "--include_path", "--apply_chat_template", "--max-restarts", "--dtype"}  # fmt: skip
+OTHER_PROGRAMS = {"--jinja", "--default-chat-template-kwargs", "--enable-auto-tool-choice", "--tool-call-parser", "--signal", "--help", "--include_path", "--apply_chat_template", "--max-restarts", "--dtype"}  # fmt: skip
 MARKDOWN = MarkdownIt("commonmark").enable("table")
 GRAFT: Any = typer.main.get_command(app)
 TRAIN = typer.Typer()
