@@ -3,6 +3,7 @@ sft.untrusted.
 
 schema.py             keys of a language model's recipe, and the sections that all recipes share
 baseline_schema.py    keys of a baseline's recipe
+values.py             types of their values
 load.py               read a recipe, apply --set, explain each mistake in one line
 peers.py              keys of other programs, and what a recipe has instead
 convert.py            `graft import`: another program's training file as a recipe

@@ -11,22 +11,16 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from data.readers.prompts import templates_of
 from sft.recipe.schema import (
-    Count,
     HeldOut,
-    MaxSteps,
-    Number,
     Recipe,
-    Schedule,
-    ScheduleArguments,
     Section,
-    Seed,
     Source,
-    Trackers,
     Tune,
     as_sources,
     changed,
     check_rows,
 )
+from sft.recipe.values import Count, MaxSteps, Number, Schedule, ScheduleArguments, Seed, Trackers
 
 FLOORS = {
     "sklearn:linear_svc": "newsgroups",

@@ -10,13 +10,27 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from data.readers.prompts import FORMAT as PROMPT_FORMAT
-from data.readers.prompts import check_prompt, templates_of
+from data.readers.prompts import templates_of
 from data.readers.source import HUB_ID
 from data.readers.source import is_hub_id as is_hub_dataset
 from eval.metrics import MetricName
+from sft.recipe.values import (
+    Count,
+    Format,
+    MaxSteps,
+    Number,
+    Prompt,
+    Rows,
+    Schedule,
+    ScheduleArguments,
+    Seed,
+    Trackers,
+    none_is_auto,
+    regular_expression,
+)
 
 OTHER_METHODS = ("full", "freeze", "linear_probe")
 WHEEL = re.compile(r"wheel:([A-Za-z_]\w*)/(.+)")
@@ -33,47 +47,6 @@ def as_source(value: Any) -> Any:
 
 def as_sources(value: Any) -> Any:
     return [as_source(v) for v in value] if isinstance(value, list | tuple) else [as_source(value)]
-
-
-def _auto(value: Any) -> Any:
-    return "auto" if value is None else value
-
-
-def _no_bool(value: Any) -> Any:
-    if isinstance(value, bool):
-        raise ValueError("a number is needed, not true or false")
-    return value
-
-
-def _as_trackers(value: Any) -> Any:
-    if isinstance(value, str):  # as TrainingArguments takes it
-        return () if value == "none" else (value,)
-    return value
-
-
-def _regular_expression(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-    return pattern
-
-
-Number = Annotated[float, BeforeValidator(_no_bool)]
-Prompt = Annotated[str, AfterValidator(check_prompt)]
-Count = Annotated[int, BeforeValidator(_no_bool), Field(ge=1)]
-Rows = Annotated[int, BeforeValidator(_no_bool), Field(ge=0)]
-MaxSteps = Annotated[int, BeforeValidator(_no_bool), Field(ge=-1)]
-Seed = Annotated[int, BeforeValidator(_no_bool), Field(ge=0, lt=2**32)]
-Format = Literal["messages", "sharegpt", "alpaca", "prompt_completion", "squad_v1", "squad_v2", "newsgroups"]
-Trackers = Annotated[
-    tuple[Literal["tensorboard", "wandb", "mlflow", "trackio", "swanlab"], ...], BeforeValidator(_as_trackers)
-]
-Schedule = Literal[
-    "linear", "cosine", "constant", "constant_with_warmup", "inverse_sqrt", "polynomial", "cosine_with_restarts",
-    "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
-]  # fmt: skip
-ScheduleArguments = dict[str, int | float | str]
 
 
 class Section(BaseModel):
@@ -155,7 +128,7 @@ class Tune(BaseModel):
     @field_validator("trainable")
     @classmethod
     def _patterns(cls, patterns: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(map(_regular_expression, patterns))
+        return tuple(map(regular_expression, patterns))
 
     @model_validator(mode="after")
     def _trainable_is_for_freeze(self) -> "Tune":
@@ -256,7 +229,7 @@ class Data(Section):
     """With max_contexts and squad_v2: share of unanswerable questions among those drawn. Default: as in the data."""
     share_prefixes: bool | Literal["auto"] = "auto"
     """Compute a prefix that several examples of a step share once; auto: if that saves 3 % of the time or more."""
-    pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(_auto)] = "auto"
+    pack_tokens: Annotated[Count | Literal["auto"], BeforeValidator(none_is_auto)] = "auto"
     """Most tokens of a micro-batch, which bounds memory; only a longer example makes a larger one. auto: 1024 on a CPU,
     2048 to 8192 on CUDA by its memory, 512 if attention computes all pairs of tokens."""
     train_turns: Literal["all", "last"] = "all"
@@ -345,7 +318,7 @@ class Eval(HeldOut):
     @field_validator("pattern")
     @classmethod
     def _is_pattern(cls, pattern: str | None) -> str | None:
-        return _regular_expression(pattern) if pattern is not None else None
+        return regular_expression(pattern) if pattern is not None else None
 
     @model_validator(mode="after")
     def _pattern_is_for_regex(self) -> "Eval":
