@@ -10,8 +10,8 @@ import yaml
 
 from data.redact import VARIABLE, scrub
 from sft.errors import RecipeError
-from sft.recipe.values import Schedule
 from sft.recipe.strict_yaml import MOST_CHARACTERS, YamlError, parse
+from sft.recipe.values import Schedule
 from sft.untrusted import check_run_folder
 
 OPTIMIZERS = {
