@@ -22,7 +22,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from data.errors import DiskFull
 from data.progress import track
 from data.terminal import quoted
-from sft.errors import ParityError, RunError
+from sft.errors import ParityError, RecipeError, RunError
 from sft.export.shards import INDEX, SINGLE
 from sft.export.skeleton import (
     CannotStream,
@@ -202,8 +202,8 @@ def other_way(adapter: Path) -> str:
                 merge.merged(owner)
     except (ParityError, RunError):
         return unmerged_way(adapter)
-    except CannotStream:
-        pass  # it is merged in memory
+    except (CannotStream, RecipeError):
+        pass  # it is merged in memory, or the export says what is wrong with its files
     return f"merge it first: graft export {quoted(run)}"
 
 

@@ -36,11 +36,12 @@ from data.progress import Bar, quiet
 from sft.recipe.load import check_recipe, dump_recipe, load_any_recipe
 from sft.training.examples import examined
 from tests.helpers.families import build
+from tests.helpers.tools import template
 
 SECONDS = 5
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-FAMILIES = ("llama3", "chatml")
+FAMILIES = ("llama3", "chatml", "qwen3", "mistral_v1", "TRL's qwen3")  # thoughts, no system turn, tools
 # what else than files may be touched: a process, a connection, another program
 ELSEWHERE = (
     "subprocess.Popen",
@@ -82,6 +83,24 @@ PIECES = [
 ]  # fmt: skip
 
 TURNS = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because of it."}]
+TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "when",
+        "description": None,
+        "parameters": {
+            "type": "object",
+            "required": ["to"],
+            "properties": {"to": {"type": "string"}, "n": {"type": "number", "minimum": 1.0}},
+        },
+    },
+}
+CALLING = {
+    "role": "assistant",
+    "content": "",
+    "tool_calls": [{"id": "call00001", "type": "function", "function": {"name": "when", "arguments": '{"to": "x"}'}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "call00001", "content": '{"at": 9}'}
 ROWS: list[dict[str, Any]] = [
     {"messages": TURNS},
     {"messages": [{"role": "system", "content": "Be short."}, *TURNS, *TURNS], "id": 7},
@@ -92,7 +111,24 @@ ROWS: list[dict[str, Any]] = [
     {"context": "It is red.", "question": "Which?", "answers": {"text": ["red"], "answer_start": [6]}, "id": "q"},
     {"context": "It is red.", "question": "Who?", "answers": {"text": [], "answer_start": []}, "id": "r"},
     {"label": "sci.space", "text": "From: a@b.c\nSubject: x\n\nThe moon is far."},
-]
+    {"messages": [*TURNS, TURNS[0], {**TURNS[1], "weight": 0}], "weight": 1},
+    {"messages": [TURNS[0], {**TURNS[1], "train": False, "loss": True, "training": 1}]},
+    {"messages": [TURNS[0], {**TURNS[1], "reasoning_content": "Hm.\nSo."}], "chat_template_kwargs": {"enable_thinking": True}},
+    {"messages": [{"role": "developer", "content": [{"type": "text", "text": "Be "}, {"type": "text", "text": "short."}]},
+                  TURNS[0], {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nSo.", "thinking": None}]},
+    {"messages": [TURNS[0], CALLING, RESULT, TURNS[1]], "tools": [TOOL], "parallel_tool_calls": False},
+    {"messages": [TURNS[0], {**CALLING, "tool_calls": [{"function": {"name": "when", "arguments": {"to": "x", "n": 1.0}}}]}],
+     "tools": json.dumps([TOOL])},
+    {"messages": [TURNS[0], {"role": "assistant", "content": None, "function_call": {"name": "when", "arguments": "{}"}},
+                  {"role": "function", "name": "when", "content": "9"}, TURNS[1]], "functions": [TOOL["function"]]},
+    {"conversations": [{"from": "human", "value": "Why?"}, {"from": "function_call", "value": '{"name": "when", "arguments": {}}'},
+                       {"from": "observation", "value": "9"}, {"from": "gpt", "value": "So.", "weight": 0.5}], "tools": json.dumps([TOOL])},
+    {"conversations": [{"from": "human", "value": "Why?"},
+                       {"from": "gpt", "value": '<tool_call>\n{"name": "when", "arguments": {"to": "x"}}\n</tool_call>'},
+                       {"from": "tool", "value": "<tool_response>\n9\n</tool_response>"}, {"from": "gpt", "value": "So."}], "tools": [TOOL]},
+    {"schema": "CREATE TABLE t (a INT)", "question": "How many?", "sql": "SELECT count(*) FROM t"},
+    {"prompt": "Why?", "completion": "So.", "image": "x.png", "images": [], "rejected": None, "loss_scale": 2},
+]  # fmt: skip
 SQUAD = {
     "version": "v2.0",
     "data": [
@@ -207,17 +243,27 @@ def data_cases(draw: Any) -> Case:
     if draw(st.integers(0, 9)) == 0:
         content = draw(st.sampled_from([gzip.compress(content), gzip.compress(content)[:-9], b"\x1f\x8b" + content]))
     formats = [*[None] * 12, "messages", "sharegpt", "alpaca", "prompt_completion", "squad_v2", "newsgroups"]
+    prompts = [
+        *[{}] * 6, {"system": "Be short."}, {"system": "{context}"}, {"prompt": "{schema}\n{question}", "completion": "{sql}"},
+        {"prompt": "{{x}} {nothing}"}, {"completion": "{output}{"},
+    ]  # fmt: skip
     data = {
         "train": {
             "format": draw(st.sampled_from(formats)),
             "columns": draw(st.sampled_from([*[{}] * 9, {"prompt": "question"}])),
+            **draw(st.sampled_from(prompts)),
         },
+        "train_turns": draw(st.sampled_from(["all", "all", "last"])),
+        "answer_tokens": draw(st.sampled_from(["auto", "auto", [], ["<tool_call>", "</tool_call>"]])),
         "max_length": draw(st.sampled_from([1, 64, 1024, 1024, 1024])),
         "on_error": draw(st.sampled_from(["stop", "skip", "skip"])),
         "duplicates": draw(st.sampled_from(["keep", "remove"])),
         "max_contexts": draw(st.sampled_from([None, 1, 3])),
     }
-    return Case(name, content, {"task": draw(st.sampled_from(["squad_v2", "squad_v1", "newsgroups", "instruct"])), "data": data,
+    arguments = draw(
+        st.sampled_from(["auto", "auto", {}, {"enable_thinking": False}, {"enable_thinking": True, "x": [1]}])
+    )
+    return Case(name, content, {"model": {"base": "owner/name", "template_arguments": arguments}, "task": draw(st.sampled_from(["squad_v2", "squad_v1", "newsgroups", "instruct"])), "data": data,
                                 "eval": draw(st.sampled_from([{}, {}, {}, {}, {"share": 0.3}])), "family": draw(st.sampled_from(FAMILIES))})  # fmt: skip
 
 
@@ -253,9 +299,10 @@ def run_case(case: Case, folder: Path) -> None:
         dump_recipe(load_any_recipe(path))
         return
     sections = dict(case.recipe)
-    tokenizer = build(sections.pop("family"))
+    family = sections.pop("family")
+    tokenizer = template("qwen3") if family == FAMILIES[-1] else build(family)
     sections["data"] = sections["data"] | {"train": [{"path": str(path)} | sections["data"]["train"]]}
-    report = examined(check_recipe({"model": {"base": "owner/name"}, **sections}), tokenizer)[0]
+    report = examined(check_recipe(sections), tokenizer)[0]
     write_html(report, folder / "data_report.html")
     print_report(report, Console(file=io.StringIO()))
     if report.stops:

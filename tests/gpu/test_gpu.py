@@ -107,8 +107,8 @@ def test_too_little_memory_halves_the_packs(run, small, device, tmp_path, monkey
     """The allocator's own error, within a backward pass."""
     original, refused = sft.training.step.pack_loss, []
 
-    def loss(model, pack, device):
-        result = original(model, pack, device)
+    def loss(model, pack, device, *more):
+        result = original(model, pack, device, *more)
         if len(pack.input_ids) > 1200:
             refused.append(len(pack.input_ids))
             result.register_hook(lambda gradient: torch.empty(2**50, device=device))

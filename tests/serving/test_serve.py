@@ -184,10 +184,10 @@ def test_names_of_two_targets_are_refused(tmp_path, tiny):
     ("config", "problem"),
     [
         ({"r": 1024}, "rank 1024 exceeds vLLM's 512; `graft export`"),
-        ({"use_dora": True}, "no adapter with use_dora; `graft export`"),
+        ({"use_dora": True}, "no adapter with use_dora; merge it first: graft export"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "with bias"),
-        ({"peft_type": "IA3"}, "not IA3"),
+        ({"peft_type": "IA3"}, "with peft_type IA3"),
     ],
 )
 def test_adapter_that_vllm_does_not_serve_is_refused_before_it_starts(tmp_path, tiny, config, problem):

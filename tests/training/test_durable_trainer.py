@@ -128,11 +128,11 @@ def test_too_little_memory_halves_the_packs_and_keeps_the_examples_of_a_step(tin
     graft("train", plain, "--set", f"train.output_dir={tmp_path / 'plain'}")
     original, refused = sft.training.step.pack_loss, []
 
-    def loss(model, pack, device):
+    def loss(model, pack, device, *more):
         if len(pack.input_ids) > 300 and read_metrics(tmp_path / "run"):
             refused.append(len(pack.input_ids))
             raise torch.OutOfMemoryError("no memory")
-        return original(model, pack, device)
+        return original(model, pack, device, *more)
 
     monkeypatch.setattr(sft.training.step, "pack_loss", loss)
     done = graft(

@@ -168,11 +168,11 @@ def test_packs_are_made_in_another_thread_and_draw_no_random_number(make, monkey
 def test_rows_packed_ahead_are_packed_again_when_packs_become_smaller(make, monkeypatch):
     original, sizes = sft.training.step.pack_loss, []
 
-    def loss(model, pack, device):
+    def loss(model, pack, device, *more):
         sizes.append(len(pack.input_ids))
         if len(sizes) == 3:
             raise torch.OutOfMemoryError("no memory")
-        return original(model, pack, device)
+        return original(model, pack, device, *more)
 
     monkeypatch.setattr(sft.training.step, "pack_loss", loss)
     trainer = make(False, Layout(True, 1024, "sparse"))
