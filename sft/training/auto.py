@@ -245,7 +245,8 @@ def apply_auto(recipe: Recipe, model: PreTrainedModel, sharded: bool = False) ->
             raise RecipeError(refused) from error
         if model.config._attn_implementation != train.attn_implementation:
             raise RecipeError(refused)
-    keep_kernels_private()
+    if model.device.type == "cuda" or train.compile_layers:
+        keep_kernels_private()
     lines = []
     if not sharded:
         fuse_lora(model)

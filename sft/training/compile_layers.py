@@ -3,6 +3,7 @@
 One graph, with any length, serves all layers: compiling takes seconds instead of the minutes of a whole model.
 """
 
+import atexit
 import os
 import shlex
 import shutil
@@ -77,6 +78,7 @@ def keep_kernels_private() -> None:
         folder.chmod(0o700)
     except OSError:  # a cache that can't be written
         folder = Path(mkdtemp(prefix="graft-kernels-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 

@@ -254,6 +254,8 @@ def test_compiled_kernels_are_kept_where_only_this_user_may_open_them(tiny, tmp_
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe(write_recipe(tmp_path / "r.yaml", tiny), ["train.attn_implementation=sdpa"])
     apply_auto(changed(recipe, train={"compile_layers": False}), tuned(tiny))
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    apply_auto(changed(recipe, train={"compile_layers": True}), tuned(tiny))
     folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
     assert folder.is_relative_to(tmp_path / "cache")
     assert folder.stat().st_mode & 0o777 == 0o700
