@@ -15,6 +15,7 @@ from typing import Any
 
 from data.conversation import CALLS, TOOLS, DataError, Message
 from data.readers.fields import shown, shown_names, type_name
+from data.readers.strict_json import decode
 from data.tool_calls import CLOSE, OPEN, Call, is_call, json_value
 
 CALL_KEYS = (CALLS, "function_call")  # of an assistant's turn
@@ -119,7 +120,7 @@ def _from_text(content: str, place: str, where: str) -> Message:
         if call is None or not rest.startswith(CLOSE):
             problem = f"{place}: {shown(content[at:])} is no JSON between {OPEN} and {CLOSE}; correct it"
             raise DataError(where, problem, "call is not JSON")
-        calls.append(call)
+        calls.append(_decoded(content[at + len(OPEN) : end], place, where))  # refuses what json_value lets pass
         at = len(content) - len(rest) + len(CLOSE)
         at += len(content[at:]) - len(content[at:].lstrip())
     if content[at:].strip():
@@ -136,7 +137,7 @@ def _call(call: Any, place: str, where: str) -> dict[str, Any]:
     named: Call = {"name": function.get("name"), "arguments": arguments}
     if not is_call(named):
         problem = f"{place}: {shown(call)} is no call; write its name, and its arguments as an object"
-        raise DataError(where, f"{problem} (keys: {shown_names(function)})", "no call")
+        raise DataError(where, problem + (f" (keys: {shown_names(function)})" if function else ""), "no call")
     return {**({"id": own["id"]} if isinstance(own.get("id"), str) else {}), "type": "function", "function": named}
 
 
@@ -144,10 +145,16 @@ def _decoded(value: Any, place: str, where: str) -> Any:
     """The value of a text of JSON, as many files have tools and arguments; another value as it is."""
     if not isinstance(value, str):
         return value
+    kind = f"{re.sub(r'[0-9]+', '', place)}: not JSON"
+    text = value.strip(" \t\r\n")
     try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        problem = f"{place}: {shown(value)} is no JSON: {getattr(error, 'msg', 'nested too deeply')}"
-        raise DataError(
-            where, f"{problem}; write it with json.dumps", f"{re.sub(r'[0-9]+', '', place)}: not JSON"
-        ) from error
+        decoded, end, flaw = decode(text, 0, where)
+    except json.JSONDecodeError as error:
+        problem = f"{place}: {shown(value)} is no JSON: {error.msg}; write it with json.dumps"
+        raise DataError(where, problem, kind) from error
+    if flaw:
+        raise DataError(where, f"{place}: {flaw.problem}", flaw.kind)
+    if rest := text[end:]:
+        problem = f"{place}: {shown(rest)} after the value; write it with json.dumps"
+        raise DataError(where, problem, kind)
+    return decoded

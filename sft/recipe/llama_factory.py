@@ -100,7 +100,7 @@ def _listed(draft: Draft, name: str, registry: dict[str, Any]) -> dict[str, Any]
         for tag, value in tags.items():
             if value not in USUAL_TAGS:
                 draft.leave(f"{name}.tags.{tag}", "turns have the usual names of roles here", value)
-    names |= {"system": "system", "history": "history"}
+    names |= {"system": "system", "history": "history", "tools": "tools"}
     mapped = {names[key]: value for key, value in columns.items() if key in names and names[key] != value}
     for key in columns.keys() - names.keys():
         draft.leave(f"{name}.columns.{key}", "no column of a source is read as this", columns[key])

@@ -269,3 +269,11 @@ def test_answer_is_one_text_with_its_calls():
     assert calls_in("<tool_call>{") == [None]
     assert calls_in(answer_text("nine", [])) == []
     assert read(ROWS["a call"]).answers == (spoken_text(read(ROWS["a call"]).messages[-1]),)
+
+
+@pytest.mark.parametrize("text", ['{"harbour": "Lund", "harbour": "Kiel"}', '{"days": NaN}', '{"harbour": "Lund"} x'])
+def test_arguments_that_json_forbids_are_refused_as_in_rows(text):
+    hermes = f'<tool_call>\n{{"name": "ferry_times", "arguments": {text}}}\n</tool_call>'
+    for turn in ({**calling(), CALLS: [call(text)]}, {"role": "assistant", "content": hermes}):
+        with pytest.raises(DataError, match=r"f\.jsonl:1: "):
+            read(row(USER, turn))
