@@ -7,6 +7,7 @@ the arguments as JSON (gpt-oss, DeepSeek), or each argument by itself (Qwen3-Cod
 import ast
 import json
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -53,7 +54,7 @@ class Probes:
 
 
 @dataclass(frozen=True)
-class CallText:
+class CallText(ABC):
     """The texts around the parts of a call. opening: before it, "" if the whole answer is the call."""
 
     opening: str
@@ -68,9 +69,9 @@ class CallText:
             place = self.next(text, place)
         return (text[:at].strip(), calls) if calls and place < 0 else None
 
+    @abstractmethod
     def one(self, text: str, at: int, tools: Sequence[dict[str, Any]]) -> tuple[Call, int] | None:
         """The call that begins at `at`, and its end."""
-        raise NotImplementedError
 
     def next(self, text: str, end: int) -> int:
         """Where the next call begins; -1 after the last."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.builders import save_tiny
+from tests.helpers.builders import save_tiny_qwen3
 from tests.helpers.graft import run as graft
 from tests.helpers.tools import template
 
@@ -27,15 +27,8 @@ WEATHER = {
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     """A tiny Qwen3 whose template knows thoughts and tools."""
-    from transformers import Qwen3Config
-
     tokenizer = template("qwen3")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=32, max_position_embeddings=4096, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    return save_tiny(config, tmp_path_factory.mktemp("models") / "base", tokenizer)
+    return save_tiny_qwen3(tmp_path_factory.mktemp("models") / "base", tokenizer, hidden=64)
 
 
 def chat_of_openai(town: str) -> dict[str, Any]:

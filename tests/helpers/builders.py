@@ -24,6 +24,18 @@ def save_tiny(config, folder: Path, tokenizer) -> Path:
     return folder
 
 
+def save_tiny_qwen3(folder: Path, tokenizer, hidden: int = 128) -> Path:
+    """A tiny Qwen3 with heads that vLLM serves and a context of 4,096 tokens."""
+    from transformers import Qwen3Config
+
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=hidden // 2, max_position_embeddings=4096,
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
+    )  # fmt: skip
+    return save_tiny(config, folder, tokenizer)
+
+
 def read_squad(path: Path, version: int = 2) -> list[Conversation]:
     """Every question of a SQuAD file in file order."""
     return read_all(FileSource(str(path), f"squad_v{version}"), f"squad_v{version}")

@@ -8,7 +8,7 @@ import pytest
 
 from sft.serving import serve
 from sft.serving.serve import free_port
-from tests.helpers.builders import save_tiny, write_recipe
+from tests.helpers.builders import save_tiny_qwen3, write_recipe
 from tests.helpers.families import build
 from tests.helpers.graft import run as graft
 
@@ -28,15 +28,8 @@ CONTEXT = "The ferry to Lund leaves at eight. The mayor owns a piano and keeps 1
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """The run of a tiny Qwen3 that has learnt four answers by heart; it is exported."""
-    from transformers import Qwen3Config
-
     folder, tokenizer = tmp_path_factory.mktemp("thinker"), build("qwen3")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, max_position_embeddings=1024, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    base = save_tiny(config, folder / "base", tokenizer)
+    base = save_tiny_qwen3(folder / "base", tokenizer)
     files = {name: folder / f"{name}.json" for name in ("train", "dev")}
     for name, file in files.items():
         qas = [

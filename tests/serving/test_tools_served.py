@@ -8,7 +8,7 @@ import pytest
 
 from sft.serving import serve
 from sft.serving.serve import free_port
-from tests.helpers.builders import save_tiny
+from tests.helpers.builders import save_tiny_qwen3
 from tests.helpers.graft import run as graft
 from tests.helpers.tools import template
 
@@ -48,15 +48,8 @@ def rows(prefix: str) -> str:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    from transformers import Qwen3Config
-
     folder, tokenizer = tmp_path_factory.mktemp("caller"), template("qwen3")
-    config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, max_position_embeddings=4096, bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id, tie_word_embeddings=True,
-    )  # fmt: skip
-    base = save_tiny(config, folder / "base", tokenizer)
+    base = save_tiny_qwen3(folder / "base", tokenizer)
     (folder / "train.jsonl").write_text(rows(""))
     (folder / "dev.jsonl").write_text(rows(""))
     recipe = {
