@@ -60,7 +60,7 @@ def test_learnt_answers_score_in_process_and_over_http_and_the_switch_binds_the_
     graft("eval", trained)
     assert exact(trained / "eval" / "results.json") == 100
     bind = serve.check_served_template
-    for arguments, right in ((bind, True), (lambda served: {}, False)):
+    for arguments, right in ((bind, True), (lambda served: ({}, None), False)):
         monkeypatch.setattr(serve, "check_served_template", arguments)
         port = free_port()
         with serve.server([str(trained / "export")], "127.0.0.1", port, trained / f"serve-{port}.log") as running:
